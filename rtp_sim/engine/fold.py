@@ -1,0 +1,357 @@
+"""Folding: which ranks behave alike, exactly, so that one of them is simulated for all.
+
+Ranks, links and communication instances form a graph: a flow touches its sender, its receiver and, with weights, the
+links of its route; a collective its members and its links; the compute of a rank its pool of cores. Colour refinement
+(the 1-dimensional Weisfeiler-Leman algorithm) gives the coarsest equitable partition of that graph: every rank of a
+class has the same program and the same numbers of neighbours in every other class, and so has every link and every
+instance. Ranks of one class then do the same things at the same nanosecond, and the activities of one class put the
+same total weight on every link of a class. One representative with that total weight stands for all.
+
+Without folding the same code runs on the discrete partition, in which every rank, link and instance stands for itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from rtp_sim.engine.costs import CostModel, Phase
+from rtp_sim.errors import ScheduleError
+from rtp_sim.schedule.ir import Collective, Compute, Group, Part, Program, Schedule, Send, Shift, Size
+
+MAX_ROUNDS = 64
+"""Refinement that goes on longer (a long ring with one odd link) gains little: every rank then stands for itself."""
+
+MAX_SAMPLED_SIZES = 4
+
+Usage = tuple[tuple[int, int], ...]
+"""(link class, total weight) pairs, sorted."""
+
+NodeKey = tuple[object, ...]
+"""("flow", Wire, sender), ("group", name, instance) or ("compute", rank)."""
+
+CollectiveKind = tuple[str, int, str, int]
+"""kind, size_bytes, dtype, root."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """One pattern of point-to-point messages: every rank that uses it sends to the peer at `offset` in `group`."""
+
+    group: str
+    offset: tuple[int, ...]
+    chunk_bytes: int | None
+    cyclic: bool
+
+    def receiver(self, group: Group, rank: int) -> int | None:
+        """Whom `rank` sends to; None past the end of a group that is not cyclic."""
+        return group.peer(rank, self.offset) if self.cyclic else group.neighbour(rank, self.offset)
+
+    def sender(self, group: Group, rank: int) -> int | None:
+        """Whom `rank` receives from; None past the end of a group that is not cyclic."""
+        if self.cyclic:
+            return group.peer(rank, self.offset, -1)
+        return group.neighbour(rank, tuple(-o for o in self.offset))
+
+
+@dataclass(slots=True)
+class Patterns:
+    """The communication a program uses: message sizes by wire, collectives by group, all groups, and the groups in
+    which the rank's position changes a size."""
+
+    wires: dict[Wire, set[int]] = field(default_factory=dict)
+    collectives: dict[str, dict[CollectiveKind, None]] = field(default_factory=dict)
+    groups: dict[str, None] = field(default_factory=dict)
+    uneven: dict[str, None] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Node:
+    """A communication instance (or a rank's compute): the ranks it touches and what it puts on which link."""
+
+    key: NodeKey
+    ranks: tuple[int, ...]
+    ordered: bool
+    phases: tuple[Phase, ...]
+
+
+@dataclass(frozen=True)
+class Quotient:
+    """Who stands for whom. `representative_of` is indexed by rank; `capacity` by link class, in bytes/s.
+
+    `instance_of[group][i]` is the instance that stands for instance i. Usages are by (node key of a representative,
+    its own usage of single links).
+    """
+
+    representative_of: tuple[int, ...]
+    instance_of: Mapping[str, tuple[int, ...]]
+    capacity: tuple[int, ...]
+    rounds: int
+    _usages: Mapping[NodeKey, Mapping[frozenset[tuple[int, int]], Usage]]
+
+    @property
+    def representatives(self) -> tuple[int, ...]:
+        """The ranks that are simulated, ascending."""
+        return tuple(r for r, by in enumerate(self.representative_of) if r == by)
+
+    def usage(self, key: NodeKey, phase: Phase) -> Usage:
+        """What the class that `key` represents puts on each link class while `phase` runs, everyone together."""
+        try:
+            return self._usages[key][frozenset(phase.usage.items())]
+        except KeyError:
+            raise ValueError(
+                f"{key}: the cost model gave a usage of links, {dict(phase.usage)}, that it did not give for the "
+                "sampled sizes; the links of a point-to-point message must not depend on its size"
+            ) from None
+
+
+def fold(schedule: Schedule, cost: CostModel, *, folded: bool = True) -> Quotient:
+    """The quotient of the schedule on the hardware that `cost` prices.
+
+    Raises ScheduleError where an op names a group that its rank is not in, or a neighbour past the end of a group.
+    """
+    patterns = [patterns_of(program) for program in schedule.programs]
+    _check_membership(schedule, patterns)
+    nodes = list(_nodes(schedule, cost, patterns))
+    links = sorted({link for node in nodes for phase in node.phases for link in phase.usage})
+    capacities = [cost.link_capacity(link) for link in links]
+    if min(capacities, default=1) < 1:
+        raise ValueError("the cost model gave a link a capacity below 1 byte/s")
+    number = {link: n for n, link in enumerate(links)}
+    edges = [_edges(node, number) for node in nodes]
+    size = (schedule.world_size, len(nodes), len(links))
+    colours, rounds = [list(range(n)) for n in size], 0
+    if folded:
+        start = [_rank_colours(schedule, patterns), _node_colours(nodes), _interned(capacities)]
+        refined = _refine(start, nodes, edges)
+        if refined is not None:
+            colours, rounds = refined
+    return _quotient(schedule, nodes, edges, colours, capacities, rounds)
+
+
+def patterns_of(program: Program) -> Patterns:
+    """What the program computes and sends that other ranks may do differently."""
+    found = Patterns()
+    for buffer in program.buffers.values():
+        _note_uneven(found, buffer.part, buffer.numel)
+    for op in program.ops:
+        action = op.action
+        if not isinstance(action, Compute):
+            found.groups[action.group] = None
+        if isinstance(action, Compute):
+            if action.part is not None and action.variants is not None and len(set(action.variants)) > 1:
+                found.uneven[action.part.group] = None
+        elif isinstance(action, Shift):
+            for hop in action.hops:
+                wire = Wire(action.group, hop.offset, action.chunk_bytes, True)
+                sizes = (hop.size_bytes,) if isinstance(hop.size_bytes, int) else hop.size_bytes
+                found.wires.setdefault(wire, set()).update(sizes)
+                _note_uneven(found, hop.part, hop.size_bytes)
+        elif isinstance(action, Collective):
+            kind = (action.kind, action.size_bytes, action.dtype, action.root)
+            found.collectives.setdefault(action.group, {})[kind] = None
+        elif isinstance(action, Send):
+            wire = Wire(action.group, action.offset, None, False)
+            found.wires.setdefault(wire, set()).add(action.size_bytes)
+    return found
+
+
+def _note_uneven(found: Patterns, part: Part | None, size: Size) -> None:
+    if part is not None and isinstance(size, tuple) and len(set(size)) > 1:
+        found.uneven[part.group] = None
+
+
+def collective_ranks(members: tuple[int, ...], root: int) -> tuple[int, ...]:
+    """The members as a cost model sees them: in ring order, the root first."""
+    return members[root:] + members[:root]
+
+
+def _check_membership(schedule: Schedule, patterns: list[Patterns]) -> None:
+    for rank, program in enumerate(schedule.program_of_rank):
+        for name in patterns[program].groups:
+            if name not in schedule.groups or rank not in schedule.groups[name].place:
+                raise ScheduleError(
+                    f"rank {rank} runs program {schedule.programs[program].name!r}, which communicates in group "
+                    f"{name!r}, but is in none of its instances"
+                )
+
+
+def _nodes(schedule: Schedule, cost: CostModel, patterns: list[Patterns]) -> Iterator[_Node]:
+    """Every flow, every group instance with its collectives, every rank with a compute pool."""
+    sizes: dict[Wire, set[int]] = {}
+    kinds: dict[str, dict[CollectiveKind, None]] = {}
+    for found in patterns:
+        for wire, some in found.wires.items():
+            sizes.setdefault(wire, set()).update(some)
+        for name, more in found.collectives.items():
+            kinds.setdefault(name, {}).update(more)
+    for wire, some in sizes.items():
+        users = [r for r in range(schedule.world_size) if wire in patterns[schedule.program_of_rank[r]].wires]
+        yield from _flows(schedule, cost, wire, _sampled(some), users)
+    for name, wanted in kinds.items():
+        for i, members in enumerate(schedule.groups[name].instances):
+            if len(members) > 1:
+                phases = tuple(
+                    phase
+                    for kind, size_bytes, dtype, root in wanted
+                    for phase in cost.collective(kind, collective_ranks(members, root), size_bytes, dtype)
+                )
+                yield _Node(("group", name, i), members, False, phases)
+    for rank in range(schedule.world_size):
+        pool = cost.compute_pool(rank)
+        if pool is not None:
+            yield _Node(("compute", rank), (rank,), False, (Phase(0, 1, {pool[0]: pool[1]}, None),))
+
+
+def _flows(
+    schedule: Schedule, cost: CostModel, wire: Wire, sizes: tuple[int, ...], users: list[int]
+) -> Iterator[_Node]:
+    group = schedule.groups[wire.group]
+    for rank in users:
+        to = wire.receiver(group, rank)
+        if to is None:
+            raise ScheduleError(
+                f"rank {rank} (program {schedule.program(rank).name!r}) sends to offset {wire.offset} in group "
+                f"{wire.group!r}, which is past the end: its position is {group.position(rank)} of {group.dims}"
+            )
+        if to != rank:
+            phases = tuple(cost.point_to_point(rank, to, s, wire.chunk_bytes) for s in sizes)
+            yield _Node(("flow", wire, rank), (rank, to), True, phases)
+
+
+def _sampled(sizes: set[int]) -> tuple[int, ...]:
+    ordered = sorted(sizes)
+    return tuple(ordered) if len(ordered) <= MAX_SAMPLED_SIZES else (ordered[0], ordered[-1])
+
+
+def _edges(node: _Node, number: Mapping[int, int]) -> list[tuple[int, int, int]]:
+    """(phase, link, weight) with links by number."""
+    return [
+        (p, number[link], weight) for p, phase in enumerate(node.phases) for link, weight in phase.usage.items()
+    ]
+
+
+def _interned(values: Iterable[object]) -> list[int]:
+    table: dict[object, int] = {}
+    return [table.setdefault(value, len(table)) for value in values]
+
+
+def _rank_colours(schedule: Schedule, patterns: list[Patterns]) -> list[int]:
+    """Program, and the position in every group that the program divides unevenly."""
+    groups = schedule.groups
+    return _interned(
+        (program, *(groups[name].place.get(rank, (0, -1))[1] for name in patterns[program].uneven))
+        for rank, program in enumerate(schedule.program_of_rank)
+    )
+
+
+def _node_colours(nodes: list[_Node]) -> list[int]:
+    """The kind of instance, and what its phases cost (those of one pattern are in the same order)."""
+    return _interned(
+        (
+            *(node.key[:2] if node.key[0] != "compute" else node.key[:1]),
+            *((p.latency_ns, p.work_bytes, p.cap_bytes_per_s) for p in node.phases),
+        )
+        for node in nodes
+    )
+
+
+def _refine(
+    colours: list[list[int]], nodes: list[_Node], edges: list[list[tuple[int, int, int]]]
+) -> tuple[list[list[int]], int] | None:
+    """Refine (rank, node, link) colours until no class splits; None if that takes more than MAX_ROUNDS."""
+    ranks, instances, links = colours
+    labels: dict[tuple[int, int], int] = {}
+    node_links = [[(labels.setdefault((p, w), len(labels)) << 32, k) for p, k, w in own] for own in edges]
+    link_nodes: list[list[tuple[int, int]]] = [[] for _ in links]
+    rank_nodes: list[list[tuple[int, int]]] = [[] for _ in ranks]
+    for n, node in enumerate(nodes):
+        for label, link in node_links[n]:
+            link_nodes[link].append((label, n))
+        for role, rank in enumerate(node.ranks):
+            rank_nodes[rank].append((role << 32 if node.ordered else 0, n))
+    count = sum(len(set(c)) for c in (ranks, instances, links))
+    for rounds in range(1, MAX_ROUNDS + 1):
+        members = [
+            tuple(ranks[r] for r in n.ranks) if n.ordered else tuple(sorted([ranks[r] for r in n.ranks]))
+            for n in nodes
+        ]
+        across = [tuple(sorted([label + links[k] for label, k in own])) for own in node_links]
+        instances = _interned(zip(instances, members, across, strict=True))
+        links = _split(links, link_nodes, instances)
+        ranks = _split(ranks, rank_nodes, instances)
+        refined = sum(len(set(c)) for c in (ranks, instances, links))
+        if refined == count:
+            return [ranks, instances, links], rounds
+        count = refined
+    return None
+
+
+def _split(colours: list[int], around: list[list[tuple[int, int]]], instances: list[int]) -> list[int]:
+    return _interned(
+        (own, tuple(sorted([label + instances[n] for label, n in touching])))
+        for own, touching in zip(colours, around, strict=True)
+    )
+
+
+def _quotient(
+    schedule: Schedule,
+    nodes: list[_Node],
+    edges: list[list[tuple[int, int, int]]],
+    colours: list[list[int]],
+    capacities: list[int],
+    rounds: int,
+) -> Quotient:
+    """Representatives, and the total weight that each class of instances puts on any one link of each class."""
+    ranks, instances, links = colours
+    links = _interned(links)
+    first: dict[int, int] = {}
+    for rank, colour in enumerate(ranks):
+        first.setdefault(colour, rank)
+    by_class: dict[int, list[int]] = {}
+    for n, colour in enumerate(instances):
+        by_class.setdefault(colour, []).append(n)
+    population: dict[int, int] = {}
+    for link_class in links:
+        population[link_class] = population.get(link_class, 0) + 1
+    usages: dict[NodeKey, dict[frozenset[tuple[int, int]], Usage]] = {}
+    instance_of = {name: list(range(len(g.instances))) for name, g in schedule.groups.items()}
+    for same in by_class.values():
+        leader = nodes[same[0]]
+        totals = _totals([edges[n] for n in same], links, population)
+        usages[leader.key] = {
+            frozenset(phase.usage.items()): totals.get(p, ()) for p, phase in enumerate(leader.phases)
+        }
+        if leader.key[0] == "group":
+            for n in same:
+                _, name, i = nodes[n].key
+                instance_of[str(name)][int(str(i))] = int(str(leader.key[2]))
+    capacity = [0] * len(population)
+    for link, link_class in enumerate(links):
+        capacity[link_class] = capacities[link]
+    return Quotient(
+        tuple(first[colour] for colour in ranks),
+        {name: tuple(indices) for name, indices in instance_of.items()},
+        tuple(capacity),
+        rounds,
+        usages,
+    )
+
+
+def _totals(
+    edges: list[list[tuple[int, int, int]]], links: list[int], population: Mapping[int, int]
+) -> dict[int, Usage]:
+    """By phase: the weight on any one link of each link class, checked to be the same on all of them."""
+    weight: dict[tuple[int, int], int] = {}
+    for own in edges:
+        for phase, link, w in own:
+            weight[phase, link] = weight.get((phase, link), 0) + w
+    seen: dict[tuple[int, int], list[int]] = {}
+    for (phase, link), total in weight.items():
+        seen.setdefault((phase, links[link]), []).append(total)
+    usage: dict[int, list[tuple[int, int]]] = {}
+    for (phase, link_class), totals in seen.items():
+        assert len(totals) == population[link_class], "partition is not equitable: a link of the class is unused"
+        assert min(totals) == max(totals), "partition is not equitable: links of one class carry unequal weight"
+        usage.setdefault(phase, []).append((link_class, totals[0]))
+    return {phase: tuple(sorted(pairs)) for phase, pairs in usage.items()}

@@ -1,0 +1,232 @@
+"""Loading devices and clusters by name: finds the profile files, reads them and builds the hardware they
+describe.
+
+Profiles are searched in the folders of the environment variable RTP_SIM_PROFILES (each with `devices/` and
+`clusters/`), then in `hardware_profiles/` beside the package. A name that ends in `.toml` is a path; a
+cluster name that starts with `generic:` is built from its words (`generic.py`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import rtp_sim
+from rtp_sim.errors import InputError
+from rtp_sim.hardware.spec import Cluster, CommunicationParams, Device
+from rtp_sim.hardware.topology import Fabric, Topology
+from rtp_sim.hardware.wiring import NodeTemplate
+
+if TYPE_CHECKING:
+    from rtp_sim.hardware.files import DeviceFile
+
+GENERIC = "generic:"
+
+
+def list_devices() -> list[str]:
+    """Names of all device profiles, sorted."""
+    return _names("devices")
+
+
+def list_clusters() -> list[str]:
+    """Names of all cluster profiles, sorted."""
+    return _names("clusters")
+
+
+def load_device(name_or_path: str) -> Device:
+    """A device by profile name or by path of a TOML file. Raises InputError."""
+    return device_from_file(*read_device_file(name_or_path))
+
+
+def load_cluster(name_or_path: str, nodes: int = 1, gpus: int | None = None) -> Cluster:
+    """A cluster by profile name, by path of a TOML file or by a `generic:` text.
+
+    `gpus` is the number of devices in all. With one node it may be smaller than the node (the first ones
+    are used) or a multiple of the node (then it says how many nodes); with several nodes each uses gpus /
+    nodes devices. Raises InputError.
+    """
+    if name_or_path.startswith(GENERIC):
+        from rtp_sim.hardware.generic import parse_generic
+
+        return parse_generic(name_or_path, nodes, gpus)
+    path = _find(name_or_path, "clusters")
+    return _cluster_from_file(path, nodes, gpus)
+
+
+def cluster_shape(name: str, per_node: int, nodes: int, gpus: int | None) -> tuple[int, int]:
+    """(nodes, devices used per node) for the nodes and devices asked for. Raises InputError with the
+    equation.
+    """
+    if nodes < 1 or (gpus is not None and gpus < 1):
+        raise InputError(f"{name}: given {nodes} nodes and {gpus} GPUs, expected at least 1 of each")
+    if gpus is None:
+        return nodes, per_node
+    if nodes > 1:
+        if gpus % nodes or gpus > nodes * per_node:
+            raise InputError(
+                f"{name}: given {gpus} GPUs on {nodes} nodes, expected nodes x (1 to {per_node} GPUs each): "
+                f"{gpus} / {nodes} = {gpus / nodes:g}"
+            )
+        return nodes, gpus // nodes
+    if gpus <= per_node:
+        return 1, gpus
+    if gpus % per_node:
+        raise InputError(
+            f"{name}: given {gpus} GPUs, expected up to {per_node} or a multiple of {per_node} GPUs per node: "
+            f"{gpus} / {per_node} = {gpus / per_node:g} nodes"
+        )
+    return gpus // per_node, per_node
+
+
+def read_device_file(name_or_path: str, beside: Path | None = None) -> tuple[str, DeviceFile]:
+    """The checked content of a device file, with the device's name. A path is taken relative to `beside`
+    too.
+    """
+    from rtp_sim.hardware.files import DeviceFile, validated
+
+    if beside is not None and name_or_path.endswith(".toml") and (beside / name_or_path).is_file():
+        name_or_path = str(beside / name_or_path)
+    path = _find(name_or_path, "devices")
+    return path.stem, validated(DeviceFile, read_toml(path), path)
+
+
+def device_from_file(name: str, file: DeviceFile) -> Device:
+    """The `Device` that a device file describes."""
+    return Device(
+        name=name,
+        description=file.description,
+        compute_units=file.compute_units,
+        memory_bytes=file.memory,
+        memory_bandwidth_bytes_per_s=file.memory_bandwidth,
+        peak_flops=file.peak_flops,
+        matmul_efficiency=file.matmul_efficiency,
+        attention_efficiency=file.attention_efficiency,
+        memory_efficiency=file.memory_efficiency,
+        kernel_floor_ns=file.kernel_floor,
+        host_issue_ns=file.host_issue,
+        overlap_slowdown=file.overlap_slowdown,
+        runtime_reserved_bytes=file.runtime_reserved,
+        tdp_w=file.tdp_w,
+        price_usd_per_hour=file.price_usd_per_hour,
+    )
+
+
+def load_communication(name: str) -> CommunicationParams:
+    """The communication parameters of a cluster profile, every number turned into "assumed", as for another
+    machine.
+    """
+    from rtp_sim.hardware.files import CommunicationFile, validated
+    from rtp_sim.hardware.nodes import communication_params
+
+    path = _find(name, "clusters")
+    raw = _communication({"like": name}, path, depth=0)
+    return communication_params(validated(CommunicationFile, raw, path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file. Raises InputError naming the file and, for a syntax error, the line."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        text = str(error)
+        where = re.search(r"line (\d+), column (\d+)", text)
+        line = f"line {where[1]}, column {where[2]}" if where else "its end"
+        reason = text.split(" (at ")[0]
+        raise InputError(f"{path}: not valid TOML at {line}: {reason}") from None
+
+
+def _cluster_from_file(path: Path, nodes: int, gpus: int | None) -> Cluster:
+    from rtp_sim.hardware.files import ClusterFile, validated
+    from rtp_sim.hardware.nodes import communication_params, wiring_from_file
+
+    raw = read_toml(path)
+    if isinstance(raw.get("communication"), dict):
+        raw["communication"] = _communication(raw["communication"], path, depth=0)
+    file = validated(ClusterFile, raw, path)
+    device = device_from_file(*read_device_file(file.device, beside=path.parent))
+    nodes, used = cluster_shape(path.stem, file.gpus_per_node, nodes, gpus)
+    fabric = (
+        None
+        if file.fabric is None
+        else Fabric(
+            rails=file.fabric.kind == "rails",
+            nodes_per_leaf=file.fabric.nodes_per_leaf,
+            oversubscription=file.fabric.oversubscription.value,
+            trunk_latency_ns=int(file.fabric.trunk_latency.value),
+            provenance=f"{file.fabric.oversubscription.kind}: {file.fabric.oversubscription.source}",
+        )
+    )
+    try:
+        topology = Topology(NodeTemplate(wiring_from_file(file)), fabric, nodes, used)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    return Cluster(
+        name=path.stem,
+        description=file.description,
+        device=device,
+        gpus_per_node=used,
+        nodes=nodes,
+        communication=communication_params(file.communication),
+        topology=topology,
+        notes=tuple(file.notes),
+    )
+
+
+def _communication(table: dict[str, Any], path: Path, depth: int) -> dict[str, Any]:
+    """`table` over the [communication] of the profile that its key `like` names, whose numbers become
+    assumed.
+    """
+    if "like" not in table:
+        return table
+    if depth > 3 or not isinstance(table["like"], str):
+        raise InputError(
+            f"{path}: communication.like: given {table['like']!r}, expected another profile's name"
+        )
+    name = table["like"]
+    other_path = _find(name, "clusters")
+    other = read_toml(other_path).get("communication", {})
+    base = _communication(other, other_path, depth + 1)
+    assumed = {
+        key: {**entry, "kind": "assumed", "source": f"as {name}: {entry.get('source', '')}"}
+        if isinstance(entry, dict)
+        else entry
+        for key, entry in base.items()
+    }
+    return assumed | {key: value for key, value in table.items() if key != "like"}
+
+
+def _folders() -> list[Path]:
+    """Where profiles are looked for, first come first served."""
+    given = os.environ.get("RTP_SIM_PROFILES", "")
+    own = Path(rtp_sim.__file__).resolve().parent.parent / "hardware_profiles"
+    return [*(Path(part) for part in given.split(os.pathsep) if part), own]
+
+
+def _names(what: str) -> list[str]:
+    return sorted({path.stem for folder in _folders() for path in (folder / what).glob("*.toml")})
+
+
+def _find(name_or_path: str, what: str) -> Path:
+    """The file of a profile. Raises InputError with the names that come nearest."""
+    if name_or_path.endswith(".toml"):
+        path = Path(name_or_path)
+        if path.is_file():
+            return path
+        raise InputError(f"given the path {name_or_path!r}, expected a file that exists")
+    for folder in _folders():
+        path = folder / what / f"{name_or_path}.toml"
+        if re.fullmatch(r"[\w.-]+", name_or_path) and path.is_file():
+            return path
+    names = _names(what)
+    near = difflib.get_close_matches(name_or_path.lower(), names, n=3, cutoff=0.4) or names
+    generic = ', a text such as "generic:h100-sxm,gpus=8,nics=4,nic=200Gb/s"' if what == "clusters" else ""
+    raise InputError(
+        f"given the unknown {what[:-1]} {name_or_path!r}, expected for example {', '.join(near)}"
+        f"{generic} or the path of a .toml file"
+    )

@@ -1,0 +1,114 @@
+"""Hardware as data: devices, links, clusters. Every number carries where it came from.
+
+`Number.kind` is "measured" (on such hardware, by the cited source), "vendor" (datasheet) or "assumed" (our guess, said
+so). Links are directed: a full-duplex cable is two links. Bandwidths are bytes/s in one direction, decimal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rtp_sim.hardware.topology import Topology
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    """A value in base units (bytes, bytes/s, FLOP/s, ns, or a plain ratio) with its provenance."""
+
+    value: float
+    kind: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One accelerator (or one CPU core pool), as the cost model sees it.
+
+    `peak_flops` is dense FLOP/s by dtype. The efficiencies are the best fraction of the peak that large kernels of
+    that class reach. `kernel_floor_ns` is the shortest time any kernel takes on the device, `host_issue_ns` what the
+    host thread spends to issue one op, `overlap_slowdown` (>= 1) how much longer compute takes while a communication
+    kernel runs beside it on the same device.
+    """
+
+    name: str
+    description: str
+    compute_units: Number
+    memory_bytes: Number
+    memory_bandwidth_bytes_per_s: Number
+    peak_flops: Mapping[str, Number]
+    matmul_efficiency: Number
+    attention_efficiency: Number
+    memory_efficiency: Number
+    kernel_floor_ns: Number
+    host_issue_ns: Number
+    overlap_slowdown: Number
+    runtime_reserved_bytes: Number
+    tdp_w: Number | None = None
+    price_usd_per_hour: Number | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """One direction of a physical channel. `bandwidth_bytes_per_s` is what transfers reach (raw times a measured or
+    assumed efficiency), `raw_bandwidth_bytes_per_s` what the port can do at most. `kind` says what it is: nvlink,
+    xgmi, pcie, host (memory or socket interconnect), nic, fabric, loopback."""
+
+    index: int
+    name: str
+    kind: str
+    bandwidth_bytes_per_s: int
+    raw_bandwidth_bytes_per_s: int
+    latency_ns: int
+    provenance: str
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """The directed links a message takes, by index, and the sum of their latencies."""
+
+    links: tuple[int, ...]
+    latency_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class CommunicationParams:
+    """What the communication library adds to the wires. Latencies are software costs on top of link latencies.
+
+    `collective_base_ns` once per collective, `collective_step_*_ns` per ring or tree step inside and between nodes,
+    `p2p_base_ns` once per point-to-point message. `size_curve` lists (bytes, fraction of bandwidth reached),
+    ascending in bytes, interpolated in log(bytes); empty means 1 everywhere. `in_switch_reduction_min_ranks` is None
+    where the switch cannot reduce (NVLink SHARP), `in_switch_efficiency` the fraction of the port rate it then
+    reaches. `algorithms` lists which of ring, tree, hierarchical, in-switch the library may pick.
+    """
+
+    p2p_base_ns: Number
+    collective_base_ns: Number
+    collective_step_intra_ns: Number
+    collective_step_inter_ns: Number
+    algorithms: tuple[str, ...]
+    size_curve: tuple[tuple[int, float], ...]
+    size_curve_provenance: Number | None
+    in_switch_reduction_min_ranks: Number | None
+    in_switch_efficiency: Number | None
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """`nodes` nodes of `gpus_per_node` devices each, and how they are wired. Rank r sits on node r // gpus_per_node."""
+
+    name: str
+    description: str
+    device: Device
+    gpus_per_node: int
+    nodes: int
+    communication: CommunicationParams
+    topology: Topology
+    notes: tuple[str, ...] = ()
+
+    @property
+    def world_size(self) -> int:
+        """Number of devices."""
+        return self.nodes * self.gpus_per_node

@@ -1,0 +1,234 @@
+"""Reads a network that is a plain list of layers (an image classifier, an MLP) from JSON into a `Network`.
+
+    {"name": "mlp", "input": {"features": 784},
+     "layers": [{"kind": "linear", "out_features": 128}, {"kind": "relu"},
+                {"kind": "linear", "out_features": 10}, {"kind": "cross_entropy"}]}
+
+The input is `features` numbers per sample or an image of `channels` x `height` x `width`; every layer takes
+the output of the one before, so the file states no input sizes. Each layer with weights begins a block (what
+FSDP gathers as one unit); the layers without weights belong to the block before them. The last layer is the
+loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+
+from rtp_sim.errors import InputError
+from rtp_sim.model.json_file import read_json_object, validated
+from rtp_sim.model.layers import (
+    Activation,
+    Conv2d,
+    CrossEntropy,
+    Dropout,
+    Layer,
+    LayerOp,
+    Linear,
+    MaxPool2d,
+    Norm,
+)
+from rtp_sim.model.network import Block, Input, Network
+
+Shape = tuple[int, ...]
+"""(channels, height, width) of an image, or (features,)."""
+
+Positive = Annotated[int, Field(strict=True, ge=1)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class _Image(_Part):
+    channels: Positive = Field(description="the colour channels of an image, for example 1")
+    height: Positive = Field(description="the height of an image in pixels, for example 28")
+    width: Positive = Field(description="the width of an image in pixels, for example 28")
+
+
+class _Features(_Part):
+    features: Positive = Field(description="the numbers per sample, for example 784")
+
+
+class _LayerLine(_Part):
+    name: str = ""
+
+
+class _Conv2d(_LayerLine):
+    kind: Literal["conv2d"]
+    out_channels: Positive = Field(description="the output channels, for example 32")
+    kernel_size: Positive = Field(description="the side of the square window, for example 3")
+    stride: Positive = 1
+    padding: Annotated[int, Field(strict=True, ge=0)] = 0
+    bias: bool = True
+
+
+class _MaxPool2d(_LayerLine):
+    kind: Literal["maxpool2d"]
+    window: Positive = Field(description="the side of the square window, for example 2")
+
+
+class _Linear(_LayerLine):
+    kind: Literal["linear"]
+    out_features: Positive = Field(description="the output features, for example 128")
+    bias: bool = True
+
+
+class _Activation(_LayerLine):
+    kind: Literal["relu", "gelu", "silu"]
+
+
+class _Norm(_LayerLine):
+    kind: Literal["layernorm", "rmsnorm"]
+
+
+class _Dropout(_LayerLine):
+    kind: Literal["dropout"]
+
+
+class _Flatten(_LayerLine):
+    kind: Literal["flatten"]
+
+
+class _CrossEntropy(_LayerLine):
+    kind: Literal["cross_entropy"]
+
+
+_AnyLayer = _Conv2d | _MaxPool2d | _Linear | _Activation | _Norm | _Dropout | _Flatten | _CrossEntropy
+
+
+def _kind_of_input(given: object) -> str | None:
+    """Which input the object is meant to be, so that messages speak of that one; None if it is none."""
+    if not isinstance(given, dict):
+        return None
+    return "features" if "features" in given else "image"
+
+
+_AnyInput = Annotated[
+    Annotated[_Image, Tag("image")] | Annotated[_Features, Tag("features")],
+    Discriminator(_kind_of_input),
+]
+
+
+class _File(_Part):
+    name: str = Field(min_length=1, description='the name of the network, for example "mnist-cnn"')
+    input: _AnyInput = Field(
+        description='{"channels": 1, "height": 28, "width": 28} or {"features": 784}',
+    )
+    layers: list[Annotated[_AnyLayer, Field(discriminator="kind")]] = Field(
+        min_length=1,
+        description='a list such as [{"kind": "linear", "out_features": 10}, {"kind": "cross_entropy"}]',
+    )
+
+
+_PARTS = (_Image, _Features, _Conv2d, _MaxPool2d, _Linear)
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where in the file a layer stands, for messages."""
+
+    path: Path
+    index: int
+    kind: str
+
+    def wrong(self, message: str) -> InputError:
+        return InputError(f"{self.path}: layer {self.index} ({self.kind}): {message}")
+
+
+def read_network(path: Path) -> Network:
+    """The network that the file lists.
+
+    Raises InputError with the file and the key or layer for text that is no JSON, keys that are missing,
+    wrong or unknown, and layers that do not fit the output of the layer before.
+    """
+    file = validated(_File, read_json_object(path), path, _PARTS)
+    shape = _input_shape(file.input)
+    inputs = (Input("samples", prod(shape), "fp32"), Input("targets", 1, "int64"))
+    layers: list[Layer] = []
+    tensor = "samples"
+    for index, line in enumerate(file.layers):
+        place = _Place(path, index, line.kind)
+        if isinstance(line, _CrossEntropy) != (index == len(file.layers) - 1):
+            raise place.wrong("expected cross_entropy as the last layer, and only there")
+        op, shape = _op(line, shape, place)
+        if op is None:
+            continue
+        name = line.name or f"{line.kind}_{index}"
+        if name in {layer.name for layer in layers}:
+            raise place.wrong(f"the name {name!r} is taken; expected names that differ")
+        reads = (tensor, "targets") if isinstance(op, CrossEntropy) else (tensor,)
+        tensor = f"{name}.y"
+        layers.append(Layer(name, op, reads, tensor))
+    return Network(file.name, 1, inputs, _blocks(layers))
+
+
+def _input_shape(given: _Image | _Features) -> Shape:
+    if isinstance(given, _Image):
+        return given.channels, given.height, given.width
+    return (given.features,)
+
+
+def _blocks(layers: list[Layer]) -> tuple[Block, ...]:
+    """One block per layer with weights, and the layers without up to the next."""
+    groups: list[list[Layer]] = []
+    for layer in layers:
+        started = groups and any(member.owned_numel for member in groups[-1])
+        if not groups or (started and layer.owned_numel):
+            groups.append([])
+        groups[-1].append(layer)
+    return tuple(Block(group[0].name, tuple(group)) for group in groups)
+
+
+def _op(line: _AnyLayer, shape: Shape, place: _Place) -> tuple[LayerOp | None, Shape]:
+    """What the line computes on an input of that shape (None: it only reshapes), and its output's shape."""
+    match line:
+        case _Conv2d():
+            return _conv2d(line, _image(shape, place), place)
+        case _MaxPool2d(window=window):
+            channels, height, width = _image(shape, place)
+            if window > min(height, width):
+                raise place.wrong(f"window {window} is larger than the {height} x {width} image it is given")
+            return MaxPool2d(channels, height, width, window), (channels, height // window, width // window)
+        case _Linear():
+            width = _features(shape, place)
+            return Linear(width, line.out_features, line.bias), (line.out_features,)
+        case _Norm():
+            return Norm(line.kind, _features(shape, place)), shape
+        case _Activation():
+            return Activation(line.kind, prod(shape)), shape
+        case _Dropout():
+            return Dropout(prod(shape)), shape
+        case _Flatten():
+            return None, (prod(shape),)
+        case _CrossEntropy():
+            return CrossEntropy(_features(shape, place)), ()
+
+
+def _conv2d(line: _Conv2d, image: tuple[int, int, int], place: _Place) -> tuple[LayerOp, Shape]:
+    channels, height, width = image
+    if line.kernel_size > min(height, width) + 2 * line.padding:
+        raise place.wrong(
+            f"kernel_size {line.kernel_size} is larger than its padded {height} x {width} input"
+        )
+    op = Conv2d(
+        channels, line.out_channels, line.kernel_size, height, width, line.stride, line.padding, line.bias
+    )
+    return op, (line.out_channels, *op.out_size())
+
+
+def _image(shape: Shape, place: _Place) -> tuple[int, int, int]:
+    if len(shape) != 3:
+        raise place.wrong(f"needs an image, but its input is {shape[0]} features")
+    return shape[0], shape[1], shape[2]
+
+
+def _features(shape: Shape, place: _Place) -> int:
+    if len(shape) != 1:
+        size = " x ".join(str(side) for side in shape)
+        raise place.wrong(f'needs features, but its input is a {size} image; put {{"kind": "flatten"}} first')
+    return shape[0]

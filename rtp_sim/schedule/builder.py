@@ -1,0 +1,118 @@
+"""Builds a `Program` op by op and derives each op's `after` from what it reads and writes.
+
+An op must wait for the last write of what it reads, and for the last write and all later reads of what it overwrites.
+Dependencies that stream order, an earlier dependency or a blocked host already imply are left out, so that the listing
+of a program shows exactly the synchronisation that it needs. A vector clock per stream tells which are implied.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from rtp_sim.schedule.ir import DTYPE_BYTES, Action, Buffer, Op, Part, Program, Size
+
+
+class Builder:
+    """Collects buffers and ops of one program. `fresh` is true for a buffer that holds nothing yet."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._buffers: dict[str, Buffer] = {}
+        self._ops: list[Op] = []
+        self._filled: set[str] = set()
+        self._writer: dict[str, int] = {}
+        self._readers: dict[str, list[int]] = {}
+        self._last: dict[str, int] = {}
+        # What each op knows to be done when it ends: stream -> index of the latest op of that stream.
+        self._known: list[dict[str, int]] = []
+        self._host_known: dict[str, int] = {}
+
+    def buffer(
+        self, name: str, category: str, dtype: str, numel: Size, *,
+        part: Part | None = None, persistent: bool = False, live_in: bool = False, live_out: bool = False,
+    ) -> str:  # fmt: skip
+        """Declares a buffer and returns its name; `persistent` is live_in and live_out. Declaring again is free."""
+        if name not in self._buffers:
+            live_in, live_out = live_in or persistent, live_out or persistent
+            self._buffers[name] = Buffer(name, category, dtype, numel, part, live_in, live_out)
+            if live_in:
+                self._filled.add(name)
+        return name
+
+    def declared(self, name: str) -> Buffer:
+        """The buffer of that name. KeyError if it was not declared."""
+        return self._buffers[name]
+
+    @staticmethod
+    def itemsize(dtype: str) -> int:
+        """Bytes of one element."""
+        return DTYPE_BYTES[dtype]
+
+    def outlives(self, name: str, *, instead_of: str) -> None:
+        """At the end of the step the content of `instead_of` is in `name`."""
+        self._buffers[name] = replace(self._buffers[name], live_out=True)
+        self._buffers[instead_of] = replace(self._buffers[instead_of], live_out=False)
+
+    def fresh(self, name: str) -> bool:
+        """Whether the buffer holds nothing yet, so that the next write starts a new content."""
+        return name not in self._filled
+
+    def drop(self, name: str) -> None:
+        """Forgets the buffer's content: the next write starts afresh."""
+        self._filled.discard(name)
+
+    def last(self, stream: str) -> tuple[int, ...]:
+        """The latest op of a stream, as a tuple for `after`; empty if there is none."""
+        return (self._last[stream],) if stream in self._last else ()
+
+    def op(
+        self, name: str, stream: str, action: Action, reads: tuple[str, ...] = (), writes: tuple[str, ...] = (), *,
+        after: tuple[int, ...] = (), blocks_host: bool = False,
+    ) -> int:  # fmt: skip
+        """Appends an op and returns its index; `after` adds dependencies that no buffer carries (pacing)."""
+        index = len(self._ops)
+        needed = set(after)
+        for b in reads:
+            if b in self._writer:
+                needed.add(self._writer[b])
+        for b in writes:
+            if b in self._writer:
+                needed.add(self._writer[b])
+            needed.update(self._readers.get(b, ()))
+        known, kept = self._order(stream, needed)
+        if blocks_host:
+            _merge(self._host_known, known)
+            self._host_known[stream] = index
+        known[stream] = index
+        self._known.append(known)
+        self._ops.append(Op(index, name, stream, action, reads, writes, kept, blocks_host))
+        self._last[stream] = index
+        for b in reads:
+            self._readers.setdefault(b, []).append(index)
+        for b in writes:
+            self._writer[b] = index
+            self._readers[b] = []
+            self._filled.add(b)
+        return index
+
+    def _order(self, stream: str, needed: set[int]) -> tuple[dict[str, int], tuple[int, ...]]:
+        """What is known done when the op starts, and the dependencies that are not implied by the others."""
+        known = dict(self._host_known)
+        if stream in self._last:
+            _merge(known, self._known[self._last[stream]])
+        kept = []
+        for d in sorted(needed, reverse=True):
+            if known.get(self._ops[d].stream, -1) < d:
+                kept.append(d)
+                _merge(known, self._known[d])
+        return known, tuple(sorted(kept))
+
+    def program(self) -> Program:
+        """The finished program."""
+        return Program(self._name, dict(self._buffers), tuple(self._ops))
+
+
+def _merge(into: dict[str, int], other: dict[str, int]) -> None:
+    for stream, index in other.items():
+        if into.get(stream, -1) < index:
+            into[stream] = index

@@ -1,0 +1,30 @@
+"""`Options`: the choices within a strategy that users can name, with the frameworks' defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """`ddp_bucket_bytes` and `ddp_first_bucket_bytes`: torch DDP's 25 MiB and 1 MiB. `fsdp_unit`: "block" gathers each
+    block alone, "model" the whole model as one unit. `fsdp_prefetch`: gather the next unit while this one computes.
+    `rtp_fuse_mlp`: rotate an MLP as one unit instead of two. `rtp_hide_gradient_hop`: add the travelling gradient
+    after the next sub-step instead of waiting for it first. `rtp_prefetch`: start a unit's first hop during the
+    previous unit. `rtp_chunk_bytes`: the bounce buffer of the in-place form. `rtp_ring`: "flat" or "two-level".
+    `dp_sync`: what the data-parallel axis beside rotation or tensor parallelism does, "ddp" or "zero1".
+    `eval_passes`: forward-only passes instead of a training step (rotation alternates direction)."""
+
+    ddp_bucket_bytes: int = 25 * MIB
+    ddp_first_bucket_bytes: int = MIB
+    fsdp_unit: str = "block"
+    fsdp_prefetch: bool = True
+    rtp_fuse_mlp: bool = False
+    rtp_hide_gradient_hop: bool = False
+    rtp_prefetch: bool = False
+    rtp_chunk_bytes: int = 4 * MIB
+    rtp_ring: str = "flat"
+    dp_sync: str = "ddp"
+    eval_passes: int = 0

@@ -1,0 +1,378 @@
+"""`Step`: what strategies write programs with. It emits the kernels of layers, forward and backward, into a builder.
+
+Buffer names: `w.L` weights of layer L, `g.L` gradient, `opt.L` optimizer state, `m0/T` tensor T of micro-batch 0,
+`m0/d.T` its gradient. Activations need no bookkeeping: a tensor lives until the last op that reads it, which is a
+backward op where autograd would have saved it, and full recompute is emitting a block's forward a second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from rtp_sim.model.kernels import BACKWARD, PASS_THROUGH, Rule
+from rtp_sim.model.layers import Attention, Call, Extent, Layer, Lowered
+from rtp_sim.model.network import Block, Network
+from rtp_sim.model.training import TrainingSpec
+from rtp_sim.schedule.builder import Builder
+from rtp_sim.schedule.ir import Collective, Compute, Dims, Group, Part, Size
+from rtp_sim.schedule.options import Options
+from rtp_sim.schedule.sharding import Sharding, call_dims, lower, tensor_numel
+
+OnInputGrad = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """How one layer is worked on: all of it, or one shard (`sharding`), as sub-step `sub` of several.
+
+    `weight` and `grad` name the buffers that hold the weights and collect their gradient; `inputs` replaces input
+    tensors by buffers (gathered copies, say) and `output` the output; `tag` goes into op names.
+    """
+
+    sharding: Sharding | None = None
+    sub: int = 0
+    weight: str | None = None
+    grad: str | None = None
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    output: str | None = None
+    after: tuple[int, ...] = ()
+    tag: str = ""
+
+
+ALL = Work()
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerShare:
+    """Parameters that a rank updates: their state is kept in `opt.<name>`; `numel` by shard where uneven."""
+
+    name: str
+    numel: Size
+    grads: tuple[str, ...]
+    weights: tuple[str, ...]
+    part: Part | None = None
+
+
+class Step:
+    """The program of one rank class under construction, with what strategies need to know about the run."""
+
+    def __init__(
+        self, name: str, network: Network, training: TrainingSpec, groups: Mapping[str, Group], options: Options
+    ) -> None:
+        self.b = Builder(name)
+        self.network = network
+        self.training = training
+        self.groups = groups
+        self.options = options
+        self.extent = Extent(training.micro_batch, network.seq)
+        self.policy = training.policy
+        self.micro = 0
+        self._inputs = {i.name for i in network.inputs}
+        self._pending: dict[str, str] = {}
+
+    # ---- what strategies loop over
+
+    def microbatches(self) -> Iterator[bool]:
+        """Each micro-batch of the step; yields whether it is the last. Declares its input tensors."""
+        for self.micro in range(self.training.num_microbatches):
+            self.start_pass()
+            yield self.micro == self.training.num_microbatches - 1
+
+    def start_pass(self) -> None:
+        """Declares the input tensors of the current micro-batch, there from the start of the step."""
+        for i in self.network.inputs:
+            numel = i.numel_per_sample * self.training.micro_batch
+            self.b.buffer(self.tensor(i.name), "activations", i.dtype, numel, live_in=True)
+
+    def forward(self) -> None:
+        """The whole forward pass with whole layers."""
+        for block in self.network.blocks:
+            self.forward_block(block)
+
+    def forward_block(self, block: Block, tag: str = "F") -> None:
+        """One block with whole layers."""
+        for layer in block.layers:
+            self.forward_layer(layer, Work(tag=tag))
+
+    def backward(self) -> Iterator[Layer]:
+        """The whole backward pass with whole layers; yields each layer once its gradients are there."""
+        for block in reversed(self.network.blocks):
+            yield from self.backward_block(block)
+
+    def backward_block(self, block: Block, work: Callable[[Layer], Work] = lambda _: ALL) -> Iterator[Layer]:
+        """One block, recomputed first under full recompute; yields each layer once its gradients are there."""
+        if self.recomputes(block):
+            for layer in block.layers:
+                self.forward_layer(layer, _tagged(work(layer), "R"))
+        for layer in reversed(block.layers):
+            self.backward_layer(layer, work(layer))
+            self.merge_input_grads(layer)
+            yield layer
+
+    def recomputes(self, block: Block) -> bool:
+        """Whether the backward of this block starts with its forward."""
+        return self.training.recompute == "full" and block.recomputable
+
+    # ---- names and buffers
+
+    def tensor(self, name: str) -> str:
+        """Buffer name of a network tensor in the current micro-batch."""
+        return f"m{self.micro}/{name}"
+
+    def group_size(self, group: str) -> int:
+        """Members of a group; 1 if it does not exist."""
+        return self.groups[group].size if group in self.groups else 1
+
+    def weight(self, layer: Layer, numel: Size | None = None, part: Part | None = None) -> str:
+        """The persistent weight buffer `w.L`; `numel` defaults to the whole layer's parameters. A layer that shares
+        weights must come after their owner."""
+        numel = layer.op.numel() if numel is None else numel
+        return self.b.buffer(
+            f"w.{layer.weight_name}", "weights", self.policy.weight_dtype, numel, part=part, persistent=True
+        )
+
+    def gradient(self, layer: Layer, numel: Size | None = None, part: Part | None = None) -> str:
+        """The gradient buffer `g.L`: filled in the backward pass, gone after the optimizer step."""
+        numel = layer.op.numel() if numel is None else numel
+        return self.b.buffer(f"g.{layer.weight_name}", "gradients", self.policy.gradient_dtype, numel, part=part)
+
+    def _local(self, layer: Layer, name: str, lowered: tuple[Lowered, ...], work: Work, grad: bool = False) -> str:
+        """Declares (once) and names the buffer of a local tensor of `layer`, or of its gradient."""
+        sharding = work.sharding
+        numel, part = tensor_numel(lowered, name), None if sharding is None else sharding.part
+        dtype = lowered[0].tensors[name].dtype
+        dtype = {"": self.policy.weight_dtype, "loss": self.loss_dtype}.get(dtype, dtype)
+        if name == "y":
+            if sharding is not None and sharding.assemble and not sharding.sums:
+                numel, part = lower(layer.op, self.extent, "", 1)[0].tensors["y"].numel, None
+            base = layer.output
+        else:
+            base = f"{layer.name}.{name}" + (f".s{work.sub}" if sharding is not None and sharding.assemble else "")
+        buffer = f"m{self.micro}/{'d.' if grad else ''}{base}"
+        return self.b.buffer(buffer, "activations", dtype, numel, part=None if isinstance(numel, int) else part)
+
+    @property
+    def loss_dtype(self) -> str:
+        """Log-probabilities are fp32 under mixed precision, else of the weights' dtype."""
+        return "fp32" if self.policy.master_dtype else self.policy.weight_dtype
+
+    # ---- forward
+
+    def lowered(self, layer: Layer, work: Work) -> tuple[Lowered, ...]:
+        """The layer's kernel calls, per shard index."""
+        sharding = work.sharding
+        return lower(layer.op, self.extent, sharding.kind if sharding else "", sharding.n if sharding else 1)
+
+    def forward_layer(self, layer: Layer, work: Work = ALL) -> None:
+        """Emits the forward kernels of a layer (or of the shard that `work` names) on the compute stream."""
+        lowered = self.lowered(layer, work)
+        for i in range(len(lowered[0].calls)):
+            self._forward_call(layer, lowered, i, work)
+
+    def _forward_call(self, layer: Layer, lowered: tuple[Lowered, ...], i: int, work: Work) -> None:
+        call = lowered[0].calls[i]
+        reads = [self._operand(layer, name, lowered, work) for name in call.inputs]
+        writes = [self._operand(layer, name, lowered, work) for name in call.outputs]
+        if call.weight:
+            reads.append(work.weight or self.weight(layer))
+        if "y" in call.outputs and work.sub > 0:
+            reads.append(writes[0])
+        self._compute(f"{layer.name}.{work.tag or 'F'}{_sub(work)}.{i}.{call.kernel}", lowered, i, call.kernel, work,
+                      tuple(reads), tuple(writes))  # fmt: skip
+
+    def _operand(self, layer: Layer, name: str, lowered: tuple[Lowered, ...], work: Work) -> str:
+        """The buffer of a call's operand: an input of the layer, its output, or a local tensor."""
+        if name.startswith("x") and name[1:].isdigit():
+            tensor = layer.inputs[int(name[1:])]
+            return work.inputs.get(tensor) or self.tensor(tensor)
+        if name == "y" and work.output is not None:
+            return work.output
+        return self._local(layer, name, lowered, work)
+
+    def _compute(
+        self, name: str, lowered: tuple[Lowered, ...], call: int, kernel: str, work: Work,
+        reads: tuple[str, ...], writes: tuple[str, ...],
+    ) -> int:  # fmt: skip
+        dims, variants = call_dims(lowered, call)
+        part = work.sharding.part if work.sharding is not None else None
+        action = Compute(kernel, self.policy.compute_dtype, dims, part, variants)
+        return self.b.op(f"m{self.micro}.{name}", "compute", action, reads, writes, after=work.after)
+
+    # ---- backward
+
+    def output_grad(self, layer: Layer) -> str:
+        """The buffer with the gradient of the layer's output."""
+        return self._pending.get(layer.output, "")
+
+    def set_output_grad(self, layer: Layer, buffer: str) -> None:
+        """Puts `buffer` (a gathered copy, say) in the place of the layer's output gradient."""
+        self._pending[layer.output] = buffer
+
+    def backward_layer(self, layer: Layer, work: Work = ALL, on_input_grad: OnInputGrad | None = None) -> None:
+        """Emits the backward kernels of a layer or shard. Input gradients go to buffers that `merge_input_grads` takes
+        up; `on_input_grad` is called with each as soon as it is complete (to start communicating it)."""
+        lowered = self.lowered(layer, work)
+        if self.training.recompute == "selective" and isinstance(layer.op, Attention):
+            self._recompute_scores(layer, lowered, work)
+        grads = {"y": self.output_grad(layer)}
+        for i in reversed(range(len(lowered[0].calls))):
+            call = lowered[0].calls[i]
+            if call.kernel in PASS_THROUGH:
+                for name in call.inputs:
+                    self._pass_through(layer, name, grads)
+            for rule in BACKWARD.get(call.kernel, ()):
+                self._backward_call(layer, lowered, i, rule, grads, work, on_input_grad)
+
+    def _pass_through(self, layer: Layer, name: str, grads: dict[str, str]) -> None:
+        """The gradient of an addend is the gradient of the sum: the same buffer, no kernel."""
+        grads[name] = grads["y"]
+
+    def _backward_call(
+        self, layer: Layer, lowered: tuple[Lowered, ...], i: int, rule: Rule, grads: dict[str, str], work: Work,
+        on_input_grad: OnInputGrad | None,
+    ) -> None:  # fmt: skip
+        call = lowered[0].calls[i]
+        wanted = [n for n in call.inputs if self._differentiable(layer, n)] if "dx" in rule.makes else []
+        if "dx" in rule.makes and not wanted and "dw" not in rule.makes:
+            return
+        reads = self._rule_reads(layer, lowered, call, rule, grads, work)
+        writes = []
+        for name in wanted:
+            buffer, update = self._input_grad(layer, name, lowered, grads, work)
+            writes.append(buffer)
+            if update:
+                reads.append(buffer)
+        if "dw" in rule.makes:
+            grad = work.grad or self.gradient(layer)
+            writes.append(grad)
+            if not self.b.fresh(grad):
+                reads.append(grad)
+        self._compute(f"{layer.name}.B{_sub(work)}.{i}.{rule.kernel}", lowered, i, rule.kernel, work,
+                      tuple(dict.fromkeys(reads)), tuple(writes))  # fmt: skip
+        if on_input_grad is not None:
+            for name, buffer in zip(wanted, writes, strict=False):
+                if name.startswith("x"):
+                    on_input_grad(buffer)
+
+    def _rule_reads(
+        self, layer: Layer, lowered: tuple[Lowered, ...], call: Call, rule: Rule, grads: dict[str, str], work: Work
+    ) -> list[str]:
+        reads = []
+        for token in rule.reads:
+            match token:
+                case "dy":
+                    # A loss has no output gradient: its backward starts from 1.
+                    reads += [grads[call.outputs[0]]] if grads.get(call.outputs[0]) else []
+                case "w":
+                    reads.append(work.weight or self.weight(layer))
+                case "x" | "x1":
+                    names = call.inputs if token == "x" else call.inputs[1:2]
+                    reads += [self._operand(layer, n, lowered, work) for n in names]
+                case _:
+                    names = call.outputs if token == "y" else call.outputs[1:2]
+                    reads += [self._operand(layer, n, lowered, work) for n in names]
+        return reads
+
+    def _differentiable(self, layer: Layer, name: str) -> bool:
+        return not name.startswith("x") or layer.inputs[int(name[1:])] not in self._inputs
+
+    def _input_grad(
+        self, layer: Layer, name: str, lowered: tuple[Lowered, ...], grads: dict[str, str], work: Work
+    ) -> tuple[str, bool]:
+        """The buffer for the gradient of call input `name`, and whether it already holds a part of it."""
+        if name in grads:
+            return grads[name], True
+        if name.startswith("x") and name[1:].isdigit():
+            tensor = layer.inputs[int(name[1:])]
+            grads[name] = self.input_grad_buffer(layer, tensor, work)
+            return grads[name], work.sub > 0
+        grads[name] = self._local(layer, name, lowered, work, grad=True)
+        return grads[name], False
+
+    def input_grad_buffer(self, layer: Layer, tensor: str, work: Work = ALL) -> str:
+        """Declares the buffer in which `layer` leaves the gradient of its input `tensor`."""
+        source = work.inputs.get(tensor) or self.tensor(tensor)
+        like = self.b.declared(source)
+        name = f"m{self.micro}/d.{tensor}@{layer.name}"
+        return self.b.buffer(name, "activations", like.dtype, like.numel, part=like.part)
+
+    def merge_input_grads(self, layer: Layer, grads: Mapping[str, str] | None = None) -> None:
+        """Makes the layer's input gradients those of its input tensors, adding to what other readers of the tensor
+        left there. `grads` replaces buffers (reduced copies, say) per tensor."""
+        done = self._pending.pop(layer.output, "")
+        kernels = {c.kernel for c in lower(layer.op, self.extent, "", 1)[0].calls}
+        for tensor in layer.inputs:
+            if tensor in self._inputs:
+                continue
+            own = done if kernels & PASS_THROUGH else f"m{self.micro}/d.{tensor}@{layer.name}"
+            own = (grads or {}).get(tensor, own)
+            other = self._pending.get(tensor)
+            if other is not None:
+                own = self._accumulate(tensor, own, other)
+            self._pending[tensor] = own
+
+    def _accumulate(self, tensor: str, own: str, other: str) -> str:
+        """own += other, as autograd adds the gradients of a tensor with two readers."""
+        like = self.b.declared(own)
+        numel = like.numel if isinstance(like.numel, int) else max(like.numel)
+        action = Compute("add", self.policy.compute_dtype, (("numel", numel),))
+        self.b.op(f"m{self.micro}.{tensor}.B.add", "compute", action, (own, other), (own,))
+        return own
+
+    def _recompute_scores(self, layer: Layer, lowered: tuple[Lowered, ...], work: Work) -> None:
+        """Selective recompute: the scores and probabilities of materialised attention, again."""
+        for i, call in enumerate(lowered[0].calls):
+            if call.kernel in ("attn.scores", "softmax", "dropout"):
+                self._forward_call(layer, lowered, i, _tagged(work, "R"))
+
+    # ---- end of the step
+
+    def collective(
+        self, kind: str, group: str, stream: str, name: str, numel: int, reads: tuple[str, ...],
+        writes: tuple[str, ...], dtype: str | None = None, after: tuple[int, ...] = (),
+    ) -> int | None:  # fmt: skip
+        """A collective of `numel` elements (total array, nccl-tests' convention); none in a group of one."""
+        if self.group_size(group) == 1 or numel == 0:
+            return None
+        dtype = dtype or self.policy.weight_dtype
+        size_bytes = numel * self.b.itemsize(dtype)
+        return self.b.op(name, stream, Collective(kind, group, size_bytes, dtype), reads, writes, after=after)
+
+    def optimizer(self, shares: Sequence[OptimizerShare]) -> None:
+        """One fused optimizer step over everything this rank updates."""
+        per_parameter, states = self.training.optimizer_bytes_per_parameter(), []
+        for s in shares:
+            if per_parameter:
+                size: Size = tuple(n * per_parameter for n in s.numel) if isinstance(s.numel, tuple) else (
+                    s.numel * per_parameter)  # fmt: skip
+                states.append(
+                    self.b.buffer(f"opt.{s.name}", "optimizer", "uint8", size, part=s.part, persistent=True)
+                )
+        dims, variants = _optimizer_dims([s.numel for s in shares], self._optimizer_traffic())
+        part = next((s.part for s in shares if isinstance(s.numel, tuple)), None)
+        action = Compute("optimizer", self.policy.weight_dtype, dims, part, variants)
+        grads = tuple(dict.fromkeys(g for s in shares for g in s.grads))
+        weights = tuple(dict.fromkeys(w for s in shares for w in s.weights))
+        self.b.op("optimizer", "compute", action, (*grads, *weights, *states), (*weights, *states))
+
+    def _optimizer_traffic(self) -> int:
+        """Bytes moved per parameter: gradient read, states and master weights read and written, weights written (and
+        read where they have no master copy)."""
+        p, states = self.policy, self.training.optimizer_bytes_per_parameter()
+        return p.gradient_bytes + 2 * states + p.weight_bytes * (1 if p.master_bytes else 2)
+
+
+def _optimizer_dims(sizes: Sequence[Size], traffic: int) -> tuple[Dims, tuple[Dims, ...] | None]:
+    shards = max((len(n) for n in sizes if isinstance(n, tuple)), default=1)
+    totals = [sum(n[i] if isinstance(n, tuple) else n for n in sizes) for i in range(shards)]
+    variants: tuple[Dims, ...] = tuple((("numel", t), ("state_bytes", traffic)) for t in totals)
+    return variants[0], variants if shards > 1 else None
+
+
+def _tagged(work: Work, tag: str) -> Work:
+    return Work(work.sharding, work.sub, work.weight, work.grad, work.inputs, work.output, work.after, tag)
+
+
+def _sub(work: Work) -> str:
+    return str(work.sub) if work.sharding is not None and work.sharding.assemble else ""

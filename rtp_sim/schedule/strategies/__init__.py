@@ -1,0 +1,23 @@
+"""The strategies by name. A strategy is one function that writes the program of a rank into a `Step`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from rtp_sim.schedule.step import Step
+from rtp_sim.schedule.strategies.fsdp import fsdp
+from rtp_sim.schedule.strategies.replicated import ddp, single, zero1, zero2
+from rtp_sim.schedule.strategies.rotation import rtp, rtp_inplace
+from rtp_sim.schedule.strategies.tensor_parallel import tp, tp_sp
+
+STRATEGIES: Mapping[str, Callable[[Step], None]] = {
+    "single": single,
+    "ddp": ddp,
+    "zero1": zero1,
+    "zero2": zero2,
+    "fsdp": fsdp,
+    "tp": tp,
+    "tp-sp": tp_sp,
+    "rtp": rtp,
+    "rtp-inplace": rtp_inplace,
+}

@@ -1,0 +1,106 @@
+"""`fsdp`: weights, gradients and optimizer state in shards; each unit is gathered just before it is used (ZeRO-3).
+
+A unit is a block, or the whole model with `fsdp_unit="model"`. Where embedding and head share weights, both blocks
+form the root unit, which stays gathered through a pass, as torch's root module does. The next unit is gathered while
+the current one computes; its gather waits for the end of the one before, so at most two units are whole at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rtp_sim.model.network import Block
+from rtp_sim.schedule.ir import Compute
+from rtp_sim.schedule.step import OptimizerShare, Step, Work
+
+GROUP = "dp"
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Layers whose weights are gathered together; `shard` is one rank's padded share of `numel` parameters."""
+
+    name: str
+    numel: int
+    shard: int
+
+
+def fsdp(step: Step) -> None:
+    """Forward: gather each unit, compute, drop it. Backward: gather again, compute, reduce-scatter its gradient."""
+    units, blocks = _units(step), step.network.blocks
+    order = [units[b.name] for b in blocks]
+    for _ in step.microbatches():
+        gathered: set[str] = set()
+        for i, block in enumerate(blocks):
+            _gather(step, order[i : i + 1 + step.options.fsdp_prefetch], gathered, "F")
+            for layer in block.layers:
+                step.forward_layer(layer, _work(step, order[i]))
+        gathered.clear()
+        for i in reversed(range(len(blocks))):
+            ahead = order[max(0, i - step.options.fsdp_prefetch) : i + 1][::-1]
+            _gather(step, ahead, gathered, "B")
+            work = _work(step, order[i])
+            for _ in step.backward_block(blocks[i], lambda _, work=work: work):  # type: ignore[misc]
+                pass
+            if order[i] not in order[:i]:
+                _reduce(step, order[i])
+    unique = dict.fromkeys(order)
+    step.optimizer([OptimizerShare(u.name, u.shard, (f"g.{u.name}",), (f"w.{u.name}",)) for u in unique if u.numel])
+
+
+def _units(step: Step) -> dict[str, Unit]:
+    """block name -> its unit; declares the sharded weights."""
+    shared = {layer.shares for layer in step.network.layers() if layer.shares}
+
+    def key(block: Block) -> str:
+        if step.options.fsdp_unit == "model":
+            return "model"
+        return "root" if any(x.name in shared or x.shares for x in block.layers) else block.name
+
+    numel: dict[str, int] = {}
+    for block in step.network.blocks:
+        numel[key(block)] = numel.get(key(block), 0) + sum(x.owned_numel for x in block.layers)
+    n = step.group_size(GROUP)
+    units = {name: Unit(name, count, -(-count // n)) for name, count in numel.items()}
+    for u in units.values():
+        if u.numel:
+            step.b.buffer(f"w.{u.name}", "weights", step.policy.weight_dtype, u.shard, persistent=True)
+    return {block.name: units[key(block)] for block in step.network.blocks}
+
+
+def _work(step: Step, unit: Unit) -> Work:
+    """Where the unit's layers find whole weights and leave whole gradients; the shards themselves in a group of one."""
+    if step.group_size(GROUP) == 1 or not unit.numel:
+        step.b.buffer(f"g.{unit.name}", "gradients", step.policy.gradient_dtype, unit.shard)
+        return Work(weight=f"w.{unit.name}", grad=f"g.{unit.name}")
+    padded = unit.shard * step.group_size(GROUP)
+    weight = step.b.buffer(f"full.{unit.name}", "communication", step.policy.weight_dtype, padded)
+    grad = step.b.buffer(f"gfull.{unit.name}", "communication", step.policy.gradient_dtype, padded)
+    return Work(weight=weight, grad=grad)
+
+
+def _gather(step: Step, wanted: list[Unit], gathered: set[str], tag: str) -> None:
+    """Gathers the units not yet gathered in this pass, no earlier than the compute issued so far has ended."""
+    for unit in wanted:
+        if unit.name in gathered or not unit.numel:
+            continue
+        gathered.add(unit.name)
+        padded = unit.shard * step.group_size(GROUP)
+        step.collective("all_gather", GROUP, "fsdp", f"m{step.micro}.gather.{tag}.{unit.name}", padded,
+                        (f"w.{unit.name}",), (_work(step, unit).weight or "",), after=step.b.last("compute"))  # fmt: skip
+
+
+def _reduce(step: Step, unit: Unit) -> None:
+    """Reduce-scatters the unit's gradient into the shard, or adds it to what earlier micro-batches left there."""
+    if not unit.numel or step.group_size(GROUP) == 1:
+        return
+    dtype, padded = step.policy.gradient_dtype, unit.shard * step.group_size(GROUP)
+    shard = step.b.buffer(f"g.{unit.name}", "gradients", dtype, unit.shard)
+    name, source = f"m{step.micro}.reduce.{unit.name}", f"gfull.{unit.name}"
+    first = step.b.fresh(shard)
+    target = shard if first else step.b.buffer(f"g.arrived.{unit.name}", "communication", dtype, unit.shard)
+    step.collective("reduce_scatter", GROUP, "fsdp", name, padded, (source,), (target,), dtype)
+    step.b.drop(source)
+    if not first:
+        add = Compute("add", dtype, (("numel", unit.shard),))
+        step.b.op(f"{name}.add", "compute", add, (shard, target), (shard,))

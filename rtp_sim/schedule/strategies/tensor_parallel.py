@@ -1,0 +1,227 @@
+"""Megatron tensor parallelism: `tp`, and `tp-sp` with sequence parallelism (arXiv 1909.08053, 2205.05198).
+
+All ranks of a tp group work on the same micro-batch. Attention is split by heads, an MLP by its features, embedding
+and head by vocabulary. `tp` all-reduces the output of each split layer, and in the backward pass its input gradient,
+which overlaps with the weight gradients. `tp-sp` keeps the activations between split layers in shards of tokens:
+all-gather before, reduce-scatter after; the backward gathers the saved input again for the weight gradient.
+"""
+
+from __future__ import annotations
+
+from rtp_sim.model.layers import Attention, CrossEntropy, Embedding, Experts, Layer, Linear, Mlp, Router
+from rtp_sim.schedule.data_parallel import DataParallel
+from rtp_sim.schedule.ir import Part, Size
+from rtp_sim.schedule.sharding import Sharding, even, shard_numel
+from rtp_sim.schedule.step import Step, Work
+
+GROUP = "tp"
+HERE = Part(GROUP, (0,))
+
+
+def tp(step: Step) -> None:
+    """Activations between split layers are whole on every rank."""
+    _run(step, _Tensor(step, sequence=False))
+
+
+def tp_sp(step: Step) -> None:
+    """Activations between split layers are split by tokens."""
+    _run(step, _Tensor(step, sequence=True))
+
+
+def _run(step: Step, tensor: _Tensor) -> None:
+    sync = DataParallel(step, step.options.dp_sync)
+    for last in step.microbatches():
+        for layer in step.network.layers():
+            tensor.forward(layer)
+        for block in reversed(step.network.blocks):
+            if step.recomputes(block):
+                for layer in block.layers:
+                    tensor.forward(layer, "R")
+            for layer in reversed(block.layers):
+                tensor.backward(layer)
+                if (last or sync.every_microbatch) and not tensor.partial_gradient(layer):
+                    sync.ready(layer, *tensor.shard(layer))
+        if last or sync.every_microbatch:
+            tensor.reduce_partial_gradients(sync)
+        if not last and sync.every_microbatch:
+            sync.end_microbatch()
+    sync.finish()
+
+
+def _kind(layer: Layer) -> str:
+    """How a layer is split; "" if it is not."""
+    match layer.op:
+        case Attention():
+            return "heads"
+        case Mlp() | Experts():
+            return "ffn"
+        case Embedding() | Linear(vocab=True) | CrossEntropy():
+            return "vocab"
+    return ""
+
+
+class _Tensor:
+    """One rank's view of the split: which work each layer is, and the communication at its edges."""
+
+    def __init__(self, step: Step, sequence: bool) -> None:
+        self.step, self.n = step, step.group_size(GROUP)
+        self.sequence = sequence and self.n > 1
+
+    def shard(self, layer: Layer) -> tuple[Size, Part | None]:
+        """Parameters of the layer's shard, by shard index where uneven."""
+        numel = even(shard_numel(layer.op, _kind(layer), self.n)) if _kind(layer) and self.n > 1 else layer.op.numel()
+        return numel, HERE if isinstance(numel, tuple) else None
+
+    def work(self, layer: Layer, tag: str = "") -> Work:
+        """The layer as this rank's shard: of its weights, or of the tokens, or whole."""
+        kind = _kind(layer) or ("rows" if self._by_rows(layer) else "")
+        sharding = Sharding(kind, self.n, HERE) if kind and self.n > 1 else None
+        if layer.op.numel() == 0:
+            return Work(sharding, tag=tag)
+        return Work(sharding, 0, self._weight(layer), self._grad(layer), tag=tag)
+
+    def _weight(self, layer: Layer) -> str:
+        return self.step.weight(layer, *self.shard(layer))
+
+    def _grad(self, layer: Layer) -> str:
+        return self.step.gradient(layer, *self.shard(layer))
+
+    def _by_rows(self, layer: Layer) -> bool:
+        """Whether sequence parallelism leaves this layer its share of the tokens."""
+        return self.sequence and not isinstance(layer.op, Router)
+
+    def partial_gradient(self, layer: Layer) -> bool:
+        """Whether each rank has seen only its tokens, so that gradients of whole weights must be added up."""
+        return self._by_rows(layer) and not _kind(layer) and layer.owned_numel > 0
+
+    # ---- forward
+
+    def forward(self, layer: Layer, tag: str = "F") -> None:
+        """The layer with the communication around it."""
+        kind, step = _kind(layer), self.step
+        work = self.work(layer, tag)
+        if self.sequence and self._reads_whole(layer):
+            work = self._with_inputs(layer, work, tag)
+        if self.sequence and self._writes_partial(layer):
+            partial = self._full(layer.output, "partial")
+            step.forward_layer(layer, Work(work.sharding, 0, work.weight, work.grad, work.inputs, partial, tag=tag))
+            self._scatter(layer, partial, layer.output, f"{layer.name}.{tag}.reduce_scatter")
+            return
+        step.forward_layer(layer, work)
+        output = step.tensor(layer.output)
+        if self._writes_partial(layer):
+            numel = self._tokens_numel(output)
+            self._collective("all_reduce", f"{layer.name}.{tag}.all_reduce", numel, output, output)
+        if kind == "vocab" and isinstance(layer.op, CrossEntropy):
+            self._loss_statistics(layer, output, tag)
+
+    def _reads_whole(self, layer: Layer) -> bool:
+        return _kind(layer) in ("heads", "ffn") or isinstance(layer.op, Linear | Router)
+
+    def _writes_partial(self, layer: Layer) -> bool:
+        return self.n > 1 and (_kind(layer) in ("heads", "ffn") or isinstance(layer.op, Embedding))
+
+    def _loss_statistics(self, layer: Layer, output: str, tag: str) -> None:
+        """Maximum, sum of exponentials and target logit per token, each reduced over the vocabulary shards."""
+        for what in ("max", "sum", "target"):
+            self.step.collective("all_reduce", GROUP, GROUP, f"m{self.step.micro}.{layer.name}.{tag}.{what}",
+                                 self.step.extent.tokens, (output,), (output,), "fp32")  # fmt: skip
+
+    # ---- backward
+
+    def backward(self, layer: Layer) -> None:
+        """The layer's gradients with the communication around them."""
+        step, work = self.step, self.work(layer)
+        if self.n == 1 or not _kind(layer) or isinstance(layer.op, CrossEntropy):
+            step.backward_layer(layer, work)
+            step.merge_input_grads(layer)
+            return
+        if self.sequence and self._writes_partial(layer):
+            self._gather_output_grad(layer)
+        if self.sequence and self._reads_whole(layer):
+            work = self._with_inputs(layer, work, "B")
+        reduced: dict[str, str] = {}
+        step.backward_layer(layer, work, lambda buffer: self._reduce_input_grad(layer, buffer, reduced))
+        step.merge_input_grads(layer, reduced)
+
+    def _reduce_input_grad(self, layer: Layer, buffer: str, reduced: dict[str, str]) -> None:
+        """Each rank has the part of the input gradient that went through its shard: add them up."""
+        tensor = buffer.split("/d.", 1)[1].rsplit("@", 1)[0]
+        name = f"{layer.name}.B.reduce.{tensor}"
+        if not self.sequence or tensor in self._whole_tensors():
+            self._collective("all_reduce", name, self._tokens_numel(buffer), buffer, buffer)
+            return
+        target = self._rows_grad(tensor, layer)
+        self._collective("reduce_scatter", name, self._tokens_numel(buffer), buffer, target)
+        reduced[tensor] = target
+
+    def _gather_output_grad(self, layer: Layer) -> None:
+        sharded = self.step.output_grad(layer)
+        full = self._full(layer.output, "grad")
+        name = f"{layer.name}.B.all_gather"
+        self._collective("all_gather", name, self._tokens_numel(full), sharded, full)
+        self.step.set_output_grad(layer, full)
+
+    def reduce_partial_gradients(self, sync: DataParallel) -> None:
+        """One all-reduce over the tp group for weights whose ranks each saw their own tokens (norms, positions)."""
+        layers = [x for x in self.step.network.layers() if self.partial_gradient(x)]
+        grads = tuple(f"g.{x.name}" for x in layers)
+        self.step.collective("all_reduce", GROUP, GROUP, f"m{self.step.micro}.reduce_partial_gradients",
+                             sum(x.owned_numel for x in layers), grads, grads, self.step.policy.gradient_dtype)  # fmt: skip
+        for layer in layers:
+            sync.ready(layer)
+
+    # ---- buffers and collectives
+
+    def _whole_tensors(self) -> set[str]:
+        """Tensors that are not split by tokens under sequence parallelism: the routing of experts."""
+        return {x.output for x in self.step.network.layers() if isinstance(x.op, Router)}
+
+    def _with_inputs(self, layer: Layer, work: Work, tag: str) -> Work:
+        """All-gathers the layer's token-sharded inputs and makes the work read the copies."""
+        inputs = {}
+        for tensor in layer.inputs:
+            if tensor in self._whole_tensors():
+                continue
+            full = self._full(tensor, "full")
+            name = f"{layer.name}.{tag}.all_gather.{tensor}"
+            self._collective("all_gather", name, self._tokens_numel(full), self.step.tensor(tensor), full)
+            inputs[tensor] = full
+        return Work(work.sharding, 0, work.weight, work.grad, inputs, work.output, tag=tag)
+
+    def _full(self, tensor: str, what: str) -> str:
+        """A buffer for all tokens of a tensor whose rows are hidden_size wide."""
+        step = self.step
+        numel = step.extent.tokens * self._width(tensor)
+        return step.b.buffer(f"{step.tensor(tensor)}.{what}", "communication", step.policy.weight_dtype, numel)
+
+    def _rows_numel(self, tensor: str) -> Size:
+        tokens, width = self.step.extent.tokens, self._width(tensor)
+        base, extra = divmod(tokens, self.n)
+        return even(tuple((base + (i < extra)) * width for i in range(self.n)))
+
+    def _rows_grad(self, tensor: str, layer: Layer) -> str:
+        step, numel = self.step, self._rows_numel(tensor)
+        name = f"{step.tensor('d.' + tensor)}@{layer.name}.rows"
+        part = HERE if isinstance(numel, tuple) else None
+        return step.b.buffer(name, "activations", step.policy.weight_dtype, numel, part=part)
+
+    def _width(self, tensor: str) -> int:
+        """Features per token of a tensor between layers."""
+        layer = next(x for x in self.step.network.layers() if x.output == tensor)
+        lowered = layer.op.lower(self.step.extent).tensors["y"]
+        return lowered.numel // self.step.extent.tokens
+
+    def _scatter(self, layer: Layer, partial: str, tensor: str, name: str) -> None:
+        step, numel = self.step, self._rows_numel(tensor)
+        part = HERE if isinstance(numel, tuple) else None
+        target = step.b.buffer(step.tensor(tensor), "activations", step.policy.weight_dtype, numel, part=part)
+        self._collective("reduce_scatter", name, self._tokens_numel(partial), partial, target)
+
+    def _tokens_numel(self, buffer: str) -> int:
+        numel = self.step.b.declared(buffer).numel
+        return numel if isinstance(numel, int) else max(numel)
+
+    def _collective(self, kind: str, name: str, numel: int, source: str, target: str) -> None:
+        dtype = self.step.b.declared(source).dtype
+        self.step.collective(kind, GROUP, GROUP, f"m{self.step.micro}.{name}", numel, (source,), (target,), dtype)

@@ -1,0 +1,73 @@
+"""`Timeline`: when every op of every rank started and ended. The simulator predicts one, the executor measures one.
+
+It is compact: per represented rank two integer arrays indexed by op, beside the `Schedule` that names the ops.
+Ranks that behave alike share one representative (`representative_of`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from rtp_sim.schedule.ir import Op, Schedule
+
+TimesNs = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class RankTimes:
+    """Start and end of each op of one rank, in ns since the step began, indexed by `Op.index`.
+
+    A communication op starts when its transfer starts, that is, when every partner is there.
+    """
+
+    start_ns: TimesNs
+    end_ns: TimesNs
+
+
+@dataclass(frozen=True)
+class Span:
+    """One op on one rank, as a trace shows it."""
+
+    rank: int
+    op: Op
+    start_ns: int
+    end_ns: int
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Times of one step. `kind` is "predicted" or "measured"; `meta` says by what (engine, host, date, seed).
+
+    `ranks` holds the represented ranks; `representative_of[r]` names the one that stands for rank r.
+    """
+
+    schedule: Schedule
+    kind: str
+    ranks: Mapping[int, RankTimes]
+    representative_of: tuple[int, ...]
+    meta: Mapping[str, str | int | float | bool | None] = field(default_factory=dict)
+
+    @property
+    def step_time_ns(self) -> int:
+        """From the start of the step to the end of the last op of any rank."""
+        return max((int(t.end_ns.max()) for t in self.ranks.values() if t.end_ns.size), default=0)
+
+    def times(self, rank: int) -> RankTimes:
+        """The times of `rank`, through its representative."""
+        return self.ranks[self.representative_of[rank]]
+
+    def spans(self, rank: int) -> list[Span]:
+        """The ops of `rank` in program order."""
+        times = self.times(rank)
+        return [
+            Span(rank, op, int(times.start_ns[op.index]), int(times.end_ns[op.index]))
+            for op in self.schedule.program(rank).ops
+        ]
+
+    def population(self, rank: int) -> int:
+        """How many ranks the represented rank `rank` stands for, itself included."""
+        return sum(1 for r in self.representative_of if r == rank)
