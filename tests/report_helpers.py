@@ -44,10 +44,8 @@ def schedule_of(
     return Schedule("toy", world_size, groups or ring, (program,), (0,) * world_size, meta)
 
 
-def timeline_of(
-    schedule: Schedule, spans: dict[int, Sequence[tuple[int, int]]], **kwargs: object
-) -> Timeline:
-    """A timeline from (start, end) per op of each represented rank; other ranks are stood for by the first."""
+def timeline_of(schedule: Schedule, spans: dict[int, Sequence[tuple[int, int]]]) -> Timeline:
+    """A timeline from (start, end) per op of each represented rank; the first stands for the others."""
     times = {
         rank: RankTimes(
             np.array([s for s, _ in of_rank], dtype=np.int64),
@@ -74,7 +72,7 @@ def profile_of(total_bytes: int, category: str = "weights") -> MemoryProfile:
 
 
 def lockstep(schedule: Schedule, duration_ns: Callable[[Op], int], skew_ns: int = 0) -> Timeline:
-    """Every op starts when its stream is free and its `after` is done; rank r runs r * skew_ns late."""
+    """Every op starts when its stream is free and its `after` is done; rank r is r * skew_ns late."""
     ops = schedule.program(0).ops
     start, end, free = [0] * len(ops), [0] * len(ops), dict.fromkeys((op.stream for op in ops), 0)
     for op in ops:

@@ -1,4 +1,4 @@
-"""Random schedules for round trips: everything the IR can say, sensible or not, with names that need quoting."""
+"""Random schedules for round trips: all that the IR can say, sensible or not, with names that need quotes."""
 
 from __future__ import annotations
 

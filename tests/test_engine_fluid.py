@@ -105,9 +105,10 @@ def test_the_textbook_case() -> None:
 
 
 def test_two_long_and_short_flows_on_a_line() -> None:
-    """Links 12, 9, 20; one flow over all three, two over link 0, one over 1, one over 2.
-    Link 0: 12 / 3 = 4 binds first; then link 1 leaves 5, link 2 leaves 16."""
-    assert rates([12, 9, 20], [{0: 1, 1: 1, 2: 1}, {0: 1}, {0: 1}, {1: 1}, {2: 1}]) == [4, 4, 4, 5, 16]
+    """Links 120, 90, 200; one flow over all three, two over link 0, one over 1, one over 2.
+    Link 0: 120 / 3 = 40 binds first; then link 1 leaves 50, link 2 leaves 160."""
+    flows = [{0: 1, 1: 1, 2: 1}, {0: 1}, {0: 1}, {1: 1}, {2: 1}]
+    assert rates([120, 90, 200], flows) == [40, 40, 40, 50, 160]
 
 
 def test_a_weight_counts_as_often_as_it_crosses() -> None:

@@ -239,7 +239,7 @@ def brute_force_finishes(s: Schedule) -> bool:
 
 @st.composite
 def matching_schedules(draw: st.DrawFn) -> Schedule:
-    """A chain of pipeline stages, twice, with a ring over each stage's copies: all matches, in random order."""
+    """A chain of pipeline stages, twice, with rings over its copies: all matches, in random order."""
     stages = draw(st.integers(1, 3))
     pipe = Group("pp", (stages,), tuple(tuple(range(c, 2 * stages, 2)) for c in range(2)))
     copies = Group("dp", (2,), tuple((2 * s, 2 * s + 1) for s in range(stages)))
@@ -332,7 +332,7 @@ def test_workspace_and_bounce_buffers_need_no_reader() -> None:
 def test_excerpt_shows_two_ops_either_side() -> None:
     (finding,) = findings(with_op(rotation(), "f1", index=9))
     assert [line[:9] for line in finding.message.split("\n")[1:]] == [
-        "      %1 ", "      %2 ", "  --> %9 ", "      %4 ", "      %5 ", "      ...",
+        "      ...", "      %1 ", "      %2 ", "  --> %9 ", "      %4 ", "      %5 ", "      ...",
     ]  # fmt: skip
 
 

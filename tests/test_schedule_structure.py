@@ -89,7 +89,7 @@ def test_program(wrong: Schedule, op: str, message: str) -> None:
         (bad(hop(size=(0, 0, 0, 0), part=RTP0)), "at least one that is positive"),
         (two_hops("c"), "it writes 1 buffers; expected 2, the one each hop receives into"),
         (two_hops("c d", reads="a"), "it reads 1 buffers; expected 2, the one each hop sends"),
-        (two_hops("a d", 64), "the one each hop receives into and, as it moves 'a' in place, a bounce buffer"),
+        (two_hops("a d", 64), "the one each hop receives into and, as it moves 'a' in place, a bounce"),
         (two_hops("a d bounce"), "it moves 'a' in place; expected a positive chunk_bytes, got None"),
         (two_hops("a d bounce", 2 * SIZE), "it moves 1024 bytes, but buffer 'bounce' has 512"),
         (two_hops("c d", 64), "it has chunks of 64 bytes but is not in place"),

@@ -22,9 +22,9 @@ def deadlock(plan: Plan, ended: Seen, arrived: Seen) -> DeadlockError:
         heads = _heads(site, ended)
         blocked += bool(heads)
         if heads and blocked <= MAX_RANKS:
-            at_partner = [op for op in heads if arrived(site.number, op.index)]
-            op = min(at_partner or heads, key=lambda head: head.index)
-            named = site.lowered.program.ops[op.index]
+            at_partner = [op for op in heads if arrived(site.number, op.number)]
+            op = min(at_partner or heads, key=lambda head: head.number)
+            named = site.lowered.program.ops[op.number]
             reason = _partners(plan, site, op, arrived) if at_partner else _predecessors(site, op, ended)
             lines.append(f"  rank {site.rank}: {named.name!r} on stream {named.stream!r} waits for {reason}")
     if blocked > MAX_RANKS:
@@ -35,7 +35,7 @@ def deadlock(plan: Plan, ended: Seen, arrived: Seen) -> DeadlockError:
 def _heads(site: Site, ended: Seen) -> list[LoweredOp]:
     """The first op of each stream that has not ended."""
     firsts = (
-        next((op for op in stream if not ended(site.number, op.index)), None) for stream in site.lowered.streams
+        next((op for op in stream if not ended(site.number, op.number)), None) for stream in site.lowered.streams
     )
     return [op for op in firsts if op is not None]
 
@@ -48,7 +48,7 @@ def _predecessors(site: Site, op: LoweredOp, ended: Seen) -> str:
 
 def _partners(plan: Plan, site: Site, op: LoweredOp, arrived: Seen) -> str:
     """Whom a communication that is ready itself waits for."""
-    action = site.lowered.program.ops[op.index].action
+    action = site.lowered.program.ops[op.number].action
     groups = plan.schedule.groups
     if isinstance(action, Send | Recv):
         peer = groups[action.group].neighbour(site.rank, action.offset)
@@ -83,5 +83,5 @@ def _there(plan: Plan, rank: int, op: Gathering | Rotation, arrived: Seen) -> bo
                 op.kind,
             )
         if same:
-            return arrived(site.number, theirs.index)
+            return arrived(site.number, theirs.number)
     return False

@@ -132,6 +132,7 @@ def fold(schedule: Schedule, cost: CostModel, *, folded: bool = True) -> Quotien
 def patterns_of(program: Program) -> Patterns:
     """What the program computes and sends that other ranks may do differently."""
     found = Patterns()
+    hops: dict[tuple[str, tuple[int, ...], int | None, Size, Part | None], None] = {}
     for buffer in program.buffers.values():
         _note_uneven(found, buffer.part, buffer.numel)
     for op in program.ops:
@@ -143,16 +144,17 @@ def patterns_of(program: Program) -> Patterns:
                 found.uneven[action.part.group] = None
         elif isinstance(action, Shift):
             for hop in action.hops:
-                wire = Wire(action.group, hop.offset, action.chunk_bytes, True)
-                sizes = (hop.size_bytes,) if isinstance(hop.size_bytes, int) else hop.size_bytes
-                found.wires.setdefault(wire, set()).update(sizes)
-                _note_uneven(found, hop.part, hop.size_bytes)
+                hops[action.group, hop.offset, action.chunk_bytes, hop.size_bytes, hop.part] = None
         elif isinstance(action, Collective):
             kind = (action.kind, action.size_bytes, action.dtype, action.root)
             found.collectives.setdefault(action.group, {})[kind] = None
         elif isinstance(action, Send):
             wire = Wire(action.group, action.offset, None, False)
             found.wires.setdefault(wire, set()).add(action.size_bytes)
+    for group, offset, chunk_bytes, size, part in hops:
+        sizes = (size,) if isinstance(size, int) else size
+        found.wires.setdefault(Wire(group, offset, chunk_bytes, True), set()).update(sizes)
+        _note_uneven(found, part, size)
     return found
 
 

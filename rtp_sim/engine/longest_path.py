@@ -114,7 +114,7 @@ class _Walk:
         start, end, shards, waiting = rank.start, rank.end, rank.site.shards, rank.waiting
         clock = 0
         for op in ops:
-            index = op.index
+            index = op.number
             for d in op.deps:
                 if end[d] < 0:
                     yield d
@@ -125,7 +125,7 @@ class _Walk:
                 clock = issued
             if isinstance(op, Kernel):
                 start[index] = clock
-                slot, durations = op.duration
+                slot, durations = op.duration_ns
                 clock += durations[0] if slot < 0 else durations[shards[slot]]
                 end[index] = clock
                 if index in waiting:
@@ -142,7 +142,7 @@ class _Walk:
         for stream in rank.waiting.pop(index, ()):
             self.ready.append((rank, stream))
 
-    def arrive(self, rank: _Rank, op: LoweredOp, ready_ns: int) -> None:
+    def arrive(self, rank: _Rank, op: Rotation | Gathering | Sending | Receiving, ready_ns: int) -> None:
         """The rank is ready for a communication: what now has all its partners gets its times."""
         if isinstance(op, Rotation):
             self.arrive_shift(rank, op, ready_ns)
@@ -152,7 +152,6 @@ class _Walk:
             self.sends[op.wire, rank.site.number, op.tag, op.nth] = rank, op
             self.try_message((op.wire, rank.site.number, op.tag, op.nth))
         else:
-            assert isinstance(op, Receiving)
             route = rank.site.routes[op.wire]
             sender = None if route is None else route.sender
             self.receives[op.wire, sender, op.tag, op.nth] = rank, op
@@ -164,9 +163,9 @@ class _Walk:
         if legs is None:
             legs = rank.legs[op.shape] = self.legs(rank, self.plan.shapes[op.shape])
         if not legs:
-            self.settle(rank, op.index, ready_ns, ready_ns)
+            self.settle(rank, op.number, ready_ns, ready_ns)
             return
-        rank.left[op.index] = 2 * len(legs)
+        rank.left[op.number] = 2 * len(legs)
         for hop, receiver, sender in legs:
             self.try_hop(rank, receiver, op, hop)
             if sender is not rank:
@@ -189,7 +188,7 @@ class _Walk:
             if op.nth >= len(theirs) or op.nth >= len(ours):
                 return
             sent, received = theirs[op.nth], ours[op.nth]
-        ready_ns, met_ns = sender.arrived[sent.index], receiver.arrived[received.index]
+        ready_ns, met_ns = sender.arrived[sent.number], receiver.arrived[received.number]
         if ready_ns < 0 or met_ns < 0:
             return
         if met_ns > ready_ns:
@@ -199,8 +198,8 @@ class _Walk:
         route = sender.site.routes[self.plan.shapes[sent.shape][hop]]
         assert route is not None
         end_ns = ready_ns + (route.cache[size] if size in route.cache else self.message_ns(route, size))
-        self.flow(sender, sent.index, ready_ns, end_ns)
-        self.flow(receiver, received.index, ready_ns, end_ns)
+        self.flow(sender, sent.number, ready_ns, end_ns)
+        self.flow(receiver, received.number, ready_ns, end_ns)
 
     def flow(self, rank: _Rank, op: int, start_ns: int, end_ns: int) -> None:
         """The times of one flow of a shift are known."""
@@ -217,12 +216,12 @@ class _Walk:
         """A send and its receive, if both are there."""
         if key in self.sends and key in self.receives:
             (source, sent), (target, received) = self.sends.pop(key), self.receives.pop(key)
-            start_ns = max(source.arrived[sent.index], target.arrived[received.index])
+            start_ns = max(source.arrived[sent.number], target.arrived[received.number])
             route = source.site.routes[sent.wire]
             assert route is not None
             end_ns = start_ns + self.message_ns(route, sent.size_bytes)
-            self.settle(source, sent.index, start_ns, end_ns)
-            self.settle(target, received.index, start_ns, end_ns)
+            self.settle(source, sent.number, start_ns, end_ns)
+            self.settle(target, received.number, start_ns, end_ns)
 
     def message_ns(self, route: Route, size_bytes: int) -> int:
         """Time of one message alone."""
@@ -236,11 +235,11 @@ class _Walk:
         """The last member to come gives all of them their times."""
         instance, size = rank.site.instances[op.group]
         if not size:
-            self.settle(rank, op.index, ready_ns, ready_ns)
+            self.settle(rank, op.number, ready_ns, ready_ns)
             return
         key = (op.group, instance, op.nth, op.kind)
         members = self.meetings.setdefault(key, [])
-        members.append((rank, op.index))
+        members.append((rank, op.number))
         if len(members) == size:
             del self.meetings[key]
             start_ns = max(member.arrived[i] for member, i in members)

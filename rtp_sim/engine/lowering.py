@@ -7,7 +7,7 @@ not already implied by stream order, who the partners of a rank are and which of
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from rtp_sim.engine.costs import CostModel, OpCost, Phase
 from rtp_sim.engine.fold import CollectiveKind, Quotient, Usage, Wire, collective_ranks, fold
@@ -28,60 +28,68 @@ Amount = tuple[int, tuple[int, ...]]
 """(-1, (number,)), or (slot, numbers indexed by the shard that the slot names)."""
 
 
-@dataclass(frozen=True, slots=True)
-class LoweredOp:
-    """An op without its names. `deps` are what stream order does not imply; the host has issued it `offset_ns`
-    after op `gate` ended (-1: after the step began)."""
+class Kernel(NamedTuple):
+    """A compute op. All lowered ops begin with the same fields: the op's index; the host has issued it `offset_ns`
+    after op `gate` ended (-1: after the step began); `deps` are what stream order does not imply."""
 
-    index: int
+    number: int
     gate: int
     offset_ns: int
     deps: tuple[int, ...]
+    duration_ns: Amount
 
 
-@dataclass(frozen=True, slots=True)
-class Kernel(LoweredOp):
-    """A compute op; the amount is ns."""
-
-    duration: Amount
-
-
-@dataclass(frozen=True, slots=True)
-class Rotation(LoweredOp):
+class Rotation(NamedTuple):
     """The `nth` shift of its program on a group: hop j uses wire j of shape number `shape` and sends sizes[j]."""
 
+    number: int
+    gate: int
+    offset_ns: int
+    deps: tuple[int, ...]
     group: str
     nth: int
     shape: int
     sizes: tuple[Amount, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Gathering(LoweredOp):
+class Gathering(NamedTuple):
     """The `nth` collective of its program on a group."""
 
+    number: int
+    gate: int
+    offset_ns: int
+    deps: tuple[int, ...]
     group: str
     nth: int
     kind: CollectiveKind
 
 
-@dataclass(frozen=True, slots=True)
-class Sending(LoweredOp):
+class Sending(NamedTuple):
     """The `nth` send of its program with that tag on that wire."""
 
+    number: int
+    gate: int
+    offset_ns: int
+    deps: tuple[int, ...]
     wire: int
     tag: str
     nth: int
     size_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Receiving(LoweredOp):
+class Receiving(NamedTuple):
     """The receive that meets the `nth` send of the sender with that tag on that wire."""
 
+    number: int
+    gate: int
+    offset_ns: int
+    deps: tuple[int, ...]
     wire: int
     tag: str
     nth: int
+
+
+LoweredOp = Kernel | Rotation | Gathering | Sending | Receiving
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +189,7 @@ class _Lowering:
         self.names = names
         self.shifts: dict[str, list[Rotation]] = {}
         self.counts: dict[object, int] = {}
+        self.known_shapes: dict[object, int] = {}
         self.prices: dict[object, OpCost] = {}
 
     def run(self) -> LoweredProgram:
@@ -205,8 +214,11 @@ class _Lowering:
     def deps(self, op: Op, gate: int) -> tuple[int, ...]:
         """The last dependency on each other stream: the earlier ones, and those on the op's own, are implied."""
         ops = self.program.ops
+        before = (*op.after, gate) if gate >= 0 else op.after
+        if not before:
+            return ()
         last: dict[str, int] = {}
-        for d in (*op.after, gate) if gate >= 0 else op.after:
+        for d in before:
             if not 0 <= d < len(ops):
                 raise ScheduleError(
                     f"program {self.program.name!r}: op {op.name!r} comes after op {d}; there are {len(ops)} ops"
@@ -223,11 +235,8 @@ class _Lowering:
             return Kernel(*common, self.duration(action))
         if isinstance(action, Shift):
             on_group = self.shifts.setdefault(action.group, [])
-            wires = tuple(
-                self.wire(Wire(action.group, hop.offset, action.chunk_bytes, True)) for hop in action.hops
-            )
-            shape = self.names.shapes.setdefault(wires, len(self.names.shapes))
-            sizes = tuple(self.amount(hop.part, hop.size_bytes) for hop in action.hops)
+            shape = self.shape(action)
+            sizes = tuple([self.amount(hop.part, hop.size_bytes) for hop in action.hops])
             on_group.append(Rotation(*common, action.group, len(on_group), shape, sizes))
             return on_group[-1]
         if isinstance(action, Collective):
@@ -239,6 +248,16 @@ class _Lowering:
             return Sending(*common, wire, action.tag, nth, action.size_bytes)
         wire = self.wire(Wire(action.group, tuple(-o for o in action.offset), None, False))
         return Receiving(*common, wire, action.tag, self.count((wire, action.tag, "recv")))
+
+    def shape(self, action: Shift) -> int:
+        """The number of the wires that the hops use together."""
+        key = (action.group, action.chunk_bytes, tuple([hop.offset for hop in action.hops]))
+        found = self.known_shapes.get(key)
+        if found is None:
+            wires = tuple(self.wire(Wire(action.group, o, action.chunk_bytes, True)) for o in key[2])
+            found = self.names.shapes.setdefault(wires, len(self.names.shapes))
+            self.known_shapes[key] = found
+        return found
 
     def duration(self, action: Compute) -> Amount:
         if action.variants is None:

@@ -60,6 +60,7 @@ class _Calendar:
     def __init__(self, env: simpy.Environment) -> None:
         self.env = env
         self.due: dict[int, list[Timed]] = {}
+        self.unsettled: list[Callable[[], None]] = []
 
     @property
     def now_ns(self) -> int:
@@ -77,9 +78,20 @@ class _Calendar:
         time_ns = self.now_ns
         for item in self.due.pop(time_ns):
             item.fire(time_ns)
+        if self.unsettled:
+            if self.env.peek() > time_ns:
+                self.settle()
+            else:
+                _Settled(self.env, self.settle)
 
     def when_settled(self, action: Callable[[], None]) -> None:
-        _Settled(self.env, action)
+        self.unsettled.append(action)
+
+    def settle(self) -> None:
+        """Do what waited until the nanosecond had settled."""
+        actions, self.unsettled = self.unsettled, []
+        for action in actions:
+            action()
 
 
 class _Settled(simpy.Event):
@@ -269,9 +281,9 @@ class _Run:
             issued = op.offset_ns if op.gate < 0 else end[op.gate] + op.offset_ns
             if issued > ready:
                 ready = issued
-            index = op.index
+            index = op.number
             if isinstance(op, Kernel):
-                slot, durations = op.duration
+                slot, durations = op.duration_ns
                 duration = durations[0] if slot < 0 else durations[shards[slot]]
                 start[index] = ready
                 if not disturbed or not duration:
@@ -321,7 +333,7 @@ class _Run:
         else:
             _PooledKernel(self, rank, op).begin(rank.pool, duration_ns, now_ns)
 
-    def arrive(self, rank: _Rank, op: LoweredOp, ready_ns: int) -> None:
+    def arrive(self, rank: _Rank, op: Rotation | Gathering | Sending | Receiving, ready_ns: int) -> None:
         """The rank is ready for a communication; what now has all its partners starts."""
         if isinstance(op, Rotation):
             self.arrive_shift(rank, op, ready_ns)
@@ -330,12 +342,11 @@ class _Run:
         elif isinstance(op, Sending):
             self.arrive_send(rank, op)
         else:
-            assert isinstance(op, Receiving)
             self.arrive_receive(rank, op)
 
     def arrive_shift(self, rank: _Rank, op: Rotation, ready_ns: int) -> None:
         """Each hop that is not from the rank to itself is two flows: one to a receiver, one from a sender."""
-        index = op.index
+        index = op.number
         legs = rank.legs.get(op.shape)
         if legs is None:
             legs = rank.legs[op.shape] = self.legs(rank, self.plan.shapes[op.shape])
@@ -346,11 +357,11 @@ class _Run:
         rank.pending[index] = 2 * len(legs)
         for hop, _, receiver, sender in legs:
             theirs = op if receiver.lowered is rank.lowered else self.matching(op, receiver)
-            if theirs is not None and receiver.arrived[theirs.index] >= 0:
+            if theirs is not None and receiver.arrived[theirs.number] >= 0:
                 self.launch_hop(rank, op, hop, receiver, theirs)
             if sender is not rank:
                 theirs = op if sender.lowered is rank.lowered else self.matching(op, sender)
-                if theirs is not None and sender.arrived[theirs.index] >= 0:
+                if theirs is not None and sender.arrived[theirs.number] >= 0:
                     self.launch_hop(sender, theirs, hop, rank, op)
 
     def legs(self, rank: _Rank, wires: tuple[int, ...]) -> list[Leg]:
@@ -371,7 +382,7 @@ class _Run:
         slot, sizes = sent.sizes[hop]
         size = sizes[0] if slot < 0 else sizes[sender.shards[slot]]
         wire = self.plan.shapes[sent.shape][hop]
-        self.launch(sender, sent.index, receiver, received.index, wire, size)
+        self.launch(sender, sent.number, receiver, received.number, wire, size)
 
     def launch(self, sender: _Rank, sent: int, receiver: _Rank, received: int, wire: int, size: int) -> None:
         """Start the flow of a message whose sender and receiver are both ready (or will be at a known time)."""
@@ -397,14 +408,14 @@ class _Run:
         """The last member to come starts it."""
         instance, size = rank.site.instances[op.group]
         if not size:
-            rank.start[op.index] = ready_ns
-            self.complete(rank, op.index, ready_ns)
+            rank.start[op.number] = ready_ns
+            self.complete(rank, op.number, ready_ns)
             return
         key = (op.group, instance, op.nth, op.kind)
         meeting = self.meetings.get(key)
         if meeting is None:
             meeting = self.meetings[key] = _Meeting(self)
-        meeting.members.append((rank, op.index))
+        meeting.members.append((rank, op.number))
         meeting.start_ns = max(meeting.start_ns, ready_ns)
         if len(meeting.members) < size:
             return
@@ -422,24 +433,24 @@ class _Run:
 
     def arrive_send(self, rank: _Rank, op: Sending) -> None:
         """The flow starts if the receiver is there already."""
-        rank.pending[op.index] = 1
+        rank.pending[op.number] = 1
         key = (op.wire, rank.number, op.tag, op.nth)
         other = self.receives.pop(key, None)
         if other is None:
             self.sends[key] = rank, op
         else:
-            self.launch(rank, op.index, other[0], other[1].index, op.wire, op.size_bytes)
+            self.launch(rank, op.number, other[0], other[1].number, op.wire, op.size_bytes)
 
     def arrive_receive(self, rank: _Rank, op: Receiving) -> None:
         """The flow starts if the sender is there already."""
-        rank.pending[op.index] = 1
+        rank.pending[op.number] = 1
         route = rank.routes[op.wire]
         key = (op.wire, None if route is None else route.sender, op.tag, op.nth)
         other = self.sends.pop(key, None)
         if other is None:
             self.receives[key] = rank, op
         else:
-            self.launch(other[0], other[1].index, rank, op.index, op.wire, other[1].size_bytes)
+            self.launch(other[0], other[1].number, rank, op.number, op.wire, other[1].size_bytes)
 
     def schedule_take_off(self, activity: _Flow | _Meeting, start_ns: int) -> None:
         if start_ns > self.env.now:

@@ -34,8 +34,10 @@ def _text(parse: Callable[[str], int]) -> Callable[[Any], float]:
     return lambda value: parse(value)
 
 
-def _number(read: Callable[[Any], float], example: str, zero: bool = False) -> PlainValidator:
-    """A validator that turns an inline table into a `Number` in base units."""
+def _number(
+    read: Callable[[Any], float], example: str, zero: bool = False, least: float = 0, most: float = math.inf
+) -> PlainValidator:
+    """A validator that turns an inline table into a `Number` above 0, from `least` to `most`."""
 
     def validate(raw: object) -> Number:
         shape = f"expected a table such as {_EXAMPLE % example}"
@@ -49,6 +51,9 @@ def _number(read: Callable[[Any], float], example: str, zero: bool = False) -> P
             raise ValueError(f"value: {error}") from None
         if value < 0 or (value == 0 and not zero):
             raise ValueError(f"value: given {raw['value']!r}, expected more than 0")
+        if not least <= value <= most:
+            limit = f"at least {least}" if value < least else f"at most {most}"
+            raise ValueError(f"value: given {raw['value']!r}, expected {limit}")
         if raw["kind"] not in KINDS:
             raise ValueError(f"kind: given {raw['kind']!r}, expected one of {', '.join(KINDS)}")
         if not isinstance(raw["source"], str) or not raw["source"].strip():
@@ -62,7 +67,9 @@ Bytes = Annotated[Number, _number(_text(parse_bytes), '"80 GB"')]
 Bandwidth = Annotated[Number, _number(_text(parse_bandwidth), '"300 GB/s"')]
 Flops = Annotated[Number, _number(_text(parse_flops), '"312 TFLOP/s"')]
 Time = Annotated[Number, _number(_text(parse_time_ns), '"2.5 us"', zero=True)]
-Plain = Annotated[Number, _number(_plain, "0.87")]
+Plain = Annotated[Number, _number(_plain, "8")]
+Fraction = Annotated[Number, _number(_plain, "0.87", most=1)]
+Factor = Annotated[Number, _number(_plain, "1.1", least=1)]
 
 
 class _Model(BaseModel):
@@ -79,12 +86,12 @@ class DeviceFile(_Model):
     memory: Bytes
     memory_bandwidth: Bandwidth
     peak_flops: dict[str, Flops] = Field(min_length=1)
-    matmul_efficiency: Plain
-    attention_efficiency: Plain
-    memory_efficiency: Plain
+    matmul_efficiency: Fraction
+    attention_efficiency: Fraction
+    memory_efficiency: Fraction
     kernel_floor: Time
     host_issue: Time
-    overlap_slowdown: Plain
+    overlap_slowdown: Factor
     runtime_reserved: Bytes
     tdp_w: Plain | None = None
     price_usd_per_hour: Plain | None = None
@@ -99,7 +106,7 @@ class LinkFile(_Model):
 
     kind: str
     bandwidth: Bandwidth
-    efficiency: Plain
+    efficiency: Fraction
     latency: Time
     duplex: bool = True
 
@@ -134,7 +141,7 @@ class FabricFile(_Model):
 
     kind: str = Field(pattern="^(rails|leaf)$")
     nodes_per_leaf: int = Field(ge=1)
-    oversubscription: Plain
+    oversubscription: Factor
     trunk_latency: Time
 
 
@@ -156,7 +163,7 @@ class CommunicationFile(_Model):
     algorithms: list[str] = Field(min_length=1)
     size_curve: CurveFile | None = None
     in_switch_reduction_min_ranks: Plain | None = None
-    in_switch_efficiency: Plain | None = None
+    in_switch_efficiency: Fraction | None = None
 
 
 class ClusterFile(_Model):

@@ -45,11 +45,10 @@ def generic_cluster(
     Without `scaleup_bandwidth_bytes_per_s` the device profile's own is taken; a device without scale-up
     links talks over PCIe. `gpus` as in `profiles.load_cluster`. Raises InputError.
     """
-    if gpus_per_node < 1 or nics_per_node < 0 or nic_bandwidth_bytes_per_s < 1 or oversubscription < 1:
+    if gpus_per_node < 1 or nics_per_node < 0 or nic_bandwidth_bytes_per_s < 1:
         raise InputError(
             f"given gpus={gpus_per_node}, nics={nics_per_node}, nic={nic_bandwidth_bytes_per_s} bytes/s, "
-            f"oversubscription={oversubscription:g}, expected gpus >= 1, nics >= 0, nic > 0, "
-            "oversubscription >= 1"
+            "expected gpus >= 1, nics >= 0, nic > 0"
         )
     name, file = read_device_file(device_name)
     scale_up = file.scale_up_bandwidth

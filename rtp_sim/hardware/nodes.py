@@ -13,7 +13,7 @@ from rtp_sim.units import parse_bytes
 ALGORITHMS = ("ring", "tree", "hierarchical", "in-switch")
 
 _VERTEX = re.compile(r"(gpu\d+|[a-z][a-z_]*\d*)")
-_PAIR = re.compile(r"(\w+)\s*-\s*(\w+)(?:\s+x(\d+))?")
+_PAIR = re.compile(r"(\w+)\s*-\s*(\w+)(?:\s+x([1-9]\d*))?")
 _RUN = re.compile(r"([a-z_]+)(\d+)\.\.(\d+)")
 
 
@@ -23,8 +23,6 @@ def link_class(
     """A link class: what transfers reach is the raw bandwidth times the efficiency. Raises InputError."""
     if kind not in LINK_KINDS:
         raise InputError(f"links.{name}.kind: given {kind!r}, expected one of {', '.join(LINK_KINDS)}")
-    if efficiency.value > 1:
-        raise InputError(f"links.{name}.efficiency: given {efficiency.value}, expected at most 1")
     provenance = "; ".join(
         f"{what} {number.kind}: {number.source}"
         for what, number in (("bandwidth", bandwidth), ("efficiency", efficiency), ("latency", latency))
@@ -66,7 +64,10 @@ def communication_params(file: CommunicationFile) -> CommunicationParams:
             f"communication.algorithms: given {', '.join(unknown)}, expected some of {', '.join(ALGORITHMS)}"
         )
     curve = file.size_curve
-    points = tuple((parse_bytes(size), fraction) for size, fraction in curve.points) if curve else ()
+    try:
+        points = tuple((parse_bytes(size), fraction) for size, fraction in curve.points) if curve else ()
+    except InputError as error:
+        raise InputError(f"communication.size_curve.points: {error}") from None
     sizes = [size for size, _ in points]
     if sizes != sorted(set(sizes)) or any(not 0 < fraction <= 1 for _, fraction in points):
         raise InputError(

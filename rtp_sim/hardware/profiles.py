@@ -76,7 +76,7 @@ def cluster_shape(name: str, per_node: int, nodes: int, gpus: int | None) -> tup
         return 1, gpus
     if gpus % per_node:
         raise InputError(
-            f"{name}: given {gpus} GPUs, expected up to {per_node} or a multiple of {per_node} GPUs per node: "
+            f"{name}: given {gpus} GPUs, expected up to {per_node} or a multiple of {per_node} per node: "
             f"{gpus} / {per_node} = {gpus / per_node:g} nodes"
         )
     return gpus // per_node, per_node
@@ -164,6 +164,7 @@ def _cluster_from_file(path: Path, nodes: int, gpus: int | None) -> Cluster:
     )
     try:
         topology = Topology(NodeTemplate(wiring_from_file(file)), fabric, nodes, used)
+        communication = communication_params(file.communication)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     return Cluster(
@@ -172,7 +173,7 @@ def _cluster_from_file(path: Path, nodes: int, gpus: int | None) -> Cluster:
         device=device,
         gpus_per_node=used,
         nodes=nodes,
-        communication=communication_params(file.communication),
+        communication=communication,
         topology=topology,
         notes=tuple(file.notes),
     )

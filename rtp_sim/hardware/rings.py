@@ -92,11 +92,32 @@ def node_by_node_channels(
 
 
 def _entries(template: NodeTemplate, cycle: Order) -> list[int]:
-    """Positions in `cycle` of the first device on each port."""
-    first: dict[int, int] = {}
-    for position, gpu in enumerate(cycle):
-        first.setdefault(template.port_of_gpu[gpu], position)
-    return list(first.values())
+    """Where to cut `cycle` open, one position per port in use, so that also every port is left once if
+    possible.
+
+    A cut at position p enters at cycle[p] and leaves at cycle[p - 1]: a bipartite matching of entered ports
+    and left ports, by augmenting paths.
+    """
+    port = [template.port_of_gpu[gpu] for gpu in cycle]
+    entered_when_leaving: dict[int, int] = {}
+    cut: dict[int, int] = {}
+
+    def place(entered: int, tried: set[int]) -> bool:
+        for position in (p for p, number in enumerate(port) if number == entered):
+            leaving = port[position - 1]
+            if leaving in tried:
+                continue
+            tried.add(leaving)
+            if leaving not in entered_when_leaving or place(entered_when_leaving[leaving], tried):
+                entered_when_leaving[leaving], cut[entered] = entered, position
+                return True
+        return False
+
+    ports = list(dict.fromkeys(port))
+    for entered in ports:
+        if not place(entered, set()):
+            cut[entered] = port.index(entered)
+    return [cut[entered] for entered in ports]
 
 
 def _search(

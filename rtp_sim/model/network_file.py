@@ -232,3 +232,8 @@ def _features(shape: Shape, place: _Place) -> int:
         size = " x ".join(str(side) for side in shape)
         raise place.wrong(f'needs features, but its input is a {size} image; put {{"kind": "flatten"}} first')
     return shape[0]
+
+
+def is_network_file(path: Path) -> bool:
+    """Whether a JSON file is a list of layers (and not, say, a Hugging Face config.json). InputError if it is no JSON."""
+    return path.is_file() and isinstance(read_json_object(path).get("layers"), list)

@@ -30,7 +30,7 @@ def size_unit(size_bytes: float) -> tuple[int, str]:
 
 def format_seconds(seconds: float | None) -> str:
     """1.23 ms. The missing mark for None."""
-    return MISSING if seconds is None else units.format_time(seconds * 1e9)
+    return MISSING if seconds is None else units.format_time(round(seconds * 1e9, 6))
 
 
 def format_bytes(size_bytes: float | None) -> str:

@@ -32,6 +32,7 @@ WIDTH_INCHES = 7.0
 NS_PER_S = 1e9
 LABEL_SIZE = 8
 LIMIT_COLOUR = "#b00020"
+HALO = {"facecolor": "white", "edgecolor": "none", "pad": 1}
 
 
 def plot_comparison(
@@ -43,7 +44,7 @@ def plot_comparison(
     """
     if not rows:
         raise InputError("plot_comparison needs at least one row of metrics; none was given")
-    with _drawing(path, 1.1 + 0.42 * len(rows)) as figure:
+    with _drawing(path, 1.7 + 0.42 * len(rows)) as figure:
         left, right = figure.subplots(1, 2, sharey=True)
         unit_s, unit = time_unit(max(m.step_time_s for m in rows))
         times = {
@@ -62,7 +63,13 @@ def plot_comparison(
         _stack_bars(right, sizes, {}, [format_bytes(m.peak_memory_bytes) for m in rows])
         right.set_xlabel(f"peak memory per rank ({unit})")
         if device_memory_bytes is not None:
+            right.set_xlim(right=max(right.get_xlim()[1], 1.1 * device_memory_bytes / unit_bytes))
             right.axvline(device_memory_bytes / unit_bytes, color=LIMIT_COLOUR, linestyle="--", linewidth=1)
+            right.text(
+                device_memory_bytes / unit_bytes, 0.5, f"device {format_bytes(device_memory_bytes)} ",
+                color=LIMIT_COLOUR, fontsize=LABEL_SIZE - 1, ha="right", va="center", bbox=HALO,
+                in_layout=False,
+            )  # fmt: skip
 
 
 def plot_memory(
@@ -86,7 +93,11 @@ def plot_memory(
             axes.fill_between(x, below, upper, step="post", color=light(category), label=label, linewidth=0)
             below = upper
         if device_memory_bytes is not None:
-            axes.axhline(device_memory_bytes / unit_bytes, color=LIMIT_COLOUR, linestyle="--", linewidth=1)
+            y = device_memory_bytes / unit_bytes
+            axes.axhline(y, color=LIMIT_COLOUR, linestyle="--", linewidth=1)
+            caption = f" device memory {format_bytes(device_memory_bytes)}"
+            axes.text(0, y, caption, color=LIMIT_COLOUR, fontsize=LABEL_SIZE - 1, va="bottom")
+            axes.set_ylim(top=1.1 * max(y, profile.peak_bytes / unit_bytes))
         axes.margins(x=0)
         axes.set_ylim(bottom=0)
         axes.set_xlabel(f"time ({time_name})")
@@ -103,12 +114,12 @@ def plot_timeline(
 ) -> None:
     """The streams of `ranks` (by default the critical one and up to seven others) over time.
 
-    Where a rank has more spans than a page can show, its shortest are left out and the title says so. Errors as for
-    `plot_comparison`.
+    Where a rank has more spans than a page can show, its shortest are left out and the title says so. Errors
+    as for `plot_comparison`.
     """
     chosen = chosen_ranks(timeline, MAX_SPANS, MAX_RANKS) if ranks is None else list(ranks)
     tracks = [(rank, track) for rank in chosen for track in tracks_of(timeline, rank)]
-    with _drawing(path, 0.9 + 0.24 * len(tracks)) as figure:
+    with _drawing(path, 1.2 + 0.24 * len(tracks)) as figure:
         axes = figure.subplots()
         unit_s, time_name = time_unit(timeline.step_time_ns / NS_PER_S)
         left_out = 0
@@ -179,8 +190,9 @@ def _stack_bars(axes: Any, stacks: dict[str, list[float]], names: dict[str, str]
         left = [a + b for a, b in zip(left, values, strict=True)]
     for y, (end, total) in enumerate(zip(left, totals, strict=True)):
         axes.annotate(
-            total, (end, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=LABEL_SIZE - 1
-        )
+            total, (end, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=LABEL_SIZE - 1,
+            bbox=HALO, in_layout=False,
+        )  # fmt: skip
     axes.margins(x=0.18)
     axes.set_xlim(left=0)
     axes.spines[["top", "right"]].set_visible(False)

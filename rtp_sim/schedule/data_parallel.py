@@ -121,7 +121,9 @@ class DataParallel:
         step, dtype = self.step, self.step.policy.gradient_dtype
         keep = self.mode == "ddp"
         bucket = step.b.buffer(f"bucket{k}", "communication", dtype, numel, persistent=keep)
-        step.b.op(name, "compute", Compute("copy", dtype, (("numel", numel),)), grads, (bucket,))
+        # A kept bucket is updated, not made anew: its memory is held through the whole step.
+        reads = grads if step.b.fresh(bucket) else (*grads, bucket)
+        step.b.op(name, "compute", Compute("copy", dtype, (("numel", numel),)), reads, (bucket,))
         return bucket
 
     def _copy_out(self) -> None:
@@ -135,10 +137,8 @@ class DataParallel:
 
 
 def keep_gradients(step: Step) -> None:
-    """Declares every gradient as kept from step to step (ZeRO-1's contiguous gradient buffer)."""
+    """Declares every gradient as kept from step to step (ZeRO-1's contiguous gradient buffer, zero at the start)."""
     for layer in step.network.layers():
         if layer.owned_numel:
-            step.b.buffer(
-                f"g.{layer.name}", "gradients", step.policy.gradient_dtype, layer.op.numel(), live_in=True, live_out=True
-            )
-            step.b.drop(f"g.{layer.name}")
+            numel, dtype = layer.op.numel(), step.policy.gradient_dtype
+            step.b.buffer(f"g.{layer.name}", "gradients", dtype, numel, persistent=True)

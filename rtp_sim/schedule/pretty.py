@@ -6,6 +6,7 @@ Unlike the text form it cannot be parsed back; it answers "what does rank 3 real
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from rtp_sim.errors import InputError
@@ -26,6 +27,7 @@ from rtp_sim.schedule.ir import (
 )
 from rtp_sim.schedule.text import compact_ranks, operands, readable_bytes
 
+_PHASE = re.compile(r"\.[A-Z]\d*(?=\.|$)")
 _COLORS = (36, 33, 35, 32, 34, 31)  # ANSI foregrounds: cyan, yellow, magenta, green, blue, red
 
 
@@ -41,15 +43,17 @@ def program_listing(schedule: Schedule, rank: int, *, limit: int | None = None, 
     program = schedule.program(rank)
     shown = program.ops if limit is None else program.ops[:limit]
     lines = list(_heading(schedule, rank))
-    section = None
+    section = ""
     width = max((len(stream) for stream in program.streams), default=0)
     actions = [_action(schedule, rank, op.action) for op in shown]
     action_width = min(60, max(map(len, actions), default=0))
     for op, action in zip(shown, actions, strict=True):
-        if section != (section := op.name.rpartition(".")[0]):
+        before = section
+        section, name = _split(op.name)
+        if section != before:
             lines.append(_dim(f"-- {section} ".ljust(60, "-"), color) if section else "")
         stream = _colored(f"{op.stream:<{width}}", program.streams.index(op.stream), color)
-        lines.append(f"{f'%{op.index}':>7}  {stream}  {action:<{action_width}}{_ending(op)}".rstrip())
+        lines.append(f"{f'%{op.index}':>7}  {stream}  {action:<{action_width}}{_ending(op)}  [{name}]")
     if len(shown) < len(program.ops):
         lines.append(f"        ... {len(program.ops) - len(shown)} more of {len(program.ops)} ops")
     return "\n".join(lines) + "\n"
@@ -105,10 +109,17 @@ def _hop(schedule: Schedule, rank: int, name: str, hop: Hop) -> str:
 
 
 def _ending(op: Op) -> str:
-    """Operands, dependencies and the name of an op."""
+    """Operands and dependencies of an op."""
     after = f"  after {' '.join(f'%{a}' for a in op.after)}" if op.after else ""
     used = f"  {operands(op)}" if op.reads or op.writes else ""
-    return f"{used}{after}{'  blocks the host' if op.blocks_host else ''}  [{op.name}]"
+    return f"{used}{after}{'  blocks the host' if op.blocks_host else ''}"
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Section and rest of a name: cut before the phase (m0.h0.attn, F0.hop), else before the last part."""
+    found = _PHASE.search(name)
+    cut = found.start() if found else max(name.rfind("."), 0)
+    return name[:cut], name[cut:].lstrip(".")
 
 
 def _of_shard(schedule: Schedule, rank: int, part: Part | None) -> str:

@@ -1,0 +1,164 @@
+"""The command line: arguments in, a call into `commands`, an exit code out.
+
+Exit codes: 0 answered; 1 worked, and the answer is no (nothing fits into memory); 2 bad input, told in one message.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from rtp_sim import __version__
+from rtp_sim.errors import InputError
+from rtp_sim.model.training import ATTENTIONS, OPTIMIZER_STATES, PRECISIONS, RECOMPUTE
+
+FORMATS = ("table", "json", "csv")
+DEFAULT_STRATEGIES = "ddp,zero1,zero2,fsdp,tp,tp-sp,rtp,rtp-inplace"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line instead of printing the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `rtp-sim`; returns the exit code."""
+    try:
+        arguments = parser().parse_args(argv)
+        # Imported here, so that --help and a mistyped flag answer at once.
+        from rtp_sim import commands
+
+        run = getattr(commands, arguments.run)
+        return int(run(arguments))
+    except InputError as error:
+        print(f"rtp-sim: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # The reader of our output (head, say) has seen enough.
+        sys.stderr.close()
+        return 0
+    except KeyboardInterrupt:
+        print("rtp-sim: interrupted", file=sys.stderr)
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The argument parser with all commands."""
+    top = _Parser(prog="rtp-sim", description="Simulate distributed training schedules and compare them.")
+    top.add_argument("--version", action="version", version=f"rtp-sim {__version__}")
+    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=_Parser)
+    _compare(commands.add_parser("compare", help="several strategies for one model on one cluster"))
+    _simulate(commands.add_parser("simulate", help="one strategy, with trace and report"))
+    _schedule(commands.add_parser("schedule", help="print or save the program of a rank"))
+    _catalogue(commands.add_parser("hardware", help="device and cluster profiles"), "hardware")
+    _catalogue(commands.add_parser("models", help="model presets"), "models")
+    return top
+
+
+def _workload(p: argparse.ArgumentParser) -> None:
+    group = p.add_argument_group("model and training")
+    group.add_argument("--model", required=True, metavar="NAME|FILE", help="preset, config.json or layer-list file")
+    group.add_argument("--micro-batch", type=_count, default=1, metavar="N", help="sequences per replica and micro-step")
+    group.add_argument("--global-batch", type=_count, metavar="N", help="sequences per step (default: see below)")
+    group.add_argument("--seq-len", type=_count, default=1024, metavar="N", help="tokens per sequence (1024)")
+    group.add_argument("--precision", choices=sorted(PRECISIONS), default="bf16")
+    group.add_argument("--recompute", choices=RECOMPUTE, default="none")
+    group.add_argument("--optimizer", choices=sorted(OPTIMIZER_STATES), default="adamw")
+    group.add_argument("--attention", choices=ATTENTIONS, default="flash")
+
+
+def _machine(p: argparse.ArgumentParser, cluster: str = "dgx-a100-80g") -> None:
+    group = p.add_argument_group("machine")
+    group.add_argument("--cluster", default=cluster, metavar="NAME|FILE", help=f"cluster profile ({cluster})")
+    group.add_argument("--gpus", type=_count, metavar="N", help="number of GPUs (default: all of the nodes)")
+    group.add_argument("--nodes", type=_count, metavar="N", help="number of nodes (1)")
+
+
+def _options(p: argparse.ArgumentParser) -> None:
+    group = p.add_argument_group("strategy options")
+    group.add_argument("--rtp", type=_count, metavar="N", help="ranks of a rotation ring")
+    group.add_argument("--tp", type=_count, metavar="N", help="ranks of a tensor-parallel group")
+    group.add_argument("--dp", type=_count, metavar="N", help="data-parallel replicas")
+    group.add_argument("--dp-sync", choices=("ddp", "zero1", "zero2"), default="ddp", help="of rotation and tp over dp")
+    group.add_argument("--ddp-bucket-mib", type=_count, default=25, metavar="N")
+    group.add_argument("--fsdp-unit", choices=("block", "model"), default="block")
+    group.add_argument("--no-fsdp-prefetch", action="store_true")
+    group.add_argument("--rtp-ring", choices=("auto", "flat", "two-level"), default="auto")
+    group.add_argument("--rtp-fuse-mlp", action="store_true", help="rotate an MLP as one unit")
+    group.add_argument("--rtp-hide-gradient-hop", action="store_true")
+    group.add_argument("--rtp-prefetch", action="store_true", help="start a unit's first hop during the unit before")
+    group.add_argument("--rtp-chunk-mib", type=_count, default=4, metavar="N", help="bounce buffer of rtp-inplace")
+    group.add_argument("--eval-passes", type=_count, default=None, metavar="N", help="forward-only passes (rotation)")
+
+
+def _engine(p: argparse.ArgumentParser) -> None:
+    group = p.add_argument_group("engine and output")
+    group.add_argument("--engine", choices=("simpy", "longest-path"), default="simpy")
+    group.add_argument("--no-fold", action="store_true", help="simulate every rank, also symmetric ones")
+    group.add_argument("--format", choices=FORMATS, default="table")
+    group.add_argument("--report", metavar="FILE.html", help="write a self-contained report")
+    group.add_argument("--plot", metavar="FILE.png", help="write a comparison plot (extra: plots)")
+    group.add_argument("--quiet", action="store_true", help="no progress on stderr")
+
+
+def _compare(p: argparse.ArgumentParser) -> None:
+    p.set_defaults(run="compare")
+    p.epilog = "Without --global-batch every strategy does micro-batch x GPUs sequences per step, so steps compare."
+    _workload(p)
+    _machine(p)
+    p.add_argument("--strategies", default=DEFAULT_STRATEGIES, metavar="A,B,...", help=DEFAULT_STRATEGIES)
+    _options(p)
+    _engine(p)
+    p.add_argument("--jobs", type=_count, metavar="N", help="worker processes (default: one per core)")
+
+
+def _simulate(p: argparse.ArgumentParser) -> None:
+    p.set_defaults(run="simulate")
+    p.epilog = "Without --global-batch every replica does one micro-batch."
+    _workload(p)
+    _machine(p)
+    p.add_argument("--strategy", required=True, metavar="NAME")
+    _options(p)
+    _engine(p)
+    p.add_argument("--trace", metavar="FILE.json[.gz]", help="write a Chrome trace (opens in Perfetto)")
+
+
+def _schedule(p: argparse.ArgumentParser) -> None:
+    p.set_defaults(run="schedule")
+    _workload(p)
+    _machine(p)
+    p.add_argument("--strategy", required=True, metavar="NAME")
+    _options(p)
+    p.add_argument("--rank", type=int, default=0, metavar="R", help="whose program to print (0)")
+    p.add_argument("--limit", type=_count, metavar="N", help="print only the first N ops")
+    p.add_argument("--format", choices=("listing", "text", "json"), default="listing",
+                   help="listing for people; text and json hold the whole schedule")  # fmt: skip
+
+
+def _catalogue(p: argparse.ArgumentParser, what: str) -> None:
+    actions = p.add_subparsers(title="actions", required=True, metavar="list|show", parser_class=_Parser)
+    lister = actions.add_parser("list", help=f"all {what}")
+    lister.set_defaults(run=f"{what}_list")
+    shower = actions.add_parser("show", help="everything about one")
+    shower.set_defaults(run=f"{what}_show")
+    shower.add_argument("name")
+    for sub in (lister, shower):
+        sub.add_argument("--format", choices=("table", "json"), default="table")
+
+
+def _count(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

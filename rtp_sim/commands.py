@@ -1,0 +1,266 @@
+"""What each command of the command line does: make requests, run them, print and write the results."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from os import cpu_count
+
+from rtp_sim.engine.memory import MemoryProfile
+from rtp_sim.errors import InputError
+from rtp_sim.experiment import Request, Result, prepare, run, usable_memory_bytes
+from rtp_sim.hardware.profiles import list_clusters, list_devices, load_cluster, load_device
+from rtp_sim.hardware.spec import Cluster
+from rtp_sim.metrics import StepMetrics, peak_memory_rank
+from rtp_sim.model.presets import find_model, list_models
+from rtp_sim.report.inputs import Row, cluster_rows, device_rows, input_rows
+from rtp_sim.report.tables import (
+    compare_json,
+    comparison_table,
+    print_table,
+    simulate_json,
+    summary_table,
+    write_csv,
+    write_json,
+)
+from rtp_sim.schedule.layout import INNER_AXIS
+from rtp_sim.schedule.options import MIB, Options
+from rtp_sim.schedule.strategies import STRATEGIES
+from rtp_sim.text import nearest
+from rtp_sim.timeline import Timeline
+
+
+def compare(a: Namespace) -> int:
+    """`rtp-sim compare`: several strategies side by side. Exit code 1 if none fits into memory."""
+    strategies = [s.strip() for s in a.strategies.split(",") if s.strip()]
+    _known_strategies(strategies)
+    cluster = load_cluster(a.cluster, a.nodes or 1, a.gpus)
+    batch = a.global_batch or a.micro_batch * cluster.world_size
+    requests = [replace(_request(a, s), global_batch=batch) for s in strategies]
+    jobs = min(a.jobs or cpu_count() or 1, len(requests))
+    outcomes = list(_all_outcomes(requests, a, jobs))
+    rows = [o.metrics for o in outcomes]
+    if a.format == "json":
+        write_json(compare_json(rows, _inputs(a, batch)))
+    elif a.format == "csv":
+        write_csv(rows)
+    else:
+        print_table(comparison_table(rows, usable_memory_bytes(cluster)))
+        _print_notes(outcomes)
+    _write_files(a, requests[0], outcomes, cluster)
+    return 0 if any(m.fits for m in rows) else 1
+
+
+def simulate(a: Namespace) -> int:
+    """`rtp-sim simulate`: one strategy. Exit code 1 if it does not fit into memory."""
+    _known_strategies([a.strategy])
+    _progress(a, f"building {a.strategy}")
+    prepared = prepare(_request(a, a.strategy))
+    _progress(a, f"simulating {prepared.schedule.name} on {prepared.schedule.world_size} GPUs")
+    result = run(prepared, a.engine, fold=not a.no_fold)
+    outcome = _outcome(result, True)
+    if a.format == "table":
+        print_table(summary_table(result.metrics, usable_memory_bytes(prepared.cluster)))
+        _print_notes([outcome])
+    elif a.format == "json":
+        write_json(simulate_json(result.metrics, _inputs(a, int(prepared.schedule.meta["global_batch"] or 0))))
+    else:
+        write_csv([result.metrics])
+    if a.trace:
+        from rtp_sim.report.trace import write_chrome_trace
+
+        write_chrome_trace(result.timeline, a.trace, memory=result.memory)
+        _progress(a, f"wrote {a.trace}")
+    _write_files(a, prepared.request, [outcome], prepared.cluster)
+    return 0 if result.metrics.fits else 1
+
+
+def schedule(a: Namespace) -> int:
+    """`rtp-sim schedule`: the program of a rank, or the whole schedule as text or JSON."""
+    _known_strategies([a.strategy])
+    if a.gpus is None and a.nodes is None:
+        # A schedule needs ranks, not a machine: the degrees alone say how many.
+        a.gpus = (a.rtp or a.tp or 1) * (a.dp or 1) if a.rtp or a.tp or a.dp else None
+    built = prepare(_request(a, a.strategy)).schedule
+    if not 0 <= a.rank < built.world_size:
+        raise InputError(f"--rank {a.rank}: expected a rank from 0 to {built.world_size - 1}")
+    if a.format == "json":
+        from rtp_sim.schedule.serialize import to_json
+
+        print(to_json(built))
+    elif a.format == "text":
+        from rtp_sim.schedule.text import to_text
+
+        print(to_text(built), end="")
+    else:
+        from rtp_sim.schedule.pretty import program_listing
+
+        print(program_listing(built, a.rank, limit=a.limit), end="")
+    return 0
+
+
+def hardware_list(a: Namespace) -> int:
+    """`rtp-sim hardware list`."""
+    _print_names(a, {"clusters": list_clusters(), "devices": list_devices()})
+    return 0
+
+
+def hardware_show(a: Namespace) -> int:
+    """`rtp-sim hardware show NAME`: every number with its source."""
+    is_cluster = a.name in list_clusters() or a.name.startswith("generic:")
+    if is_cluster or (a.name.endswith(".toml") and a.name not in list_devices()):
+        rows = cluster_rows(load_cluster(a.name))
+    elif a.name in list_devices():
+        rows = device_rows(load_device(a.name))
+    else:
+        raise InputError(f"unknown hardware {a.name!r}: {nearest(a.name, [*list_clusters(), *list_devices()])}")
+    _print_rows_of_numbers(a, rows)
+    return 0
+
+
+def models_list(a: Namespace) -> int:
+    """`rtp-sim models list`."""
+    _print_names(a, {"models": list(list_models())})
+    return 0
+
+
+def models_show(a: Namespace) -> int:
+    """`rtp-sim models show NAME`: architecture and parameter counts."""
+    model = find_model(a.name)
+    rows: list[Row] = [("Architecture", k, str(v), "", "") for k, v in asdict(model).items()]
+    rows += [("Parameters", k, f"{v:,}", "", "") for k, v in model.parameter_breakdown().items() if v]
+    rows.append(("Parameters", "total", f"{model.parameter_count():,}", "", ""))
+    _print_rows_of_numbers(a, rows)
+    return 0
+
+
+def _known_strategies(names: Sequence[str]) -> None:
+    if not names:
+        raise InputError(f"--strategies names none; expected some of {', '.join(STRATEGIES)}")
+    for name in names:
+        if name not in STRATEGIES:
+            raise InputError(f"unknown strategy {name!r}: {nearest(name, STRATEGIES)}")
+
+
+def _request(a: Namespace, strategy: str) -> Request:
+    axis = INNER_AXIS.get(strategy, "")
+    inner = {"rtp": a.rtp, "tp": a.tp}.get(axis)
+    return Request(
+        model=a.model, cluster=a.cluster, strategy=strategy, gpus=a.gpus, nodes=a.nodes, inner=inner,
+        dp=a.dp if axis or a.run != "compare" else None, micro_batch=a.micro_batch, seq_len=a.seq_len,
+        global_batch=a.global_batch, precision=a.precision, recompute=a.recompute, optimizer=a.optimizer,
+        attention=a.attention, options=_strategy_options(a),
+    )  # fmt: skip
+
+
+def _strategy_options(a: Namespace) -> Options:
+    return Options(
+        ddp_bucket_bytes=a.ddp_bucket_mib * MIB, fsdp_unit=a.fsdp_unit, fsdp_prefetch=not a.no_fsdp_prefetch,
+        rtp_fuse_mlp=a.rtp_fuse_mlp, rtp_hide_gradient_hop=a.rtp_hide_gradient_hop, rtp_prefetch=a.rtp_prefetch,
+        rtp_chunk_bytes=a.rtp_chunk_mib * MIB, rtp_ring=a.rtp_ring, dp_sync=a.dp_sync, eval_passes=a.eval_passes or 0,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What the output needs of a result: light enough to come back from a worker process."""
+
+    metrics: StepMetrics
+    meta: Mapping[str, object]
+    timeline: Timeline | None
+    peak_memory: MemoryProfile | None
+
+
+def _outcome(result: Result, details: bool) -> _Outcome:
+    """With `details`, also the timeline and the memory of the rank with the highest peak, for reports."""
+    peak = result.memory[peak_memory_rank(result.memory)]
+    meta = result.prepared.schedule.meta
+    return _Outcome(result.metrics, meta, result.timeline if details else None, peak if details else None)
+
+
+def _one(request: Request, engine: str, fold: bool, details: bool) -> _Outcome:
+    return _outcome(run(prepare(request), engine, fold), details)
+
+
+def _all_outcomes(requests: Sequence[Request], a: Namespace, jobs: int) -> Iterator[_Outcome]:
+    """The outcomes in order, computed on `jobs` processes."""
+    work = [(request, a.engine, not a.no_fold, a.report is not None) for request in requests]
+    if jobs == 1:
+        for i, item in enumerate(work):
+            _progress(a, f"{item[0].strategy} ({i + 1} of {len(work)})")
+            yield _one(*item)
+        return
+    with ProcessPoolExecutor(jobs) as pool:
+        futures = [pool.submit(_one, *item) for item in work]
+        for i, (item, future) in enumerate(zip(work, futures, strict=True)):
+            _progress(a, f"{item[0].strategy} ({i + 1} of {len(work)})")
+            yield future.result()
+
+
+def _progress(a: Namespace, message: str) -> None:
+    if not a.quiet:
+        print(f"rtp-sim: {message}", file=sys.stderr)
+
+
+def _inputs(a: Namespace, global_batch: int) -> dict[str, object]:
+    """What was asked for, as the JSON output repeats it."""
+    skip = {"run", "format", "report", "plot", "quiet", "jobs", "trace"}
+    return {k: v for k, v in vars(a).items() if k not in skip} | {"global_batch": global_batch}
+
+
+def _print_notes(outcomes: Iterable[_Outcome]) -> None:
+    """Uneven splits, said once."""
+    for note in dict.fromkeys(str(o.meta["notes"]) for o in outcomes if o.meta["notes"]):
+        print(f"note: {note}")
+
+
+def _write_files(a: Namespace, request: Request, outcomes: Sequence[_Outcome], cluster: Cluster) -> None:
+    rows, usable = [o.metrics for o in outcomes], usable_memory_bytes(cluster)
+    if a.report:
+        from rtp_sim.report.format import format_shares
+        from rtp_sim.report.html import write_report
+
+        write_report(
+            a.report, title=f"{outcomes[0].meta['model']} on {cluster.world_size} GPUs of {cluster.name}", rows=rows,
+            timelines={o.metrics.strategy: o.timeline for o in outcomes if o.timeline},
+            memory={o.metrics.strategy: o.peak_memory for o in outcomes if o.peak_memory},
+            inputs=input_rows(request, outcomes[0].meta, cluster),
+            provenance={m.strategy: format_shares(m.cost_provenance) for m in rows}, device_memory_bytes=usable,
+        )  # fmt: skip
+        _progress(a, f"wrote {a.report}")
+    if a.plot:
+        from rtp_sim.report.plots import plot_comparison
+
+        plot_comparison(rows, a.plot, usable)
+        _progress(a, f"wrote {a.plot}")
+
+
+def _print_names(a: Namespace, names: dict[str, list[str]]) -> None:
+    if a.format == "json":
+        print(json.dumps(names, indent=2))
+        return
+    for title, group in names.items():
+        print(f"{title}:")
+        for name in group:
+            print(f"  {name}")
+
+
+def _print_rows_of_numbers(a: Namespace, rows: Sequence[Row]) -> None:
+    if a.format == "json":
+        keys = ("section", "name", "value", "kind", "source")
+        print(json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=2, ensure_ascii=False))
+        return
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("section", "name", "value", "kind", "source"):
+        table.add_column(title, overflow="fold")
+    last = ""
+    for section, *rest in rows:
+        table.add_row(section if section != last else "", *rest)
+        last = section
+    print_table(table)

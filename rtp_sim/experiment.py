@@ -1,0 +1,164 @@
+"""One experiment: a model on a cluster under a strategy, from what a user names to a simulated step and its metrics.
+
+This is the Python interface of the simulator and what the command line calls:
+
+    result = run(prepare(Request(model="gpt2-xl", cluster="dgx-a100-80g", gpus=8, strategy="rtp", micro_batch=4)))
+    print(result.metrics.step_time_s, result.metrics.peak_memory_bytes)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from rtp_sim.cost.model import ClusterCost
+from rtp_sim.engine.longest_path import longest_path
+from rtp_sim.engine.memory import MemoryProfile, memory_profile
+from rtp_sim.errors import InputError
+from rtp_sim.hardware.profiles import load_cluster
+from rtp_sim.hardware.spec import Cluster
+from rtp_sim.metrics import StepMetrics, critical_rank, step_metrics
+from rtp_sim.model.network import Network, transformer_network
+from rtp_sim.model.presets import find_model
+from rtp_sim.model.training import TrainingSpec
+from rtp_sim.schedule.build import build_schedule, replicas
+from rtp_sim.schedule.ir import Compute, Schedule
+from rtp_sim.schedule.layout import ParallelLayout, make_groups, make_layout
+from rtp_sim.schedule.options import Options
+from rtp_sim.schedule.strategies import STRATEGIES
+from rtp_sim.text import nearest
+from rtp_sim.timeline import Timeline
+
+ENGINES = ("simpy", "longest-path")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to simulate. `model` and `cluster` are preset names or paths; `gpus` or `nodes` sizes the cluster.
+
+    `inner` is the degree of the strategy's own axis (rtp or tp), `dp` that of data parallelism; one may be left out.
+    `micro_batch` counts sequences per replica and micro-batch; `global_batch` per step, by default one micro-batch per
+    replica.
+    """
+
+    model: str
+    cluster: str
+    strategy: str
+    gpus: int | None = None
+    nodes: int | None = None
+    inner: int | None = None
+    dp: int | None = None
+    micro_batch: int = 1
+    seq_len: int = 1024
+    global_batch: int | None = None
+    precision: str = "bf16"
+    recompute: str = "none"
+    optimizer: str = "adamw"
+    attention: str = "flash"
+    options: Options = field(default_factory=Options)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request with everything looked up and checked, ready to simulate."""
+
+    request: Request
+    network: Network
+    cluster: Cluster
+    layout: ParallelLayout
+    training: TrainingSpec
+    schedule: Schedule
+    cost: ClusterCost
+
+
+@dataclass(frozen=True)
+class Result:
+    """A simulated step. `memory` holds a profile per represented rank."""
+
+    prepared: Prepared
+    timeline: Timeline
+    memory: Mapping[int, MemoryProfile]
+    metrics: StepMetrics
+
+
+def usable_memory_bytes(cluster: Cluster) -> int:
+    """Device memory less what driver, runtime and communication library keep for themselves."""
+    return int(cluster.device.memory_bytes.value - cluster.device.runtime_reserved_bytes.value)
+
+
+def find_network(model: str, seq_len: int, attention: str) -> Network:
+    """A preset, a Hugging Face config.json or a layer-list file as a network. InputError if it is none of these."""
+    if model.endswith(".json"):
+        # Imported here: only files need pydantic, and importing it is a good part of a short run.
+        from rtp_sim.model.network_file import is_network_file, read_network
+
+        if is_network_file(Path(model)):
+            return read_network(Path(model))
+    return transformer_network(find_model(model), seq_len, attention)
+
+
+def prepare(request: Request, cluster: Cluster | None = None, network: Network | None = None) -> Prepared:
+    """Looks up model and cluster (unless given), makes the layout and builds the schedule. Raises InputError."""
+    if request.strategy not in STRATEGIES:
+        raise InputError(f"unknown strategy {request.strategy!r}: {nearest(request.strategy, STRATEGIES)}")
+    if cluster is None:
+        cluster = load_cluster(request.cluster, request.nodes or 1, request.gpus)
+    if network is None:
+        network = find_network(request.model, request.seq_len, request.attention)
+    layout = make_layout(request.strategy, cluster.world_size, request.inner, request.dp)
+    training = TrainingSpec(
+        micro_batch=request.micro_batch, seq_len=network.seq, precision=request.precision, recompute=request.recompute,
+        optimizer=request.optimizer, attention=request.attention,
+        num_microbatches=_microbatches(request, layout),
+    )  # fmt: skip
+    groups = make_groups(layout, cluster.topology, request.options.rtp_ring)
+    schedule = build_schedule(request.strategy, network, training, layout, groups, request.options)
+    return Prepared(request, network, cluster, layout, training, schedule, ClusterCost(cluster))
+
+
+def _microbatches(request: Request, layout: ParallelLayout) -> int:
+    if request.global_batch is None:
+        return 1
+    per_pass = request.micro_batch * replicas(layout)
+    if request.global_batch < 1 or request.global_batch % per_pass:
+        raise InputError(
+            f"{request.strategy}: --global-batch {request.global_batch} is no multiple of micro-batch x replicas = "
+            f"{request.micro_batch} x {replicas(layout)} = {per_pass}; for example --global-batch "
+            f"{per_pass * max(1, round(request.global_batch / per_pass))}"
+        )
+    return request.global_batch // per_pass
+
+
+def run(prepared: Prepared, engine: str = "simpy", fold: bool = True) -> Result:
+    """Simulates the step: "simpy" with contention, "longest-path" without. `fold=False` simulates every rank."""
+    schedule, cost = prepared.schedule, prepared.cost
+    if engine == "simpy":
+        from rtp_sim.engine.simulate import simulate
+
+        timeline = simulate(schedule, cost, fold=fold)
+    else:
+        timeline = longest_path(schedule, cost, fold=fold)
+    meta = dict(timeline.meta) | {"cluster": prepared.cluster.name, "model": prepared.network.name}
+    timeline = replace(timeline, meta=meta)
+    memory = {rank: memory_profile(schedule, rank, times) for rank, times in timeline.ranks.items()}
+    metrics = step_metrics(
+        timeline, memory, usable_memory_bytes(prepared.cluster),
+        cost.peak_flops_per_s(prepared.training.policy.compute_dtype), cost_provenance(prepared, timeline),
+    )  # fmt: skip
+    return Result(prepared, timeline, memory, metrics)
+
+
+def cost_provenance(prepared: Prepared, timeline: Timeline) -> dict[str, float]:
+    """Share of the critical rank's busy time by what its prices rest on: measured, interpolated, assumed."""
+    rank = critical_rank(timeline)
+    times = timeline.ranks[rank]
+    busy: dict[str, int] = {}
+    for op in prepared.schedule.program(rank).ops:
+        dims = None
+        if isinstance(op.action, Compute):
+            dims = op.action.dims_at(prepared.schedule.shard_index(rank, op.action.part))
+        basis = prepared.cost.basis(op, dims)
+        busy[basis] = busy.get(basis, 0) + int(times.end_ns[op.index] - times.start_ns[op.index])
+    total = sum(busy.values())
+    return {basis: busy[basis] / total for basis in sorted(busy)} if total else {}
