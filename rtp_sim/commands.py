@@ -6,7 +6,6 @@ import json
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from os import cpu_count
 
@@ -42,7 +41,10 @@ def compare(a: Namespace) -> int:
     batch = a.global_batch or a.micro_batch * cluster.world_size
     requests = [replace(_request(a, s), global_batch=batch) for s in strategies]
     jobs = min(a.jobs or cpu_count() or 1, len(requests))
-    outcomes = list(_all_outcomes(requests, a, jobs))
+    errors: list[InputError] = []
+    outcomes = list(_all_outcomes(requests, a, jobs, errors))
+    if not outcomes:
+        raise errors[0]
     rows = [o.metrics for o in outcomes]
     if a.format == "json":
         write_json(compare_json(rows, _inputs(a, batch)))
@@ -52,6 +54,9 @@ def compare(a: Namespace) -> int:
         print_table(comparison_table(rows, usable_memory_bytes(cluster)))
         _print_notes(outcomes)
     _write_files(a, requests[0], outcomes, cluster)
+    if errors:
+        # What could be computed has been shown; what could not is still bad input.
+        raise InputError("; ".join(str(e) for e in errors))
     return 0 if any(m.fits for m in rows) else 1
 
 
@@ -186,19 +191,22 @@ def _one(request: Request, engine: str, fold: bool, details: bool) -> _Outcome:
     return _outcome(run(prepare(request), engine, fold), details)
 
 
-def _all_outcomes(requests: Sequence[Request], a: Namespace, jobs: int) -> Iterator[_Outcome]:
-    """The outcomes in order, computed on `jobs` processes."""
+def _all_outcomes(
+    requests: Sequence[Request], a: Namespace, jobs: int, errors: list[InputError]
+) -> Iterator[_Outcome]:
+    """The outcomes in order, computed on `jobs` processes; requests that make no sense go to `errors` instead."""
     work = [(request, a.engine, not a.no_fold, a.report is not None) for request in requests]
-    if jobs == 1:
+    # Imported here: starting processes is not needed for one strategy.
+    from concurrent.futures import ProcessPoolExecutor
+
+    with ProcessPoolExecutor(jobs) as pool:
+        futures = [pool.submit(_one, *item) for item in work] if jobs > 1 else []
         for i, item in enumerate(work):
             _progress(a, f"{item[0].strategy} ({i + 1} of {len(work)})")
-            yield _one(*item)
-        return
-    with ProcessPoolExecutor(jobs) as pool:
-        futures = [pool.submit(_one, *item) for item in work]
-        for i, (item, future) in enumerate(zip(work, futures, strict=True)):
-            _progress(a, f"{item[0].strategy} ({i + 1} of {len(work)})")
-            yield future.result()
+            try:
+                yield futures[i].result() if futures else _one(*item)
+            except InputError as error:
+                errors.append(error)
 
 
 def _progress(a: Namespace, message: str) -> None:

@@ -1,4 +1,5 @@
-"""A toy cost model with dedicated or shared links, and small schedules, for the engine's tests and benchmark."""
+"""A toy cost model with dedicated or shared links, and small schedules, for the engine's tests and
+benchmark."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ Path = Callable[[int, int], Mapping[int, int]]
 @dataclass
 class ToyCost:
     """Kernels last as many ns as their only dim says. A message takes `latency_ns` and uses the links of
-    `path(src, dst)`; a collective is a ring all-reduce of 2 (n - 1) / n times its bytes over the links of its ring.
+    `path(src, dst)`; a collective is a ring all-reduce of 2 (n - 1) / n times its bytes over the links of its
+    ring.
 
     Without a path, every ordered pair of ranks has a link of its own, so nothing contends.
     """
@@ -66,9 +68,7 @@ class ToyCost:
     def point_to_point(self, src_rank: int, dst_rank: int, size_bytes: int, chunk_bytes: int | None) -> Phase:
         return Phase(self.latency_ns, size_bytes, self.links(src_rank, dst_rank), self.cap_bytes_per_s)
 
-    def collective(
-        self, kind: str, ranks: tuple[int, ...], size_bytes: int, dtype: str
-    ) -> tuple[Phase, ...]:
+    def collective(self, kind: str, ranks: tuple[int, ...], size_bytes: int, dtype: str) -> tuple[Phase, ...]:
         usage: dict[int, int] = {}
         n = len(ranks)
         for k, rank in enumerate(ranks):
@@ -82,7 +82,8 @@ class ToyCost:
 
 
 def switch_path(world_size: int) -> Path:
-    """Every rank has a port out (link r) and a port in (link world_size + r) to a switch that never blocks."""
+    """Every rank has a port out (link r) and a port in (link world_size + r) to a switch that never
+    blocks."""
     return lambda src, dst: {src: 1, world_size + dst: 1}
 
 
@@ -111,13 +112,18 @@ class Builder:
         self, action: Action, stream: str, after: tuple[int, ...] = (), blocks: bool = False, name: str = ""
     ) -> int:
         index = len(self.ops)
-        self.ops.append(
-            Op(index, name or f"op{index}", stream, action, after=after, blocks_host=blocks)
-        )
+        self.ops.append(Op(index, name or f"op{index}", stream, action, after=after, blocks_host=blocks))
         return index
 
-    def kernel(self, ns: int, after: tuple[int, ...] = (), stream: str = "compute", **more: object) -> int:
-        return self.add(compute(ns), stream, after, **more)  # type: ignore[arg-type]
+    def kernel(
+        self,
+        ns: int,
+        after: tuple[int, ...] = (),
+        stream: str = "compute",
+        blocks: bool = False,
+        name: str = "",
+    ) -> int:
+        return self.add(compute(ns), stream, after, blocks, name)
 
     def program(self, buffers: Mapping[str, Buffer] | None = None) -> Program:
         return Program(self.name, buffers or {}, tuple(self.ops))

@@ -91,7 +91,7 @@ def _compute(schedule: Schedule, m: Meaning, op: Op, action: Compute, rank: int)
     elif action.kernel == "copy" and op.reads[0][0] == "w":
         weights[op.writes[0]] = weights[op.reads[0]]
     elif action.kernel == "copy":
-        sources = [op.reads[0]] if op.reads[0].startswith("bucket") else list(op.reads)
+        sources = op.reads[:1] if op.reads[0].startswith("bucket") else [b for b in op.reads if b not in op.writes]
         total = sum((sums.get(b, Counter()) for b in sources), Counter())
         sums.update({b: Counter(total) for b in op.writes})
     elif action.kernel == "add" and grads:
@@ -117,3 +117,27 @@ def expected_update(schedule: Schedule, rank: int, layers: set[str], axis: str =
             if part is None or part.group != axis or schedule.shard_index(other, part) == own:
                 wanted[other, op.index] += 1
     return wanted
+
+
+def foreign_reads(schedule: Schedule) -> list[str]:
+    """Kernels on a shard that read an activation which holds nothing of that shard, on rank 0 (ranks are alike).
+
+    An activation holds the shards of the kernels that wrote it since its last fresh write; one that a kernel without a
+    shard wrote holds them all.
+    """
+    holds: dict[str, set[int] | None] = {}
+    buffers, found = schedule.programs[0].buffers, []
+    for op in schedule.programs[0].ops:
+        if not isinstance(op.action, Compute) or op.action.kernel == "optimizer":
+            continue
+        shard = None if op.action.part is None else schedule.shard_index(0, op.action.part)
+        for b in op.reads:
+            held = holds.get(b)
+            if buffers[b].category == "activations" and shard is not None and held is not None:
+                updates = b in op.writes and shard not in held
+                if shard not in held and not updates:
+                    found.append(f"{op.name} works on shard {shard}, but {b} holds {sorted(held)}")
+        for b in op.writes:
+            before = holds.get(b, set()) if b in op.reads else set()
+            holds[b] = None if shard is None or before is None else before | {shard}
+    return found

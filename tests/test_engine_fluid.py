@@ -1,9 +1,9 @@
-"""The fluid network: rates worked out by hand, against an exact reference, and finish times of flows that overlap."""
+"""The fluid network: rates worked out by hand, against an exact reference, and finish times of flows that
+overlap."""
 
 from collections.abc import Callable
 from fractions import Fraction
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -62,7 +62,9 @@ def ends(capacity: list[int], flows: list[tuple[dict[int, int], int, int, int | 
     return [flow.ended_ns for flow in noted]
 
 
-def rates(capacity: list[int], usages: list[dict[int, int]], caps: list[int | None] | None = None) -> list[int]:
+def rates(
+    capacity: list[int], usages: list[dict[int, int]], caps: list[int | None] | None = None
+) -> list[int]:
     caps = caps or [None] * len(usages)
     shapes = {
         n: (tuple(u.items()), UNBOUNDED if cap is None else cap)
@@ -72,10 +74,9 @@ def rates(capacity: list[int], usages: list[dict[int, int]], caps: list[int | No
     return [found[n] for n in range(len(usages))]
 
 
-def exact_rates(
-    capacity: list[int], usages: list[dict[int, int]], caps: list[int | None]
-) -> list[Fraction]:
-    """Water filling with fractions, one activity frozen at a time: raise all together until something binds."""
+def exact_rates(capacity: list[int], usages: list[dict[int, int]], caps: list[int | None]) -> list[Fraction]:
+    """Water filling with fractions, one activity frozen at a time: raise all together until something
+    binds."""
     level = [Fraction(0)] * len(usages)
     growing = set(range(len(usages)))
     while growing:
@@ -137,10 +138,12 @@ def flow_sets(draw: st.DrawFn) -> tuple[list[int], list[dict[int, int]], list[in
 
 @settings(max_examples=150, deadline=None)
 @given(flow_sets())
-def test_rates_are_max_min_up_to_rounding(case: tuple[list[int], list[dict[int, int]], list[int | None]]) -> None:
-    """Rounding down loses under 1 byte/s a level; what one level loses, later ones may get or amplify by the weights
-    (at most 8 flows x weight 4 = 32 per level, 8 levels). 10,000 bytes/s is a generous bound, and 1 % of the least
-    capacity here."""
+def test_rates_are_max_min_up_to_rounding(
+    case: tuple[list[int], list[dict[int, int]], list[int | None]],
+) -> None:
+    """Rounding down loses under 1 byte/s a level; what one level loses, later ones may get or amplify by the
+    weights (at most 8 flows x weight 4 = 32 per level, 8 levels). 10,000 bytes/s is a generous bound, and 1 %
+    of the least capacity here."""
     capacity, usages, caps = case
     found = rates(capacity, usages, caps)
     for rate, exact in zip(found, exact_rates(capacity, usages, caps), strict=True):
@@ -168,14 +171,14 @@ def test_two_flows_over_one_host_bridge_take_twice_the_time() -> None:
 
 
 def test_a_late_flow_shares_what_is_left() -> None:
-    """1 byte/ns. A: 1,000 bytes from 0. B: 300 bytes from 400. Both at half from 400: B ends at 1,000, having passed
-    300; A has 1000 - 400 - 300 = 300 left and ends at 1,300."""
+    """1 byte/ns. A: 1,000 bytes from 0. B: 300 bytes from 400. Both at half from 400: B ends at 1,000, having
+    passed 300; A has 1000 - 400 - 300 = 300 left and ends at 1,300."""
     assert ends([GB], [({0: 1}, 1000, 0, None), ({0: 1}, 300, 400, None)]) == [1300, 1000]
 
 
 def test_a_change_far_away_travels_through_shared_links() -> None:
-    """A on link 0, B on links 0 and 1, C on link 1, all 1 byte/ns and 1,000 bytes; C starts at 500.
-    A and B share from 0: 250 passed each at 500. C joins: still 1/2 everywhere. A and B end at 2,000, C has passed
+    """A on link 0, B on links 0 and 1, C on link 1, all 1 byte/ns and 1,000 bytes; C starts at 500. A and B
+    share from 0: 250 passed each at 500. C joins: still 1/2 everywhere. A and B end at 2,000, C has passed
     750 by then and ends at 2,250."""
     flows = [({0: 1}, 1000, 0, None), ({0: 1, 1: 1}, 1000, 0, None), ({1: 1}, 1000, 500, None)]
     assert ends([GB, GB], flows) == [2000, 2000, 2250]
@@ -210,7 +213,11 @@ def test_no_flow_beats_its_narrowest_link_and_no_link_its_capacity(
     for (links, size, start), end in zip(flows, found, strict=True):
         assert (end - start) * min(capacity[k] for k in links) >= size * NS_PER_S
     for link, c in enumerate(capacity):
-        users = [(size, start, end) for (links, size, start), end in zip(flows, found, strict=True) if link in links]
+        users = [
+            (size, start, end)
+            for (links, size, start), end in zip(flows, found, strict=True)
+            if link in links
+        ]
         if users:
             span_ns = max(end for *_, end in users) - min(start for _, start, _ in users)
             assert span_ns * c >= sum(size for size, *_ in users) * NS_PER_S

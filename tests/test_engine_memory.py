@@ -16,8 +16,10 @@ def op(index: int, reads: str = "", writes: str = "") -> Op:
     return Op(index, f"op{index}", "s", compute(1), tuple(reads.split()), tuple(writes.split()))
 
 
-def buffer(name: str, numel: int, category: str = "activations", **more: object) -> Buffer:
-    return Buffer(name, category, "uint8", numel, **more)  # type: ignore[arg-type]
+def buffer(
+    name: str, numel: int, category: str = "activations", live_in: bool = False, live_out: bool = False
+) -> Buffer:
+    return Buffer(name, category, "uint8", numel, None, live_in, live_out)
 
 
 def schedule_of(program: Program, world: int = 1) -> Schedule:
@@ -26,7 +28,9 @@ def schedule_of(program: Program, world: int = 1) -> Schedule:
 
 
 def times(*pairs: tuple[int, int]) -> RankTimes:
-    return RankTimes(np.array([a for a, _ in pairs], dtype=np.int64), np.array([b for _, b in pairs], dtype=np.int64))
+    return RankTimes(
+        np.array([a for a, _ in pairs], dtype=np.int64), np.array([b for _, b in pairs], dtype=np.int64)
+    )
 
 
 def program_of(buffers: list[Buffer], *ops: Op) -> Program:
@@ -44,7 +48,8 @@ def test_a_version_lives_from_its_fresh_write_to_its_last_reader_on_any_stream()
 
 
 def test_an_update_goes_on_with_the_version_and_a_fresh_write_ends_it() -> None:
-    """g: fresh at op 0, updated by op 1 (reads and writes it), fresh again at op 3: free between 20 and 30."""
+    """g: fresh at op 0, updated by op 1 (reads and writes it), fresh again at op 3: free between 20 and
+    30."""
     p = program_of([buffer("g", 50, "gradients")], op(0, "", "g"), op(1, "g", "g"), op(2), op(3, "", "g"))
     assert live_intervals(p) == [Version("g", 0, (0, 1), False), Version("g", 3, (3,), False)]
     profile = memory_profile(schedule_of(p), 0, times((0, 10), (10, 20), (20, 30), (30, 40)))
@@ -53,7 +58,8 @@ def test_an_update_goes_on_with_the_version_and_a_fresh_write_ends_it() -> None:
 
 
 def test_live_in_and_live_out() -> None:
-    """w and m are held throughout; t only until its reader ends; out from its write on; idle is never held."""
+    """w and m are held throughout; t only until its reader ends; out from its write on; idle is never
+    held."""
     p = program_of(
         [
             buffer("w", 1000, "weights", live_in=True, live_out=True),
@@ -73,8 +79,8 @@ def test_live_in_and_live_out() -> None:
 
 
 def test_double_buffers_overlap_while_a_hop_is_under_way() -> None:
-    """Two weight slots of a rotation: hop reads a and writes b, then b and a. The kernel on a ends later than the
-    hop that fills b: both are held meanwhile."""
+    """Two weight slots of a rotation: hop reads a and writes b, then b and a. The kernel on a ends later than
+    the hop that fills b: both are held meanwhile."""
     p = program_of(
         [buffer("a", 10, "weights", live_in=True), buffer("b", 10, "weights")],
         op(0, "a", "b"),
@@ -88,7 +94,8 @@ def test_double_buffers_overlap_while_a_hop_is_under_way() -> None:
 
 
 def test_one_storage_is_not_counted_twice_where_versions_overlap() -> None:
-    """A fresh write that begins before the last reader of the old version ends (a hazard) shares its storage."""
+    """A fresh write that begins before the last reader of the old version ends (a hazard) shares its
+    storage."""
     p = program_of([buffer("x", 8)], op(0, "", "x"), op(1, "x"), op(2, "", "x"))
     profile = memory_profile(schedule_of(p), 0, times((0, 10), (10, 50), (30, 70)))
     assert profile.total_bytes.tolist() == [8, 0]
@@ -153,13 +160,15 @@ def held_at(program: Program, when: RankTimes, t: int, last_ns: int) -> int:
 @settings(max_examples=150, deadline=None)
 @given(random_programs())
 def test_the_profile_equals_the_rule_read_moment_by_moment(case: tuple[Program, RankTimes]) -> None:
-    """Ops one after another, so that program order is time order. A buffer read before anything was written holds
-    something from the start (a fault that the lifetime check reports; here both readings take it so)."""
+    """Ops one after another, so that program order is time order. A buffer read before anything was written
+    holds something from the start (a fault that the lifetime check reports; here both readings take it
+    so)."""
     program, when = case
     last_ns = int(when.end_ns[-1])
     profile = memory_profile(schedule_of(program), 0, when)
     seen = [
-        int(profile.total_bytes[np.searchsorted(profile.time_ns, t, side="right") - 1]) for t in range(last_ns)
+        int(profile.total_bytes[np.searchsorted(profile.time_ns, t, side="right") - 1])
+        for t in range(last_ns)
     ]
     kept_from_nothing = [b for b in program.buffers.values() if b.live_out and not b.live_in]
     if all(any(b.name in o.writes and b.name not in o.reads for o in program.ops) for b in kept_from_nothing):

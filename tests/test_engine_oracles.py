@@ -1,14 +1,16 @@
-"""Two ways to the same times: longest path against events where nothing contends, folded against unfolded anywhere.
+"""Two ways to the same times: longest path against events where nothing contends, folded against unfolded
+anywhere.
 
-Random programs share a skeleton: op number k of the skeleton is the same communication on every rank, and depends on
-earlier ones only, so that no schedule here can deadlock. What differs from rank to rank are kernel times, shard sizes,
-stages of a pipeline and the links.
+Random programs share a skeleton: op number k of the skeleton is the same communication on every rank, and
+depends on earlier ones only, so that no schedule here can deadlock. What differs from rank to rank are kernel
+times, shard sizes, stages of a pipeline and the links.
 """
 
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import pytest
 from engine_helpers import (
     GB_PER_S,
     Builder,
@@ -25,6 +27,7 @@ from engine_helpers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rtp_sim.engine.costs import Phase
 from rtp_sim.engine.fold import fold
 from rtp_sim.engine.longest_path import longest_path
 from rtp_sim.engine.simulate import simulate
@@ -74,9 +77,7 @@ def program(skeleton: list[Step], stage: int, stages: int, stretch: int) -> Prog
         if s.kind == "kernel":
             variants = tuple((("ns", stretch * n),) for n in s.sizes)
             uneven = len(variants) > 1
-            action = Compute(
-                "k", "fp32", variants[0], own if uneven else None, variants if uneven else None
-            )
+            action = Compute("k", "fp32", variants[0], own if uneven else None, variants if uneven else None)
             made.append((b.add(action, s.stream, after, s.blocks),))
         elif s.kind == "shift":
             uneven = len(s.sizes) > 1
@@ -95,7 +96,9 @@ def program(skeleton: list[Step], stage: int, stages: int, stretch: int) -> Prog
 
 
 @st.composite
-def schedules(draw: st.DrawFn, kinds: tuple[str, ...], streams: int, even_ranks: bool) -> tuple[Schedule, int, int]:
+def schedules(
+    draw: st.DrawFn, kinds: tuple[str, ...], streams: int, even_ranks: bool
+) -> tuple[Schedule, int, int]:
     inner, outer = draw(st.integers(1, 4)), draw(st.integers(1, 3))
     skeleton = draw(steps(inner, kinds, streams))
     world = inner * outer
@@ -120,7 +123,10 @@ def assert_same(schedule: Schedule, one: Timeline, other: Timeline) -> None:
 
 @settings(max_examples=120, deadline=None)
 @given(
-    schedules(("kernel", "shift", "collective"), 1, False), st.integers(0, 40), st.integers(0, 30), st.booleans()
+    schedules(("kernel", "shift", "collective"), 1, False),
+    st.integers(0, 40),
+    st.integers(0, 30),
+    st.booleans(),
 )
 def test_longest_path_equals_events_where_nothing_contends(
     case: tuple[Schedule, int, int], latency_ns: int, issue_ns: int, folded: bool
@@ -128,7 +134,9 @@ def test_longest_path_equals_events_where_nothing_contends(
     """One communication stream a rank and a link for each pair of ranks: no two flows ever share a link."""
     schedule, _, _ = case
     cost = ToyCost(schedule.world_size, latency_ns=latency_ns, issue_ns=issue_ns)
-    assert_same(schedule, simulate(schedule, cost, fold=folded), longest_path(schedule, cost, fold=not folded))
+    assert_same(
+        schedule, simulate(schedule, cost, fold=folded), longest_path(schedule, cost, fold=not folded)
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -143,7 +151,8 @@ def test_longest_path_equals_events_in_pipelines(
 
 @st.composite
 def costs(draw: st.DrawFn, inner: int, outer: int) -> ToyCost:
-    """Shared ports and uplinks, some of them odd; latencies, issue times, slowdown; sometimes a pool of cores."""
+    """Shared ports and uplinks, some of them odd; latencies, issue times, slowdown; sometimes a pool of
+    cores."""
     world = inner * outer
     slow = draw(st.lists(st.integers(0, 2 * world + 2 * outer - 1), max_size=2))
     pools: Mapping[int, tuple[int, int]] = {}
@@ -167,8 +176,8 @@ def costs(draw: st.DrawFn, inner: int, outer: int) -> ToyCost:
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_folded_equals_unfolded(data: st.DataObject) -> None:
-    """To the nanosecond, for every op of every rank, with contention, uneven shards, odd links and stages; and no
-    op ends earlier than it would without contention."""
+    """To the nanosecond, for every op of every rank, with contention, uneven shards, odd links and stages;
+    and no op ends earlier than it would without contention."""
     schedule, inner, outer = data.draw(
         schedules(("kernel", "shift", "collective", "pipe"), 3, data.draw(st.booleans()))
     )
@@ -184,7 +193,8 @@ def test_folded_equals_unfolded(data: st.DataObject) -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_no_stream_and_no_link_does_more_than_fits(data: st.DataObject) -> None:
-    """max(compute, communication) <= simulated: each stream's kernels and each link's bytes fit into the step."""
+    """max(compute, communication) <= simulated: each stream's kernels and each link's bytes fit into the
+    step."""
     schedule, inner, outer = data.draw(schedules(("kernel", "shift", "pipe"), 2, False))
     cost = replace(data.draw(costs(inner, outer)), latency_ns=0)
     step_ns = simulate(schedule, cost).step_time_ns
@@ -208,7 +218,9 @@ def messages(schedule: Schedule, rank: int, op: Op) -> list[tuple[int, int]]:
     action = op.action
     if isinstance(action, Shift):
         group = schedule.groups[action.group]
-        sent = [(group.peer(rank, h.offset), h.bytes_at(schedule.shard_index(rank, h.part))) for h in action.hops]
+        sent = [
+            (group.peer(rank, h.offset), h.bytes_at(schedule.shard_index(rank, h.part))) for h in action.hops
+        ]
         return [(to, size) for to, size in sent if to != rank]
     if type(action).__name__ == "Send":
         to = schedule.groups[action.group].neighbour(rank, action.offset)
@@ -255,7 +267,8 @@ def test_a_flat_ring_over_nodes_folds_by_place_in_the_node() -> None:
 
 
 def test_one_slow_link_splits_the_ranks_it_matters_to() -> None:
-    """A slow port out of rank 5: in a ring of 8 each rank's distance from it differs, so all stand for themselves."""
+    """A slow port out of rank 5: in a ring of 8 each rank's distance from it differs, so all stand for
+    themselves."""
     b = Builder()
     b.add(ring(500, 1, "inner"), "s")
     b.kernel(10, (0,))
@@ -287,7 +300,8 @@ def test_a_long_chain_of_differences_gives_up_folding_but_stays_right() -> None:
 
 
 def test_a_thousand_ranks_fold_fast() -> None:
-    """Ring of 8 inside nodes, ring of 128 across. 0.4 s is the aim; twice that leaves room for a busy machine."""
+    """Ring of 8 inside nodes, ring of 128 across. 0.4 s is the aim; twice that leaves room for a busy
+    machine."""
     b = Builder()
     b.add(ring(500, 1, "inner"), "s")
     b.add(ring(900, 1, "outer"), "s")
@@ -304,7 +318,9 @@ def test_a_broadcast_from_another_root_has_its_own_usage() -> None:
     seen = []
 
     class Noting(ToyCost):
-        def collective(self, kind, ranks, size_bytes, dtype):  # type: ignore[no-untyped-def]
+        def collective(
+            self, kind: str, ranks: tuple[int, ...], size_bytes: int, dtype: str
+        ) -> tuple[Phase, ...]:
             seen.append(ranks)
             return super().collective(kind, ranks, size_bytes, dtype)
 
@@ -312,3 +328,19 @@ def test_a_broadcast_from_another_root_has_its_own_usage() -> None:
     b.add(Collective("broadcast", "inner", 100, "fp32", root=2), "c")
     simulate(grid(4, 1, b.program()), Noting(4))
     assert set(seen) == {(2, 3, 0, 1)}
+
+
+def test_a_message_whose_links_depend_on_its_size_is_refused() -> None:
+    """More than four sizes are sampled at both ends only: a route that changes between is noticed when it comes up."""
+
+    class Fickle(ToyCost):
+        def point_to_point(
+            self, src_rank: int, dst_rank: int, size_bytes: int, chunk_bytes: int | None
+        ) -> Phase:
+            return Phase(0, size_bytes, {7 if size_bytes == 3 else 8: 1})
+
+    b = Builder()
+    for size in range(1, 6):
+        b.add(ring(size, 1, "inner"), "s")
+    with pytest.raises(ValueError, match="must not depend on its size"):
+        simulate(grid(4, 1, b.program()), Fickle(4))

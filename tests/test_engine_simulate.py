@@ -1,7 +1,9 @@
 """The discrete-event engine on programs whose times can be worked out by hand."""
 
 import ast
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from engine_helpers import (
@@ -26,6 +28,7 @@ from rtp_sim.errors import DeadlockError, ScheduleError
 from rtp_sim.schedule.ir import Compute, Group, Hop, Part, Program, Schedule, Shift
 from rtp_sim.timeline import Timeline
 
+Engine = Callable[[Schedule, ToyCost], Timeline]
 ENGINES = [simulate, longest_path]
 
 
@@ -38,7 +41,7 @@ def one_rank(b: Builder) -> Schedule:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_streams_run_side_by_side_and_in_order(engine) -> None:
+def test_streams_run_side_by_side_and_in_order(engine: Engine) -> None:
     b = Builder()
     first = b.kernel(100)
     b.kernel(30, stream="other")
@@ -48,7 +51,7 @@ def test_streams_run_side_by_side_and_in_order(engine) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_the_host_bounds_small_kernels(engine) -> None:
+def test_the_host_bounds_small_kernels(engine: Engine) -> None:
     """7 ns to issue, 3 ns to run: kernel k starts at 7 (k + 1)."""
     b = Builder()
     for _ in range(4):
@@ -57,7 +60,7 @@ def test_the_host_bounds_small_kernels(engine) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_an_op_that_blocks_the_host_delays_what_is_issued_after_it(engine) -> None:
+def test_an_op_that_blocks_the_host_delays_what_is_issued_after_it(engine: Engine) -> None:
     """Issue 5 each. Op 0 runs 5-105 and blocks; op 1, on another stream, is issued at 110; op 2 at 115."""
     b = Builder()
     b.kernel(100, blocks=True)
@@ -67,7 +70,7 @@ def test_an_op_that_blocks_the_host_delays_what_is_issued_after_it(engine) -> No
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_ring_shift_takes_latency_plus_bytes_over_bandwidth(engine) -> None:
+def test_a_ring_shift_takes_latency_plus_bytes_over_bandwidth(engine: Engine) -> None:
     b = Builder()
     b.kernel(40)
     b.add(ring(1000), "shift", (0,))
@@ -84,7 +87,8 @@ def test_a_ring_through_a_switch_is_not_paid_twice() -> None:
 
 
 def test_two_shifts_on_one_port_share_it() -> None:
-    """600 bytes and 1,000 bytes from 0: both at half; at 1,200 the small one is done, the other has 400 left."""
+    """600 bytes and 1,000 bytes from 0: both at half; at 1,200 the small one is done, the other has 400
+    left."""
     b = Builder()
     b.add(ring(600), "weights")
     b.add(ring(1000), "gradients")
@@ -93,7 +97,7 @@ def test_two_shifts_on_one_port_share_it() -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_hops_of_one_shift_fly_together_and_it_ends_with_the_last(engine) -> None:
+def test_hops_of_one_shift_fly_together_and_it_ends_with_the_last(engine: Engine) -> None:
     shift = Shift("ring", (Hop((1,), 700), Hop((-1,), 200)))
     b = Builder()
     b.add(shift, "shift")
@@ -101,8 +105,9 @@ def test_hops_of_one_shift_fly_together_and_it_ends_with_the_last(engine) -> Non
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_pairwise_flow_starts_when_its_own_two_ranks_are_there(engine) -> None:
-    """Ring of 3, rank 0 comes at 100, the others at 0. Flow 1 -> 2 runs 0-50; 0 -> 1 and 2 -> 0 run 100-150."""
+def test_a_pairwise_flow_starts_when_its_own_two_ranks_are_there(engine: Engine) -> None:
+    """Ring of 3, rank 0 comes at 100, the others at 0. Flow 1 -> 2 runs 0-50; 0 -> 1 and 2 -> 0 run
+    100-150."""
     late, early = Builder("late"), Builder("early")
     late.kernel(100)
     early.kernel(0)
@@ -113,7 +118,7 @@ def test_a_pairwise_flow_starts_when_its_own_two_ranks_are_there(engine) -> None
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_collective_waits_for_the_last_member_and_all_end_together(engine) -> None:
+def test_a_collective_waits_for_the_last_member_and_all_end_together(engine: Engine) -> None:
     """Toy all-reduce of 4: 2 phases of 3 latencies and 3/4 of 800 bytes: 2 (30 + 600)."""
     slow, fast = Builder("slow"), Builder("fast")
     slow.kernel(500)
@@ -138,7 +143,7 @@ def test_an_all_reduce_does_not_beat_the_port_bound(ranks: int) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_send_meets_its_receive_by_tag(engine) -> None:
+def test_a_send_meets_its_receive_by_tag(engine: Engine) -> None:
     """Rank 0 sends "a" then "b" on two streams, rank 1 receives them when it likes: "b" at 30, "a" at 100."""
     source, sink = Builder("source"), Builder("sink")
     source.add(send(10, "a"), "s1")
@@ -153,7 +158,7 @@ def test_a_send_meets_its_receive_by_tag(engine) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_sends_with_the_same_tag_meet_in_order(engine) -> None:
+def test_sends_with_the_same_tag_meet_in_order(engine: Engine) -> None:
     source, sink = Builder("source"), Builder("sink")
     for size in (10, 20):
         source.add(send(size, "x"), "s")
@@ -163,7 +168,7 @@ def test_sends_with_the_same_tag_meet_in_order(engine) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_communication_alone_takes_no_time(engine) -> None:
+def test_communication_alone_takes_no_time(engine: Engine) -> None:
     b = Builder()
     b.kernel(10)
     b.add(ring(1000), "shift", (0,))
@@ -172,7 +177,7 @@ def test_communication_alone_takes_no_time(engine) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_hop_along_a_dimension_of_one_goes_nowhere(engine) -> None:
+def test_a_hop_along_a_dimension_of_one_goes_nowhere(engine: Engine) -> None:
     """Group of shape 1 x 4: the hop along the first dimension stays home, the other is a message."""
     group = Group("ring", (1, 4), ((0, 1, 2, 3),))
     b = Builder()
@@ -183,10 +188,10 @@ def test_a_hop_along_a_dimension_of_one_goes_nowhere(engine) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_uneven_shards_have_their_own_sizes(engine) -> None:
-    """Rank r holds shard r: kernels of 10, 20, 30 ns, messages of 100, 200, 300 bytes. A flow starts when the later
-    of its two ranks is there: 0 -> 1 runs 20-120, 1 -> 2 runs 30-230, 2 -> 0 runs 30-330. A rank's shift lasts from
-    its first flow's start to its last flow's end."""
+def test_uneven_shards_have_their_own_sizes(engine: Engine) -> None:
+    """Rank r holds shard r: kernels of 10, 20, 30 ns, messages of 100, 200, 300 bytes. A flow starts when the
+    later of its two ranks is there: 0 -> 1 runs 20-120, 1 -> 2 runs 30-230, 2 -> 0 runs 30-330. A rank's
+    shift lasts from its first flow's start to its last flow's end."""
     own = Part("ring", (0,))
     variants = tuple((("ns", 10 * (s + 1)),) for s in range(3))
     b = Builder()
@@ -198,8 +203,8 @@ def test_uneven_shards_have_their_own_sizes(engine) -> None:
 
 
 def test_compute_is_slowed_beside_a_communication() -> None:
-    """12.6 % longer while in flight. Shift 0-1,126. Kernel of 2,000 ns: by 1,126 it has done 1,126 / 1.126 = 1,000,
-    so it ends 1,000 later, at 2,126."""
+    """12.6 % longer while in flight. Shift 0-1,126. Kernel of 2,000 ns: by 1,126 it has done 1,126 / 1.126 =
+    1,000, so it ends 1,000 later, at 2,126."""
     b = Builder()
     b.add(ring(1126), "shift")
     b.kernel(2000)
@@ -209,12 +214,22 @@ def test_compute_is_slowed_beside_a_communication() -> None:
 
 
 def test_a_communication_that_starts_later_slows_only_from_then() -> None:
-    """Slowdown 2. Kernel of 1,000 from 0; shift of 300 issued at 400 (host): 400 done, 150 in 400-700, 450 left."""
+    """Slowdown 2. Kernel of 1,000 from 0; shift of 300 issued at 400 (host): 400 done, 150 in 400-700, 450
+    left."""
     b = Builder()
     b.kernel(1000)
     b.add(ring(300), "shift")
     cost = ToyCost(2, slowdown_permille=2000, issue_by_name={"op1": 400})
     assert spans(simulate(one_ring(2, b.program()), cost)) == [(0, 1150), (400, 700)]
+
+
+def test_a_kernel_issued_after_a_communication_is_not_slowed() -> None:
+    """Slowdown 2, shift 0-300, kernel of 100 issued at 400: it must not feel what ended before it began."""
+    b = Builder()
+    b.add(ring(300), "shift")
+    b.kernel(100)
+    cost = ToyCost(2, slowdown_permille=2000, issue_by_name={"op1": 400})
+    assert spans(simulate(one_ring(2, b.program()), cost)) == [(0, 300), (400, 500)]
 
 
 def test_two_communications_at_once_slow_no_more_than_one() -> None:
@@ -245,8 +260,9 @@ def test_two_ranks_on_two_cores_do_not_notice() -> None:
 
 
 def test_a_transfer_takes_its_share_of_the_cores() -> None:
-    """One core for two ranks, weight 1,000 a core-ns; a byte costs 1 core-ns (weight 1,000) on the pool. Kernels of
-    100 on both and a shift of 100 bytes each way: four equal users of one core, 100 units each: 400 ns."""
+    """One core for two ranks, weight 1,000 a core-ns; a byte costs 1 core-ns (weight 1,000) on the pool.
+    Kernels of 100 on both and a shift of 100 bytes each way: four equal users of one core, 100 units each:
+    400 ns."""
     b = Builder()
     b.kernel(100)
     b.add(ring(100), "shift")
@@ -260,7 +276,7 @@ def test_a_transfer_takes_its_share_of_the_cores() -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_sends_and_receives_in_the_wrong_order_are_a_deadlock(engine) -> None:
+def test_sends_and_receives_in_the_wrong_order_are_a_deadlock(engine: Engine) -> None:
     left, right = Builder("left"), Builder("right")
     left.add(send(10, "a"), "s", name="send a")
     left.add(recv(10, "b", 1), "s", name="recv b")
@@ -275,7 +291,7 @@ def test_sends_and_receives_in_the_wrong_order_are_a_deadlock(engine) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_collectives_in_another_order_are_a_deadlock(engine) -> None:
+def test_collectives_in_another_order_are_a_deadlock(engine: Engine) -> None:
     one, two = Builder("one"), Builder("two")
     one.add(all_reduce(10), "c", name="first")
     one.add(all_reduce(20), "c", name="second")
@@ -283,19 +299,25 @@ def test_collectives_in_another_order_are_a_deadlock(engine) -> None:
     two.add(all_reduce(10), "c", name="first")
     with pytest.raises(DeadlockError) as caught:
         engine(one_ring(2, one.program(), two.program(), of_rank=(0, 1)), ToyCost(2))
-    assert "rank 0: 'first' on stream 'c' waits for rank(s) 1 to join all_reduce of 10 bytes" in str(caught.value)
-    assert "rank 1: 'second' on stream 'c' waits for rank(s) 0 to join all_reduce of 20 bytes" in str(caught.value)
+    assert "rank 0: 'first' on stream 'c' waits for rank(s) 1 to join all_reduce of 10 bytes" in str(
+        caught.value
+    )
+    assert "rank 1: 'second' on stream 'c' waits for rank(s) 0 to join all_reduce of 20 bytes" in str(
+        caught.value
+    )
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_deadlock_names_a_missing_shift_and_a_cycle_of_streams(engine) -> None:
+def test_a_deadlock_names_a_missing_shift_and_a_cycle_of_streams(engine: Engine) -> None:
     more, less = Builder("more"), Builder("less")
     more.add(ring(1), "s", name="hop")
     less.kernel(1, (1,), name="waits for the future")
     less.kernel(1, (0,), stream="other", name="future")
     with pytest.raises(DeadlockError) as caught:
         engine(one_ring(2, more.program(), less.program(), of_rank=(0, 1)), ToyCost(2))
-    assert "rank 0: 'hop' on stream 's' waits for rank(s) 1 to join shift 0 on group 'ring'" in str(caught.value)
+    assert "rank 0: 'hop' on stream 's' waits for rank(s) 1 to join shift 0 on group 'ring'" in str(
+        caught.value
+    )
     assert "rank 1: 'waits for the future' on stream 'compute' waits for 'future' of the same rank" in str(
         caught.value
     )
@@ -313,7 +335,7 @@ def test_a_deadlock_lists_eight_ranks_at_most() -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_mistakes_in_a_schedule_are_told(engine) -> None:
+def test_mistakes_in_a_schedule_are_told(engine: Engine) -> None:
     off_the_end, stranger, lost = Builder("p"), Builder("p"), Builder("p")
     off_the_end.add(send(1, "t"), "s")
     with pytest.raises(ScheduleError, match=r"rank 1 .* past the end"):
@@ -324,6 +346,17 @@ def test_mistakes_in_a_schedule_are_told(engine) -> None:
     lost.kernel(1, (7,))
     with pytest.raises(ScheduleError, match="comes after op 7; there are 1 ops"):
         engine(one_ring(1, lost.program()), ToyCost(1))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"latency_ns": -1}, {"cap_bytes_per_s": 0}, {"default_capacity": 0}, {"path": lambda s, d: {0: 0}}],
+)
+def test_costs_with_which_time_would_stand_still_are_refused(wrong: dict[str, Any]) -> None:
+    b = Builder()
+    b.add(ring(1), "s")
+    with pytest.raises(ValueError, match="negative|at least 1|below 1"):
+        simulate(one_ring(2, b.program()), ToyCost(2, **wrong))
 
 
 def test_an_empty_program_takes_no_time() -> None:
@@ -342,8 +375,8 @@ def test_two_runs_give_the_same_bytes() -> None:
 
 
 def test_rtp_hides_the_smaller_of_kernel_and_hop() -> None:
-    """One forward sweep over 4 ranks with kernels of 100 and hops of 60: hop k runs beside kernel k: 400 in all;
-    hops of 160 bound it instead: 3 x 160 + 100."""
+    """One forward sweep over 4 ranks with kernels of 100 and hops of 60: hop k runs beside kernel k: 400 in
+    all; hops of 160 bound it instead: 3 x 160 + 100."""
 
     def step_ns(size: int) -> int:
         b = Builder()

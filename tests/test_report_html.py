@@ -7,7 +7,9 @@ import shutil
 import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,12 +32,14 @@ from rtp_sim.report.areas import memory_areas, stacked
 from rtp_sim.report.bars import time_bars
 from rtp_sim.report.html import headline, write_report
 from rtp_sim.report.timeline_data import chosen_ranks, timeline_data
+from rtp_sim.schedule.ir import Hop, Part, Shift
 
 NASTY = "</script><img src=x onerror=alert(1)>&\"'"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1280,2600",
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--hide-scrollbars", "--window-size=1280,2600",
     "--virtual-time-budget=4000",
 )  # fmt: skip
 FRAMES = "<script>window.requestAnimationFrame = (draw) => setTimeout(draw, 0);</script>"
@@ -56,10 +60,13 @@ INTERACTION = """
   memory.dispatchEvent(new Event("change"));
   const shown = [...document.querySelectorAll("[data-memory-panel]")].filter((panel) => !panel.hidden);
   root.dataset.panels = shown.map((panel) => panel.dataset.memoryPanel).join(" ");
-  // The first span of the first track begins at the left edge of the plot, 150 px from the canvas's.
+  // The first span of the first track begins at the left edge of the plot, at 150 px.
   const at = { clientX: area().left + 153, clientY: area().top + 55 };
   canvas.dispatchEvent(new PointerEvent("pointermove", at));
   root.dataset.tip = document.getElementById("tip").textContent;
+  const middle = area().left + 150 + 600 / 1170.9 * (area().width - 150);  // 600 us of 1170.9 us
+  canvas.dispatchEvent(new PointerEvent("pointermove", { clientX: middle, clientY: area().top + 78 }));
+  root.dataset.middle = document.getElementById("tip").textContent;
   canvas.dispatchEvent(new WheelEvent("wheel", {
     deltaY: -300, clientX: area().left + 150, clientY: area().top + 40, cancelable: true,
   }));
@@ -161,7 +168,7 @@ def test_charts_are_there_with_names(dom: Elements) -> None:
     # Time: rtp is compute and bubble, fsdp and ddp are compute, exposed communication and bubble.
     # Memory: weights, optimizer, activations and communication, three times.
     assert len(dom.having("rect", "segment")) + len(dom.having("rect", "sliver")) == 2 + 3 + 3 + 3 * 4
-    # The peaks are 120 and 296 MiB: only the bars' scale reaches the device's 600 MiB, twice the peak does not.
+    # The peaks are 120 and 296 MiB: only the bars reach the device's 600 MiB, twice the peak does not.
     assert len(dom.having("line", "limit")) == 1
     assert len(dom.having("path", "area")) == 2 * 4
     assert len(dom.having("circle", "peak")) == 2
@@ -176,6 +183,10 @@ def test_timeline_is_drawn_zooms_and_tells_about_spans(dom: Elements) -> None:
     assert tip[1] == "all_gather over ring, 64.0 MiB, sends 48.0 MiB"
     assert tip[2] == "0.000 us to 150.000 us, 150.000 us long"
     assert tip[3] == "rank 0, gather, op 0"
+    # Linear number i starts after the first gather and i linears: number 2 runs from 490 to 660 us.
+    middle = root["data-middle"].split("\n")
+    assert middle[0] == "linear.2"
+    assert middle[2] == "490.000 us to 660.000 us, 170.000 us long"
     # One notch shrinks the window by e about the pointer, at the left edge; 6 x 170 + 150 us, 0.9 us late.
     step_ns = 6 * 170_000 + 150_000 + 900
     assert root["data-zoomed"] == f"0 {round(step_ns / np.e)}"
@@ -203,9 +214,8 @@ def test_tables_hold_metrics_inputs_and_badges(dom: Elements) -> None:
 def test_text_is_escaped_everywhere(dom: Elements) -> None:
     assert not dom.having("img")
     assert dom.text.count(NASTY) >= 5  # title, heading, source, provenance, names of strategies
-    assert (
-        len([1 for tag, _ in dom.elements if tag == "script"]) == 4
-    )  # error count, data, page, the test's own
+    scripts = [tag for tag, _ in dom.elements if tag == "script"]
+    assert len(scripts) == 5  # error count, data, the page's own, and two of this test
 
 
 def test_nothing_comes_from_elsewhere(tmp_path: Path) -> None:
@@ -221,7 +231,7 @@ def test_nothing_comes_from_elsewhere(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dark", [False, True])
 def test_both_themes_paint_the_spans_in_the_palette(tmp_path: Path, dark: bool) -> None:
-    image = pytest.importorskip("matplotlib.image", reason="no matplotlib")
+    image = import_module("matplotlib.image")
     page = tmp_path / "report.html"
     write_example(page)
     run_browser(
@@ -272,8 +282,8 @@ def test_thinning_is_said(tmp_path: Path) -> None:
     # Lengths 1 to 100 ns, one after the other.
     ends = np.cumsum(np.arange(1, 101)).tolist()
     timeline = timeline_of(schedule_of(ops), {0: list(zip([0, *ends], ends, strict=False))})
-    data = timeline_data("x", timeline, max_spans=40)
-    assert [entry[0] for entry in data["tables"][0]] == [f"op{i}" for i in range(60, 100)]  # type: ignore[index]
+    data: dict[str, Any] = timeline_data("x", timeline, max_spans=40)
+    assert [entry[0] for entry in data["tables"][0]] == [f"op{i}" for i in range(60, 100)]
     assert data["note"] == "60 of the 100 spans of rank 0, all shorter than 61 ns, are left out."
 
 
@@ -287,9 +297,15 @@ def test_ranks_are_left_out_before_spans_and_the_critical_one_never() -> None:
     assert timeline_data("x", timeline, max_spans=5)["note"] == "2 of 4 represented ranks shown."
 
 
-def test_uneven_ranks_have_their_own_table_equal_ones_share() -> None:
-    data = timeline_data("x", example(rotation(), 41_000, 30_000)[0])
-    assert len(data["tables"]) == 1  # type: ignore[arg-type]
+def test_ranks_share_a_table_unless_their_sizes_differ() -> None:
+    even: dict[str, Any] = timeline_data("x", example(rotation(), 41_000, 30_000)[0])
+    assert [rank["table"] for rank in even["ranks"]] == [0, 0, 0, 0]
+    # Ranks 0 and 1 send the shards of 10 and 20 bytes.
+    shift = Shift("ring", (Hop((1,), (10, 20), Part("ring", (0,))),))
+    timeline = timeline_of(schedule_of(ops_of(("r", "ring", shift))), {0: [(0, 5)], 1: [(0, 5)]})
+    uneven: dict[str, Any] = timeline_data("x", timeline)
+    assert [rank["table"] for rank in uneven["ranks"]] == [0, 1]
+    assert uneven["details"] == ["shift over ring, 10 B, sends 10 B", "shift over ring, 20 B, sends 20 B"]
 
 
 def test_memory_thinning_keeps_the_peak_and_is_said() -> None:
@@ -330,12 +346,12 @@ def test_headlines() -> None:
 
 
 def test_errors_are_input_errors(tmp_path: Path) -> None:
-    empty = {"timelines": {}, "memory": {}, "inputs": [], "provenance": {}}
+    empty: dict[str, Any] = {"timelines": {}, "memory": {}, "inputs": [], "provenance": {}}
     with pytest.raises(InputError, match="at least one row"):
-        write_report(tmp_path / "x.html", title="t", rows=[], **empty)  # type: ignore[arg-type]
+        write_report(tmp_path / "x.html", title="t", rows=[], **empty)
     row = example(rotation(), 41_000, 30_000)[2]
     with pytest.raises(InputError, match="cannot write the report"):
-        write_report(tmp_path / "no" / "x.html", title="t", rows=[row], **empty)  # type: ignore[arg-type]
-    write_report(tmp_path / "bare.html", title="t", rows=[row], **empty)  # type: ignore[arg-type]
+        write_report(tmp_path / "no" / "x.html", title="t", rows=[row], **empty)
+    write_report(tmp_path / "bare.html", title="t", rows=[row], **empty)
     dom = Elements(run_browser(tmp_path / "bare.html", "--dump-dom"))
     assert (root_of(dom)["data-errors"], root_of(dom)["data-ready"]) == ("0", "true")

@@ -1,12 +1,13 @@
 """Max-min fair sharing of links among the activities that use them at the same time, in integer arithmetic.
 
-Progressive filling: the rates of all activities grow together until a link is full or an activity reaches its own
-cap; what is limited keeps its rate, the rest grows on (Bertsekas & Gallager, Data Networks, section 6.5.2). A link
-of capacity C that carries total weight W offers each activity C // W. All links and caps that bind at the same level
-freeze together, so the answer does not depend on the order in which activities came, nor on whether symmetric ones
-are folded into one with a larger weight.
+Progressive filling: the rates of all activities grow together until a link is full or an activity reaches its
+own cap; what is limited keeps its rate, the rest grows on (Bertsekas & Gallager, Data Networks, section
+6.5.2). A link of capacity C that carries total weight W offers each activity C // W. All links and caps that
+bind at the same level freeze together, so the answer does not depend on the order in which activities came,
+nor on whether symmetric ones are folded into one with a larger weight.
 
-Only the activities connected by shared links to one that started or ended are solved anew, once per nanosecond.
+Only the activities connected by shared links to one that started or ended are solved anew, once per
+nanosecond.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class Clock(Protocol):
 
 
 class Profile:
-    """What activities of one shape use: (link, weight) pairs and a cap. Interned: equal profiles are one object."""
+    """What activities of one shape use: (link, weight) pairs and a cap. Interned: equal profiles are one
+    object."""
 
     __slots__ = ("cap", "index", "network", "solo_rate", "usage", "users")
 
@@ -198,10 +200,11 @@ def fair_rates(
     counts: Mapping[int, int],
     capacity: Sequence[int],
 ) -> dict[int, int]:
-    """Max-min fair rate (work units/s, at least 1) of each shape, of which counts[shape] activities run together.
+    """Max-min fair rate (work units/s, at least 1) of each shape, of which counts[shape] activities run
+    together.
 
-    A shape is ((link, weight), ...) and a cap. Rates are rounded down level by level, so the load of a link never
-    exceeds its capacity, unless that is below the total weight on it (less than one byte/s each).
+    A shape is ((link, weight), ...) and a cap. Rates are rounded down level by level, so the load of a link
+    never exceeds its capacity, unless that is below the total weight on it (less than one byte/s each).
     """
     left: dict[int, int] = {}
     load: dict[int, int] = {}

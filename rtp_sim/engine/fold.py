@@ -1,13 +1,15 @@
 """Folding: which ranks behave alike, exactly, so that one of them is simulated for all.
 
-Ranks, links and communication instances form a graph: a flow touches its sender, its receiver and, with weights, the
-links of its route; a collective its members and its links; the compute of a rank its pool of cores. Colour refinement
-(the 1-dimensional Weisfeiler-Leman algorithm) gives the coarsest equitable partition of that graph: every rank of a
-class has the same program and the same numbers of neighbours in every other class, and so has every link and every
-instance. Ranks of one class then do the same things at the same nanosecond, and the activities of one class put the
-same total weight on every link of a class. One representative with that total weight stands for all.
+Ranks, links and communication instances form a graph: a flow touches its sender, its receiver and, with
+weights, the links of its route; a collective its members and its links; the compute of a rank its pool of
+cores. Colour refinement (the 1-dimensional Weisfeiler-Leman algorithm) gives the coarsest equitable partition
+of that graph: every rank of a class has the same program and the same numbers of neighbours in every other
+class, and so has every link and every instance. Ranks of one class then do the same things at the same
+nanosecond, and the activities of one class put the same total weight on every link of a class. One
+representative with that total weight stands for all.
 
-Without folding the same code runs on the discrete partition, in which every rank, link and instance stands for itself.
+Without folding the same code runs on the discrete partition, in which every rank, link and instance stands
+for itself.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from rtp_sim.errors import ScheduleError
 from rtp_sim.schedule.ir import Collective, Compute, Group, Part, Program, Schedule, Send, Shift, Size
 
 MAX_ROUNDS = 64
-"""Refinement that goes on longer (a long ring with one odd link) gains little: every rank then stands for itself."""
+"""Refinement that goes on longer (a long ring with one odd link) gains little: every rank then stands for
+itself."""
 
 MAX_SAMPLED_SIZES = 4
 
@@ -36,7 +39,8 @@ CollectiveKind = tuple[str, int, str, int]
 
 @dataclass(frozen=True, slots=True)
 class Wire:
-    """One pattern of point-to-point messages: every rank that uses it sends to the peer at `offset` in `group`."""
+    """One pattern of point-to-point messages: every rank that uses it sends to the peer at `offset` in
+    `group`."""
 
     group: str
     offset: tuple[int, ...]
@@ -56,8 +60,8 @@ class Wire:
 
 @dataclass(slots=True)
 class Patterns:
-    """The communication a program uses: message sizes by wire, collectives by group, all groups, and the groups in
-    which the rank's position changes a size."""
+    """The communication a program uses: message sizes by wire, collectives by group, all groups, and the
+    groups in which the rank's position changes a size."""
 
     wires: dict[Wire, set[int]] = field(default_factory=dict)
     collectives: dict[str, dict[CollectiveKind, None]] = field(default_factory=dict)
@@ -79,8 +83,8 @@ class _Node:
 class Quotient:
     """Who stands for whom. `representative_of` is indexed by rank; `capacity` by link class, in bytes/s.
 
-    `instance_of[group][i]` is the instance that stands for instance i. Usages are by (node key of a representative,
-    its own usage of single links).
+    `instance_of[group][i]` is the instance that stands for instance i. Usages are by (node key of a
+    representative, its own usage of single links).
     """
 
     representative_of: tuple[int, ...]
@@ -95,20 +99,22 @@ class Quotient:
         return tuple(r for r, by in enumerate(self.representative_of) if r == by)
 
     def usage(self, key: NodeKey, phase: Phase) -> Usage:
-        """What the class that `key` represents puts on each link class while `phase` runs, everyone together."""
+        """What the class that `key` represents puts on each link class while `phase` runs, everyone
+        together."""
         try:
             return self._usages[key][frozenset(phase.usage.items())]
         except KeyError:
             raise ValueError(
-                f"{key}: the cost model gave a usage of links, {dict(phase.usage)}, that it did not give for the "
-                "sampled sizes; the links of a point-to-point message must not depend on its size"
+                f"{key}: the cost model gave a usage of links, {dict(phase.usage)}, that it did not give for "
+                "the sampled sizes; the links of a point-to-point message must not depend on its size"
             ) from None
 
 
 def fold(schedule: Schedule, cost: CostModel, *, folded: bool = True) -> Quotient:
     """The quotient of the schedule on the hardware that `cost` prices.
 
-    Raises ScheduleError where an op names a group that its rank is not in, or a neighbour past the end of a group.
+    Raises ScheduleError where an op names a group that its rank is not in, or a neighbour past the end of a
+    group.
     """
     patterns = [patterns_of(program) for program in schedule.programs]
     _check_membership(schedule, patterns)
@@ -173,8 +179,8 @@ def _check_membership(schedule: Schedule, patterns: list[Patterns]) -> None:
         for name in patterns[program].groups:
             if name not in schedule.groups or rank not in schedule.groups[name].place:
                 raise ScheduleError(
-                    f"rank {rank} runs program {schedule.programs[program].name!r}, which communicates in group "
-                    f"{name!r}, but is in none of its instances"
+                    f"rank {rank} runs program {schedule.programs[program].name!r}, which communicates in "
+                    f"group {name!r}, but is in none of its instances"
                 )
 
 
@@ -213,8 +219,8 @@ def _flows(
         to = wire.receiver(group, rank)
         if to is None:
             raise ScheduleError(
-                f"rank {rank} (program {schedule.program(rank).name!r}) sends to offset {wire.offset} in group "
-                f"{wire.group!r}, which is past the end: its position is {group.position(rank)} of {group.dims}"
+                f"rank {rank} (program {schedule.program(rank).name!r}) sends to offset {wire.offset} in "
+                f"group {wire.group!r}, past the end: its position is {group.position(rank)} of {group.dims}"
             )
         if to != rank:
             phases = tuple(cost.point_to_point(rank, to, s, wire.chunk_bytes) for s in sizes)
@@ -229,7 +235,9 @@ def _sampled(sizes: set[int]) -> tuple[int, ...]:
 def _edges(node: _Node, number: Mapping[int, int]) -> list[tuple[int, int, int]]:
     """(phase, link, weight) with links by number."""
     return [
-        (p, number[link], weight) for p, phase in enumerate(node.phases) for link, weight in phase.usage.items()
+        (p, number[link], weight)
+        for p, phase in enumerate(node.phases)
+        for link, weight in phase.usage.items()
     ]
 
 
@@ -304,7 +312,8 @@ def _quotient(
     capacities: list[int],
     rounds: int,
 ) -> Quotient:
-    """Representatives, and the total weight that each class of instances puts on any one link of each class."""
+    """Representatives, and the total weight that each class of instances puts on any one link of each
+    class."""
     ranks, instances, links = colours
     links = _interned(links)
     first: dict[int, int] = {}
@@ -353,7 +362,11 @@ def _totals(
         seen.setdefault((phase, links[link]), []).append(total)
     usage: dict[int, list[tuple[int, int]]] = {}
     for (phase, link_class), totals in seen.items():
-        assert len(totals) == population[link_class], "partition is not equitable: a link of the class is unused"
-        assert min(totals) == max(totals), "partition is not equitable: links of one class carry unequal weight"
+        assert len(totals) == population[link_class], (
+            "partition is not equitable: a link of the class is unused"
+        )
+        assert min(totals) == max(totals), (
+            "partition is not equitable: links of one class carry unequal weight"
+        )
         usage.setdefault(phase, []).append((link_class, totals[0]))
     return {phase: tuple(sorted(pairs)) for phase, pairs in usage.items()}

@@ -1,8 +1,9 @@
 """The engine without contention: each op ends as early as its dependencies, its host and its partners allow.
 
-Every transfer has the links of its route to itself and compute is slowed by nothing, so an end is known as soon as a
-start is, and no event queue is needed: a worklist of streams suffices. Where nothing contends the result equals the
-discrete-event engine's to the nanosecond; elsewhere it is a lower bound that is cheap to compute.
+Every transfer has the links of its route to itself and compute is slowed by nothing, so an end is known as
+soon as a start is, and no event queue is needed: a worklist of streams suffices. Where nothing contends the
+result equals the discrete-event engine's to the nanosecond; elsewhere it is a lower bound that is cheap to
+compute.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ from rtp_sim.timeline import RankTimes, Timeline
 
 
 def longest_path(schedule: Schedule, cost: CostModel, *, fold: bool = True) -> Timeline:
-    """When every op starts and ends if nothing contends. With `fold`, ranks that behave alike are evaluated once.
+    """When every op starts and ends if nothing contends. With `fold`, ranks that behave alike are evaluated
+    once.
 
-    Raises DeadlockError where no op can go on although some are left, ScheduleError where an op names an op, a group
-    or a peer that its rank lacks.
+    Raises DeadlockError where no op can go on although some are left, ScheduleError where an op names an op,
+    a group or a peer that its rank lacks.
     """
     plan = lower(schedule, cost, folded=fold)
     walk = _Walk(plan)
@@ -46,7 +48,11 @@ def longest_path(schedule: Schedule, cost: CostModel, *, fold: bool = True) -> T
         )
         for rank in walk.ranks
     }
-    meta: dict[str, str | int | float | bool | None] = {"engine": "longest_path", "folded": fold, "simulated_ranks": len(ranks)}
+    meta: dict[str, str | int | float | bool | None] = {
+        "engine": "longest_path",
+        "folded": fold,
+        "simulated_ranks": len(ranks),
+    }
     return Timeline(schedule, "predicted", ranks, plan.quotient.representative_of, meta)
 
 
@@ -110,7 +116,8 @@ class _Walk:
             )
 
     def stream(self, rank: _Rank, ops: tuple[LoweredOp, ...]) -> Iterator[int]:
-        """Take the ops of a stream in order; yields the index of an op whose end it needs and does not know."""
+        """Take the ops of a stream in order; yields the index of an op whose end it needs and does not
+        know."""
         start, end, shards, waiting = rank.start, rank.end, rank.site.shards, rank.waiting
         clock = 0
         for op in ops:
@@ -177,7 +184,10 @@ class _Walk:
         return [
             (hop, self.ranks[route.receiver], self.ranks[route.sender])
             for hop, route in enumerate(routes)
-            if route is not None and route.receiver is not None and route.sender is not None and not route.alone
+            if route is not None
+            and route.receiver is not None
+            and route.sender is not None
+            and not route.alone
         ]
 
     def try_hop(self, sender: _Rank, receiver: _Rank, op: Rotation, hop: int) -> None:

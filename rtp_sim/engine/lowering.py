@@ -1,7 +1,8 @@
 """Lowering: programs as both engines read them, and where each represented rank sits among the others.
 
-What can be known before time starts is worked out here once: kernel times, host issue times, which dependencies are
-not already implied by stream order, who the partners of a rank are and which of their ops meets which.
+What can be known before time starts is worked out here once: kernel times, host issue times, which
+dependencies are not already implied by stream order, who the partners of a rank are and which of their ops
+meets which.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ Amount = tuple[int, tuple[int, ...]]
 
 
 class Kernel(NamedTuple):
-    """A compute op. All lowered ops begin with the same fields: the op's index; the host has issued it `offset_ns`
-    after op `gate` ended (-1: after the step began); `deps` are what stream order does not imply."""
+    """A compute op. All lowered ops begin with the same fields: the op's index; the host has issued it
+    `offset_ns` after op `gate` ended (-1: after the step began); `deps` are what stream order does not
+    imply."""
 
     number: int
     gate: int
@@ -40,7 +42,8 @@ class Kernel(NamedTuple):
 
 
 class Rotation(NamedTuple):
-    """The `nth` shift of its program on a group: hop j uses wire j of shape number `shape` and sends sizes[j]."""
+    """The `nth` shift of its program on a group: hop j uses wire j of shape number `shape` and sends
+    sizes[j]."""
 
     number: int
     gate: int
@@ -104,7 +107,8 @@ class LoweredProgram:
 
 @dataclass(slots=True)
 class Route:
-    """One wire as one represented rank uses it: represented partners (numbers of sites), None where it has none.
+    """One wire as one represented rank uses it: represented partners (numbers of sites), None where it has
+    none.
 
     `alone` marks a hop from a rank to itself, which takes no time. `cache` is the engine's, by message size.
     """
@@ -146,7 +150,8 @@ class Plan:
     sites: tuple[Site, ...]
 
     def message(self, route: Route, size_bytes: int) -> tuple[Phase, Usage]:
-        """The phase of one message on a route, and what it and those it stands for put on the link classes."""
+        """The phase of one message on a route, and what it and those it stands for put on the link
+        classes."""
         phase = self.cost.point_to_point(route.rank, route.receiver_rank, size_bytes, route.wire.chunk_bytes)
         return phase, self.quotient.usage(("flow", route.wire, route.rank), phase)
 
@@ -159,7 +164,8 @@ class Plan:
 
 
 def lower(schedule: Schedule, cost: CostModel, *, folded: bool) -> Plan:
-    """Fold and lower a schedule. Raises ScheduleError where an op names an op or a group that its rank lacks."""
+    """Fold and lower a schedule. Raises ScheduleError where an op names an op or a group that its rank
+    lacks."""
     quotient = fold(schedule, cost, folded=folded)
     names = _Numbers({}, {}, {})
     programs = [_Lowering(program, cost, names).run() for program in schedule.programs]
@@ -199,7 +205,8 @@ class _Lowering:
         for place, op in enumerate(ops):
             if op.index != place:
                 raise ScheduleError(
-                    f"program {self.program.name!r}: op {op.name!r} has index {op.index}, but is op number {place}"
+                    f"program {self.program.name!r}: op {op.name!r} has index {op.index}, but its place is "
+                    f"{place}"
                 )
             offset_ns += self.cost.host_issue_ns(op)
             lowered.append(self.lowered(op, (place, gate, offset_ns, self.deps(op, gate))))
@@ -212,7 +219,8 @@ class _Lowering:
         return LoweredProgram(self.program, streams, tuple(lowered), self.shifts)
 
     def deps(self, op: Op, gate: int) -> tuple[int, ...]:
-        """The last dependency on each other stream: the earlier ones, and those on the op's own, are implied."""
+        """The last dependency on each other stream: the earlier ones, and those on the op's own, are
+        implied."""
         ops = self.program.ops
         before = (*op.after, gate) if gate >= 0 else op.after
         if not before:
@@ -221,7 +229,8 @@ class _Lowering:
         for d in before:
             if not 0 <= d < len(ops):
                 raise ScheduleError(
-                    f"program {self.program.name!r}: op {op.name!r} comes after op {d}; there are {len(ops)} ops"
+                    f"program {self.program.name!r}: op {op.name!r} comes after op {d}; "
+                    f"there are {len(ops)} ops"
                 )
             stream = ops[d].stream
             if stream != op.stream or d >= op.index:

@@ -1,9 +1,9 @@
 """Memory over time: which buffers of a rank hold something when, and the peak, per category.
 
-The rule is the one stated in `schedule.ir.Buffer`. A fresh write (by an op that does not also read the buffer) begins
-a version; its memory is held from the start of that op to the end of the last op that uses it before the next fresh
-write. Versions of one buffer share one storage: they are never counted twice, even where an op of a later version
-starts early.
+The rule is the one stated in `schedule.ir.Buffer`. A fresh write (by an op that does not also read the
+buffer) begins a version; its memory is held from the start of that op to the end of the last op that uses it
+before the next fresh write. Versions of one buffer share one storage: they are never counted twice, even
+where an op of a later version starts early.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ Amounts = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """One content of a buffer. `writer` is the op of the fresh write, None for what the buffer holds at the start of
-    the step; `users` are the ops that read or update it, and the writer; `kept` lasts to the end of the step."""
+    """One content of a buffer. `writer` is the op of the fresh write, None for what the buffer holds at the
+    start of the step; `users` are the ops that read or update it, and the writer; `kept` lasts to the end of
+    the step."""
 
     buffer: str
     writer: int | None
@@ -35,7 +36,8 @@ class Version:
 class MemoryProfile:
     """`bytes_by_category[c][k]` bytes of category c are held from `time_ns[k]` to `time_ns[k + 1]`.
 
-    `alive_at_peak` lists (buffer, bytes), largest first. The peak is the first moment at which the sum is largest.
+    `alive_at_peak` lists (buffer, bytes), largest first. The peak is the first moment at which the sum is
+    largest.
     """
 
     time_ns: Amounts
@@ -55,7 +57,8 @@ class MemoryProfile:
 
 
 def live_intervals(program: Program) -> list[Version]:
-    """The versions of every buffer, in program order within a buffer; buffers in order of the program's mapping."""
+    """The versions of every buffer, in program order within a buffer; buffers in order of the program's
+    mapping."""
     uses: dict[str, list[tuple[int, bool]]] = {name: [] for name in program.buffers}
     for op in program.ops:
         for name in dict.fromkeys(op.reads + op.writes):
@@ -77,7 +80,8 @@ def live_intervals(program: Program) -> list[Version]:
 
 
 def memory_profile(schedule: Schedule, rank: int, times: RankTimes) -> MemoryProfile:
-    """What `rank` holds over the step, if its ops have these times. Shards are sized by the rank's own position."""
+    """What `rank` holds over the step, if its ops have these times. Shards are sized by the rank's own
+    position."""
     program = schedule.program(rank)
     step_end_ns = int(times.end_ns.max()) if times.end_ns.size else 0
     owner, begin_ns, end_ns = _held(live_intervals(program), program, times, step_end_ns)

@@ -1,28 +1,47 @@
-"""The discrete-event engine: plays a schedule against a cost model, with links, cores and partners contended for.
+"""The discrete-event engine: plays a schedule against a cost model, with links, cores and partners contended
+for.
 
-One generator process per (rank, stream) takes the stream's ops in order. A process waits for an event only where
-an end is not yet known: the end of a kernel that nothing can disturb is known as soon as it starts, so the process
-runs ahead of the clock and leaves numbers behind (`end`) that other processes read. Transfers are activities of the
-fluid network; their ends become known when they happen.
+One generator process per (rank, stream) takes the stream's ops in order. A process waits for an event only
+where an end is not yet known: the end of a kernel that nothing can disturb is known as soon as it starts, so
+the process runs ahead of the clock and leaves numbers behind (`end`) that other processes read. Transfers are
+activities of the fluid network; their ends become known when they happen.
 
 The only module that imports SimPy.
 """
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import numpy as np
 import simpy
 from simpy.events import EventPriority
 
+from rtp_sim.engine.activities import (
+    Flow,
+    Leg,
+    Meeting,
+    PooledKernel,
+    Prepared,
+    RankState,
+    SlowedKernel,
+    Takeoff,
+)
 from rtp_sim.engine.blocked import deadlock
 from rtp_sim.engine.costs import CostModel, Phase
-from rtp_sim.engine.fluid import NS_PER_S, Activity, Network, Profile, Timed
+from rtp_sim.engine.fluid import NS_PER_S, Network, Profile, Timed
 from rtp_sim.engine.fold import Usage
-from rtp_sim.engine.lowering import Gathering, Kernel, LoweredOp, Plan, Receiving, Rotation, Route, Sending, Site
+from rtp_sim.engine.lowering import (
+    Gathering,
+    Kernel,
+    LoweredOp,
+    Plan,
+    Receiving,
+    Rotation,
+    Route,
+    Sending,
+)
 from rtp_sim.engine.lowering import lower as lower_schedule
 from rtp_sim.schedule.ir import Schedule
 from rtp_sim.timeline import RankTimes, Timeline
@@ -31,15 +50,13 @@ _AFTER_ALL_ELSE = EventPriority(2)
 """For what happens when a nanosecond has settled; SimPy's own events have 0 and 1."""
 
 Wait = Generator[simpy.Event, Any, None]
-Prepared = tuple[int, int, Profile]
-"""latency_ns, work_bytes, profile of one phase."""
 
 
 def simulate(schedule: Schedule, cost: CostModel, *, fold: bool = True) -> Timeline:
     """When every op starts and ends. With `fold`, ranks that provably behave alike are simulated once.
 
-    The same input gives the same times, folded or not. Raises DeadlockError where no op can go on although some
-    are left, ScheduleError where an op names an op, a group or a peer that its rank lacks.
+    The same input gives the same times, folded or not. Raises DeadlockError where no op can go on although
+    some are left, ScheduleError where an op names an op, a group or a peer that its rank lacks.
     """
     plan = lower_schedule(schedule, cost, folded=fold)
     run = _Run(plan)
@@ -50,7 +67,11 @@ def simulate(schedule: Schedule, cost: CostModel, *, fold: bool = True) -> Timel
         )
         for rank in run.ranks
     }
-    meta: dict[str, str | int | float | bool | None] = {"engine": "simulate", "folded": fold, "simulated_ranks": len(times)}
+    meta: dict[str, str | int | float | bool | None] = {
+        "engine": "simulate",
+        "folded": fold,
+        "simulated_ranks": len(times),
+    }
     return Timeline(schedule, "predicted", times, plan.quotient.representative_of, meta)
 
 
@@ -105,152 +126,19 @@ class _Settled(simpy.Event):
         env.schedule(self, priority=_AFTER_ALL_ELSE)
 
 
-Leg = tuple[int, Route, "_Rank", "_Rank"]
-"""One hop of a shift as a rank takes part in it: hop number, route, receiver, sender."""
-
-
-class _Rank:
-    """What one represented rank has done so far. Times are -1 while unknown.
-
-    `arrived` is when a communication op was ready for its partners, `pending` counts the flows of such an op that
-    have not ended, `flying` holds those in flight, `jobs` the kernels that these slow down.
-    """
-
-    __slots__ = (
-        "arrived", "end", "flying", "jobs", "legs", "lowered", "number", "pending", "pool", "routes", "shards",
-        "site", "start", "waiting",
-    )  # fmt: skip
-
-    def __init__(self, site: Site, pool: Profile | None) -> None:
-        blank = array("q", [-1]) * len(site.lowered.ops)
-        self.site = site
-        self.number = site.number
-        self.lowered = site.lowered
-        self.routes = site.routes
-        self.shards = site.shards
-        self.start, self.end, self.arrived = blank[:], blank[:], blank[:]
-        self.legs: dict[int, list[Leg]] = {}
-        self.pending: dict[int, int] = {}
-        self.waiting: dict[int, simpy.Event] = {}
-        self.flying: set[int] = set()
-        self.jobs: list[_SlowedKernel] = []
-        self.pool = pool
-
-
-class _Flow(Activity):
-    """One message from op `sent` of `sender` to op `received` of `receiver`."""
-
-    __slots__ = ("received", "receiver", "run", "sender", "sent")
-
-    def __init__(self, run: _Run, sender: _Rank, sent: int, receiver: _Rank, received: int) -> None:
-        self.run = run
-        self.sender = sender
-        self.sent = sent
-        self.receiver = receiver
-        self.received = received
-
-    def ends(self) -> list[tuple[_Rank, int]]:
-        return [(self.sender, self.sent), (self.receiver, self.received)]
-
-    def finished(self, now_ns: int) -> None:
-        run = self.run
-        run.flow_ended(self.sender, self.sent, now_ns)
-        run.flow_ended(self.receiver, self.received, now_ns)
-
-
-class _Meeting(Activity):
-    """One collective of one group instance: the rendezvous of its members, then its phases."""
-
-    __slots__ = ("members", "phases", "run", "start_ns")
-
-    def __init__(self, run: _Run) -> None:
-        self.run = run
-        self.members: list[tuple[_Rank, int]] = []
-        self.start_ns = 0
-        self.phases: Iterator[Prepared] = iter(())
-
-    def ends(self) -> list[tuple[_Rank, int]]:
-        return self.members
-
-    def finished(self, now_ns: int) -> None:
-        phase = next(self.phases, None)
-        if phase is not None:
-            latency_ns, work, profile = phase
-            self.begin(profile, work, now_ns + latency_ns)
-        else:
-            for rank, op in self.members:
-                self.run.complete(rank, op, now_ns)
-
-
-class _Takeoff:
-    """A communication that starts later: from then on it slows the compute of its ranks."""
-
-    __slots__ = ("activity",)
-
-    def __init__(self, activity: _Flow | _Meeting) -> None:
-        self.activity = activity
-
-    def fire(self, now_ns: int) -> None:
-        self.activity.run.take_off(self.activity, now_ns)
-
-
-class _PooledKernel(Activity):
-    """A kernel on a pool of cores that other ranks use too."""
-
-    __slots__ = ("op", "rank", "run")
-
-    def __init__(self, run: _Run, rank: _Rank, op: int) -> None:
-        self.run = run
-        self.rank = rank
-        self.op = op
-
-    def finished(self, now_ns: int) -> None:
-        self.run.complete(self.rank, self.op, now_ns)
-
-
-class _SlowedKernel:
-    """A kernel that progresses by `slowdown` units per ns alone and by 1,000 beside a communication of its rank."""
-
-    __slots__ = ("finish_ns", "op", "rank", "rate", "remaining", "run", "since_ns")
-
-    def __init__(self, run: _Run, rank: _Rank, op: int, duration_ns: int, now_ns: int) -> None:
-        self.run = run
-        self.rank = rank
-        self.op = op
-        self.remaining = duration_ns * run.slowdown
-        self.rate = 0
-        self.since_ns = now_ns
-        rank.jobs.append(self)
-        self.retime(now_ns)
-
-    def retime(self, now_ns: int) -> None:
-        """Go on at the rate that the rank's communication allows from now on."""
-        self.remaining -= self.rate * (now_ns - self.since_ns)
-        self.rate = 1000 if self.rank.flying else self.run.slowdown
-        self.since_ns = now_ns
-        self.finish_ns = now_ns + max(0, -(-self.remaining // self.rate))
-        self.run.calendar.at(self.finish_ns, self)
-
-    def fire(self, now_ns: int) -> None:
-        if self.finish_ns == now_ns:
-            self.finish_ns = -1
-            self.rank.jobs.remove(self)
-            self.run.complete(self.rank, self.op, now_ns)
-
-
 class _Run:
     """One simulation: the event loop, the network, the ranks and the rendezvous that are open."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.env = simpy.Environment(0)
-        self.calendar = _Calendar(self.env)
-        self.network = Network(self.calendar, plan.quotient.capacity)
-        self.slowdown = plan.cost.overlap_slowdown_permille
-        self.ranks = [_Rank(site, self.pool(site.pool)) for site in plan.sites]
-        self.meetings: dict[object, _Meeting] = {}
-        self.sends: dict[object, tuple[_Rank, Sending]] = {}
-        self.receives: dict[object, tuple[_Rank, Receiving]] = {}
+        self.clock = _Calendar(self.env)
+        self.network = Network(self.clock, plan.quotient.capacity)
+        self.slowdown_permille = plan.cost.overlap_slowdown_permille
+        self.ranks = [RankState(site, self.pool(site.pool)) for site in plan.sites]
+        self.meetings: dict[object, Meeting] = {}
+        self.sends: dict[object, tuple[RankState, Sending]] = {}
+        self.receives: dict[object, tuple[RankState, Receiving]] = {}
         self.messages: dict[tuple[int, Route], Prepared] = {}
         self.collectives: dict[object, list[Prepared]] = {}
 
@@ -266,10 +154,10 @@ class _Run:
                 self.plan, lambda s, i: ranks[s].end[i] >= 0, lambda s, i: ranks[s].arrived[i] >= 0
             )
 
-    def stream(self, rank: _Rank, ops: tuple[LoweredOp, ...]) -> Wait:
+    def stream(self, rank: RankState, ops: tuple[LoweredOp, ...]) -> Wait:
         """Take the ops of one stream in order; `clock` is when it is free, maybe ahead of the event loop."""
         start, end, shards = rank.start, rank.end, rank.shards
-        disturbed = rank.pool is not None or self.slowdown > 1000
+        disturbed = rank.pool is not None or self.slowdown_permille > 1000
         clock = 0
         for op in ops:
             ready = clock
@@ -299,14 +187,14 @@ class _Run:
                 yield self.end_of(rank, index)
             clock = end[index]
 
-    def end_of(self, rank: _Rank, op: int) -> simpy.Event:
+    def end_of(self, rank: RankState, op: int) -> simpy.Event:
         """The event that op's end is known, for an op whose end is not."""
         event = rank.waiting.get(op)
         if event is None:
             event = rank.waiting[op] = simpy.Event(self.env)
         return event
 
-    def complete(self, rank: _Rank, op: int, end_ns: int) -> None:
+    def complete(self, rank: RankState, op: int, end_ns: int) -> None:
         """From now on it is known that the op ends at `end_ns`."""
         rank.end[op] = end_ns
         waiting = rank.waiting.pop(op, None)
@@ -318,7 +206,7 @@ class _Run:
                 for job in rank.jobs:
                     job.retime(end_ns)
 
-    def flow_ended(self, rank: _Rank, op: int, now_ns: int) -> None:
+    def flow_ended(self, rank: RankState, op: int, now_ns: int) -> None:
         """The op has one flow less to wait for."""
         left = rank.pending[op] - 1
         if left:
@@ -327,13 +215,13 @@ class _Run:
             del rank.pending[op]
             self.complete(rank, op, now_ns)
 
-    def run_kernel(self, rank: _Rank, op: int, duration_ns: int, now_ns: int) -> None:
+    def run_kernel(self, rank: RankState, op: int, duration_ns: int, now_ns: int) -> None:
         if rank.pool is None:
-            _SlowedKernel(self, rank, op, duration_ns, now_ns)
+            SlowedKernel(self, rank, op, duration_ns, now_ns)
         else:
-            _PooledKernel(self, rank, op).begin(rank.pool, duration_ns, now_ns)
+            PooledKernel(self, rank, op).begin(rank.pool, duration_ns, now_ns)
 
-    def arrive(self, rank: _Rank, op: Rotation | Gathering | Sending | Receiving, ready_ns: int) -> None:
+    def arrive(self, rank: RankState, op: Rotation | Gathering | Sending | Receiving, ready_ns: int) -> None:
         """The rank is ready for a communication; what now has all its partners starts."""
         if isinstance(op, Rotation):
             self.arrive_shift(rank, op, ready_ns)
@@ -344,7 +232,7 @@ class _Run:
         else:
             self.arrive_receive(rank, op)
 
-    def arrive_shift(self, rank: _Rank, op: Rotation, ready_ns: int) -> None:
+    def arrive_shift(self, rank: RankState, op: Rotation, ready_ns: int) -> None:
         """Each hop that is not from the rank to itself is two flows: one to a receiver, one from a sender."""
         index = op.number
         legs = rank.legs.get(op.shape)
@@ -364,28 +252,36 @@ class _Run:
                 if theirs is not None and sender.arrived[theirs.number] >= 0:
                     self.launch_hop(sender, theirs, hop, rank, op)
 
-    def legs(self, rank: _Rank, wires: tuple[int, ...]) -> list[Leg]:
+    def legs(self, rank: RankState, wires: tuple[int, ...]) -> list[Leg]:
         """The hops over these wires that take the rank to another one."""
         routes = [rank.routes[wire] for wire in wires]
         return [
             (hop, route, self.ranks[route.receiver], self.ranks[route.sender])
             for hop, route in enumerate(routes)
-            if route is not None and route.receiver is not None and route.sender is not None and not route.alone
+            if route is not None
+            and route.receiver is not None
+            and route.sender is not None
+            and not route.alone
         ]
 
-    def matching(self, op: Rotation, partner: _Rank) -> Rotation | None:
+    def matching(self, op: Rotation, partner: RankState) -> Rotation | None:
         """The partner's op that meets this shift: the n-th on the group; None if it has fewer."""
         theirs = partner.lowered.shifts.get(op.group, ())
         return theirs[op.nth] if op.nth < len(theirs) else None
 
-    def launch_hop(self, sender: _Rank, sent: Rotation, hop: int, receiver: _Rank, received: Rotation) -> None:
+    def launch_hop(
+        self, sender: RankState, sent: Rotation, hop: int, receiver: RankState, received: Rotation
+    ) -> None:
         slot, sizes = sent.sizes[hop]
         size = sizes[0] if slot < 0 else sizes[sender.shards[slot]]
         wire = self.plan.shapes[sent.shape][hop]
         self.launch(sender, sent.number, receiver, received.number, wire, size)
 
-    def launch(self, sender: _Rank, sent: int, receiver: _Rank, received: int, wire: int, size: int) -> None:
-        """Start the flow of a message whose sender and receiver are both ready (or will be at a known time)."""
+    def launch(
+        self, sender: RankState, sent: int, receiver: RankState, received: int, wire: int, size: int
+    ) -> None:
+        """Start the flow of a message whose sender and receiver are both ready (or will be at a known
+        time)."""
         start_ns = sender.arrived[sent]
         if receiver.arrived[received] > start_ns:
             start_ns = receiver.arrived[received]
@@ -399,12 +295,12 @@ class _Run:
             sender.start[sent] = start_ns
         if not 0 <= receiver.start[received] <= start_ns:
             receiver.start[received] = start_ns
-        flow = _Flow(self, sender, sent, receiver, received)
-        if self.slowdown > 1000:
+        flow = Flow(self, sender, sent, receiver, received)
+        if self.slowdown_permille > 1000:
             self.schedule_take_off(flow, start_ns)
         flow.begin(profile, work, start_ns + latency_ns)
 
-    def arrive_collective(self, rank: _Rank, op: Gathering, ready_ns: int) -> None:
+    def arrive_collective(self, rank: RankState, op: Gathering, ready_ns: int) -> None:
         """The last member to come starts it."""
         instance, size = rank.site.instances[op.group]
         if not size:
@@ -414,7 +310,7 @@ class _Run:
         key = (op.group, instance, op.nth, op.kind)
         meeting = self.meetings.get(key)
         if meeting is None:
-            meeting = self.meetings[key] = _Meeting(self)
+            meeting = self.meetings[key] = Meeting(self)
         meeting.members.append((rank, op.number))
         meeting.start_ns = max(meeting.start_ns, ready_ns)
         if len(meeting.members) < size:
@@ -426,12 +322,12 @@ class _Run:
             self.collectives[op.group, instance, op.kind] = phases
         for member, index in meeting.members:
             member.start[index] = meeting.start_ns
-        if self.slowdown > 1000:
+        if self.slowdown_permille > 1000:
             self.schedule_take_off(meeting, meeting.start_ns)
         meeting.phases = iter(phases)
         meeting.finished(meeting.start_ns)
 
-    def arrive_send(self, rank: _Rank, op: Sending) -> None:
+    def arrive_send(self, rank: RankState, op: Sending) -> None:
         """The flow starts if the receiver is there already."""
         rank.pending[op.number] = 1
         key = (op.wire, rank.number, op.tag, op.nth)
@@ -441,7 +337,7 @@ class _Run:
         else:
             self.launch(rank, op.number, other[0], other[1].number, op.wire, op.size_bytes)
 
-    def arrive_receive(self, rank: _Rank, op: Receiving) -> None:
+    def arrive_receive(self, rank: RankState, op: Receiving) -> None:
         """The flow starts if the sender is there already."""
         rank.pending[op.number] = 1
         route = rank.routes[op.wire]
@@ -452,13 +348,13 @@ class _Run:
         else:
             self.launch(other[0], other[1].number, rank, op.number, op.wire, other[1].size_bytes)
 
-    def schedule_take_off(self, activity: _Flow | _Meeting, start_ns: int) -> None:
+    def schedule_take_off(self, activity: Flow | Meeting, start_ns: int) -> None:
         if start_ns > self.env.now:
-            self.calendar.at(start_ns, _Takeoff(activity))
+            self.clock.at(start_ns, Takeoff(activity))
         else:
             self.take_off(activity, start_ns)
 
-    def take_off(self, activity: _Flow | _Meeting, now_ns: int) -> None:
+    def take_off(self, activity: Flow | Meeting, now_ns: int) -> None:
         """Its ranks now have a communication in flight, until their op ends."""
         for rank, op in activity.ends():
             if rank.end[op] < 0 and op not in rank.flying:

@@ -39,7 +39,7 @@ class Kernel:
 class Rule:
     """One backward kernel of a forward kernel. `reads` are tokens: "dy" (gradient of the first output), "x" (all inputs),
     "x1" (the second), "y" (all outputs), "y1" (the second), "w" (the layer's weights). `makes` is "dx" (gradients of
-    the differentiable inputs), "dw" or both."""
+    the differentiable inputs) or "dx0" (of the first alone), "dw", or both."""
 
     kernel: str
     reads: tuple[str, ...]
@@ -164,7 +164,7 @@ _SPLIT_BACKWARD = {
 _NORM_BACKWARD = {n: (Rule(f"{n}.bwd", ("dy", "x", "w"), ("dx", "dw")),) for n in ("layernorm", "rmsnorm")}
 _INPUT_BACKWARD = {
     n: (Rule(f"{n}.bwd", ("dy", "x"), ("dx",)),)
-    for n in ("gelu", "silu", "gated", "attn.scores", "attn.context", "dispatch", "combine")
+    for n in ("gelu", "silu", "gated", "attn.scores", "attn.context", "combine")
 }
 _OUTPUT_BACKWARD = {n: (Rule(f"{n}.bwd", ("dy", "y"), ("dx",)),) for n in ("softmax", "relu", "topk")}
 
@@ -174,6 +174,7 @@ BACKWARD: Mapping[str, tuple[Rule, ...]] = {
     **_INPUT_BACKWARD,
     **_OUTPUT_BACKWARD,
     "sdpa": (Rule("sdpa.bwd", ("dy", "x", "y"), ("dx",)),),
+    "dispatch": (Rule("dispatch.bwd", ("dy", "x1"), ("dx0",)),),
     "rope": (Rule("rope.bwd", ("dy",), ("dx",)),),
     "dropout": (Rule("dropout.bwd", ("dy", "y1"), ("dx",)),),
     "embedding": (Rule("embedding.wgrad", ("dy", "x"), ("dw",)),),

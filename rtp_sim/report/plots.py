@@ -197,8 +197,9 @@ def _stack_bars(axes: Any, stacks: dict[str, list[float]], names: dict[str, str]
     axes.set_xlim(left=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(
-        loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=LABEL_SIZE - 1, borderpad=0
-    )
+        loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=LABEL_SIZE - 1,
+        borderpad=0, handlelength=1.2, handletextpad=0.5, columnspacing=1.2,
+    )  # fmt: skip
 
 
 def _key(figure: Any, handles: list[Any], labels: list[str]) -> None:

@@ -46,9 +46,9 @@ COLUMNS = (
     Column("compute", lambda m: m.compute_time_s, format_seconds),
     Column("exposed comm.", lambda m: m.exposed_communication_s, format_seconds, -1),
     Column("overlapped comm.", lambda m: m.overlapped_communication_s, format_seconds),
-    Column("bubble", lambda m: m.bubble_s, format_seconds, -1),
+    Column("bubble", lambda m: m.bubble_s, format_seconds),
     Column("sent per rank", lambda m: m.bytes_sent_per_rank, format_bytes, -1),
-    Column("messages per rank", lambda m: m.messages_per_rank, format_count, -1),
+    Column("messages per rank", lambda m: m.messages_per_rank, format_count),
     Column("peak memory", lambda m: m.peak_memory_bytes, format_bytes, -1),
 )
 

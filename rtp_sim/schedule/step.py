@@ -69,6 +69,7 @@ class Step:
         self.policy = training.policy
         self.micro = 0
         self._inputs = {i.name for i in network.inputs}
+        self._loss = network.blocks[-1].layers[-1].output
         self._pending: dict[str, str] = {}
 
     # ---- what strategies loop over
@@ -150,7 +151,9 @@ class Step:
         else:
             base = f"{layer.name}.{name}" + (f".s{work.sub}" if sharding is not None and sharding.assemble else "")
         buffer = f"m{self.micro}/{'d.' if grad else ''}{base}"
-        return self.b.buffer(buffer, "activations", dtype, numel, part=None if isinstance(numel, int) else part)
+        kept = base == self._loss and not grad
+        part = None if isinstance(numel, int) else part
+        return self.b.buffer(buffer, "activations", dtype, numel, part=part, live_out=kept)
 
     @property
     def loss_dtype(self) -> str:
@@ -233,8 +236,9 @@ class Step:
         on_input_grad: OnInputGrad | None,
     ) -> None:  # fmt: skip
         call = lowered[0].calls[i]
-        wanted = [n for n in call.inputs if self._differentiable(layer, n)] if "dx" in rule.makes else []
-        if "dx" in rule.makes and not wanted and "dw" not in rule.makes:
+        asked = call.inputs if "dx" in rule.makes else call.inputs[:1] if "dx0" in rule.makes else ()
+        wanted = [n for n in asked if self._differentiable(layer, n)]
+        if not wanted and "dw" not in rule.makes:
             return
         reads = self._rule_reads(layer, lowered, call, rule, grads, work)
         writes = []

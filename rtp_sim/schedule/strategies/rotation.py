@@ -87,7 +87,7 @@ class Ring:
         step = self.step
         offset = _centred(tuple(a - b for a, b in zip(shard, to, strict=True)), self.dims)
         size: Size = tuple(n * itemsize for n in unit.numel) if isinstance(unit.numel, tuple) else unit.numel * itemsize
-        hop = Hop(offset, size, self.part(shard) if isinstance(size, tuple) else None)
+        hop = Hop(offset, size, self.part(shard))
         if not self.in_place:
             step.b.op(name, stream, Shift(GROUP, (hop,)), (source,), (target,), after=after)
             return
