@@ -247,3 +247,50 @@ class FlatCost:
 
     def compute_pool(self, rank: int) -> tuple[int, int] | None:
         return None
+
+
+# ---- operands against dims
+
+
+def operand_sizes(kernel: str, d: Mapping[str, int]) -> tuple[list[int], list[int]]:
+    """Elements that a kernel's first reads and writes must have, from its dims; empty lists where nothing is known."""
+    match kernel.partition(".")[0]:
+        case "linear":
+            x, y = d["m"] * d["k"], d["m"] * d["n"]
+        case "conv2d":
+            x, y = d["batch"] * d["in_pixels"] * d["cin"], d["batch"] * d["out_pixels"] * d["cout"]
+        case "layernorm" | "rmsnorm" | "positions" | "embedding":
+            x = y = d["rows"] * d["width"]
+        case "gelu" | "relu" | "silu":
+            x = y = d["numel"]
+        case "gated":
+            x, y = 2 * d["numel"], d["numel"]
+        case "cross_entropy":
+            x = d["rows"] * d["width"]
+            return ([x], []) if kernel == "cross_entropy" else ([x], [x])
+        case _:
+            return [], []
+    known = {
+        "": ([x] if kernel != "embedding" else [], [y]),
+        "dgrad": ([y], [x]),
+        "wgrad": ([x, y] if kernel in ("linear.wgrad", "conv2d.wgrad") else [y], []),
+        "bwd": ([y, x], [x]),
+    }
+    return known[kernel.partition(".")[2]]
+
+
+def misfits(schedule: Schedule, at_least: bool = False) -> list[str]:
+    """Operands whose buffers differ in size from what the kernel's dims say, on any rank."""
+    buffers, found = schedule.programs[0].buffers, []
+    for op in schedule.programs[0].ops:
+        if not isinstance(op.action, Compute):
+            continue
+        for rank in range(schedule.world_size):
+            dims = dict(op.action.dims_at(schedule.shard_index(rank, op.action.part)))
+            reads, writes = operand_sizes(op.action.kernel, dims)
+            for name, needed in (*zip(op.reads, reads, strict=False), *zip(op.writes, writes, strict=False)):
+                shape = buffers[name].numel
+                numel = shape if isinstance(shape, int) else shape[schedule.shard_index(rank, buffers[name].part)]
+                if buffers[name].category != "gradients" and not (numel == needed or (at_least and numel > needed)):
+                    found.append(f"rank {rank} {op.name}: {name} has {numel} elements, the kernel needs {needed}")
+    return found

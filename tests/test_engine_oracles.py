@@ -331,7 +331,7 @@ def test_a_broadcast_from_another_root_has_its_own_usage() -> None:
 
 
 def test_a_message_whose_links_depend_on_its_size_is_refused() -> None:
-    """More than four sizes are sampled at both ends only: a route that changes between is noticed when it comes up."""
+    """More than four sizes are sampled at both ends only: a route that changes between is noticed later."""
 
     class Fickle(ToyCost):
         def point_to_point(

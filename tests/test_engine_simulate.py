@@ -355,7 +355,7 @@ def test_mistakes_in_a_schedule_are_told(engine: Engine) -> None:
 def test_costs_with_which_time_would_stand_still_are_refused(wrong: dict[str, Any]) -> None:
     b = Builder()
     b.add(ring(1), "s")
-    with pytest.raises(ValueError, match="negative|at least 1|below 1"):
+    with pytest.raises(ValueError, match=r"negative|at least 1|below 1"):
         simulate(one_ring(2, b.program()), ToyCost(2, **wrong))
 
 
