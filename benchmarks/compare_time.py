@@ -1,7 +1,7 @@
 """How long the main job takes, process start included: python benchmarks/compare_time.py [--repeat 3].
 
-The job is the comparison of seven strategies for GPT-2 XL on 8 A100s, as a user types it. The best wall time counts;
-CPU time is that of all its processes. Exit code 1 if the target is missed.
+The job is the comparison of seven strategies for GPT-2 XL on 8 A100s, as a user types it. The best wall time
+counts; CPU time is that of all its processes. Exit code 1 if the target is missed.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import time
 
 TARGET_S = 3.0
 JOB = (
-    "compare --model gpt2-xl --cluster dgx-a100-80g --gpus 8 --strategies rtp,rtp-inplace,ddp,zero1,fsdp,tp,tp-sp "
-    "--micro-batch 4 --seq-len 1024 --precision fp16 --quiet"
+    "compare --model gpt2-xl --cluster dgx-a100-80g --gpus 8 --micro-batch 4 --seq-len 1024 --precision fp16 "
+    "--strategies rtp,rtp-inplace,ddp,zero1,fsdp,tp,tp-sp --quiet"
 )
 
 

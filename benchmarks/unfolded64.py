@@ -1,7 +1,8 @@
 """Every rank simulated, none folded: python benchmarks/unfolded64.py [--ring 32] [--replicas 2].
 
-Llama-2 7B on 64 ranks, 8 nodes of dgx-a100-80g, in rotation rings of 32: its 32 heads allow no longer ones. This is the bound on what runs that break the symmetry
-(one slow GPU, unequal nodes) cost. Exit code 1 if a target is missed.
+Llama-2 7B on 64 ranks, 8 nodes of dgx-a100-80g, in rotation rings of 32: its 32 heads allow no longer ones.
+This bounds what runs that break the symmetry (one slow GPU, unequal nodes) cost. Exit code 1 if a target is
+missed.
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ def main() -> int:
     cpu_s, wall_s = time.process_time() - cpu_begun, time.perf_counter() - begun
     peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     ops = sum(len(times.end_ns) for times in timeline.ranks.values())
-    print(f"llama2-7b, RTP {ring} x DP {arguments.replicas} on {ranks} GPUs of dgx-a100-80g, every rank simulated")
-    print(f"{'ranks':>6}{'ops':>11}{'build s':>9}{'CPU s':>8}{'ops per CPU s':>15}{'wall s':>8}{'peak MiB':>10}")
-    print(f"{ranks:>6}{ops:>11,}{built_s:>9.2f}{cpu_s:>8.1f}{ops / cpu_s:>15,.0f}{wall_s:>8.1f}{peak_mib:>10,.0f}")
+    layout = f"RTP {ring} x DP {arguments.replicas}"
+    print(f"llama2-7b, {layout} on {ranks} GPUs of dgx-a100-80g, every rank simulated")
+    print(f"{'ops':>11}{'build s':>9}{'CPU s':>8}{'ops per CPU s':>15}{'wall s':>8}{'peak MiB':>10}")
+    print(f"{ops:>11,}{built_s:>9.2f}{cpu_s:>8.1f}{ops / cpu_s:>15,.0f}{wall_s:>8.1f}{peak_mib:>10,.0f}")
     met = wall_s <= TARGET_S and peak_mib <= TARGET_MIB
     print(f"target {TARGET_S:g} s wall and {TARGET_MIB:,} MiB: {'met' if met else 'missed'}")
     return 0 if met else 1

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rtp_sim.cost.model import ClusterCost
 from rtp_sim.engine.longest_path import longest_path
-from rtp_sim.engine.memory import MemoryProfile, memory_profile
+from rtp_sim.engine.memory import MemoryProfile, memory_profiles
 from rtp_sim.errors import InputError
 from rtp_sim.hardware.profiles import load_cluster
 from rtp_sim.hardware.spec import Cluster
@@ -141,7 +141,7 @@ def run(prepared: Prepared, engine: str = "simpy", fold: bool = True) -> Result:
         timeline = longest_path(schedule, cost, fold=fold)
     meta = dict(timeline.meta) | {"cluster": prepared.cluster.name, "model": prepared.network.name}
     timeline = replace(timeline, meta=meta)
-    memory = {rank: memory_profile(schedule, rank, times) for rank, times in timeline.ranks.items()}
+    memory = memory_profiles(schedule, timeline.ranks)
     metrics = step_metrics(
         timeline, memory, usable_memory_bytes(prepared.cluster),
         cost.peak_flops_per_s(prepared.training.policy.compute_dtype), cost_provenance(prepared, timeline),

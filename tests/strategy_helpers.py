@@ -9,22 +9,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 from rtp_sim.engine.costs import OpCost, Phase
 from rtp_sim.model.kernels import flops
-from rtp_sim.model.layers import (
-    Activation,
-    Add,
-    Attention,
-    CrossEntropy,
-    Embedding,
-    Layer,
-    LayerOp,
-    Linear,
-    Norm,
-)
+from rtp_sim.model.layers import Layer, LayerOp, Norm
 from rtp_sim.model.network import Block, Input, Network, transformer_network
 from rtp_sim.model.network_file import read_network
 from rtp_sim.model.presets import find_model
@@ -49,7 +38,11 @@ def image_network() -> Network:
 
 
 def stack(
-    ops: Sequence[LayerOp], seq: int = 1, input_numel: int = 8, input_dtype: str = "fp32", recomputable: bool = False
+    ops: Sequence[LayerOp],
+    seq: int = 1,
+    input_numel: int = 8,
+    input_dtype: str = "fp32",
+    recomputable: bool = False,
 ) -> Network:
     """The layers one after another, each a block of its own; the last layer's output stands for the loss."""
     layers, tensor = [], "x"
@@ -61,7 +54,7 @@ def stack(
 
 
 def between_linears(ops: Sequence[LayerOp], width: int, seq: int = 1) -> Network:
-    """As `stack`, with a one-feature-wide replicated norm in front, so that every op's input gradient is wanted."""
+    """As `stack`, with a replicated norm in front, so that every op's input gradient is wanted."""
     return stack([Norm("rmsnorm", width), *ops], seq, seq * width)
 
 
@@ -94,10 +87,23 @@ def moe_tiny(seq: int = 8, experts: int = 8) -> Network:
     )  # fmt: skip
 
 
+def bert_tiny(seq: int = 8) -> Network:
+    """An encoder with norms after the residuals, segments, dropout, materialised attention and a transformed head."""
+    return transformer_network(
+        ModelSpec(
+            "bert-tiny", 2, 32, 4, vocab_size=48, max_positions=64, token_types=2, causal=False, embedding_norm=True,
+            norm_placement="post", final_norm=False, head_transform=True, dropout=0.1,
+        ),
+        seq, "materialised",
+    )  # fmt: skip
+
+
 # ---- schedules
 
 
-def groups_of(strategy: str, inner: int, dp: int = 1, dims: tuple[int, ...] = ()) -> tuple[ParallelLayout, dict[str, Group]]:
+def groups_of(
+    strategy: str, inner: int, dp: int = 1, dims: tuple[int, ...] = ()
+) -> tuple[ParallelLayout, dict[str, Group]]:
     """`inner` neighbouring ranks per ring (or tp group) and `dp` of these; data-parallel strategies have inner 1."""
     axis = INNER.get(strategy, "")
     groups: dict[str, Group] = {}
@@ -124,7 +130,7 @@ def build(
 
 
 def phase_of(op: Op) -> str:
-    """"F", "R" (recompute), "B" or "" from the op's name: the part `<phase><sub-step>.` after the layer's name."""
+    """ "F", "R" (recompute), "B" or "" from the op's name: the part `<phase><sub-step>.` after the layer's name."""
     for part in op.name.split("."):
         if part[:1] in "FRB" and (part[1:].isdigit() or not part[1:]):
             return part[0]
@@ -206,24 +212,16 @@ def updated_parameters(schedule: Schedule) -> int:
     return total
 
 
-def held_after(schedule: Schedule, rank: int) -> list[int]:
-    """Which shard `rank` computes with at each kernel that names one, in program order."""
-    return [
-        schedule.shard_index(rank, op.action.part)
-        for op in schedule.program(rank).ops
-        if isinstance(op.action, Compute) and op.action.part is not None
-    ]
-
-
 # ---- a cost model with one price per kind of op
 
 
 @dataclass
 class FlatCost:
-    """Kernels cost what `kernels` says (0 if absent), every message and collective `message_ns`; no contention."""
+    """Kernels cost what `kernels` says, others `other_ns`, every message and collective `message_ns`; no contention."""
 
     kernels: Mapping[str, int]
     message_ns: int = 0
+    other_ns: int = 0
     world_size: int = 64
 
     @property
@@ -231,7 +229,7 @@ class FlatCost:
         return 1000
 
     def compute(self, kernel: str, dtype: str, dims: Dims) -> OpCost:
-        return OpCost(self.kernels.get(kernel, 0), "assumed")
+        return OpCost(self.kernels.get(kernel, self.other_ns), "assumed")
 
     def host_issue_ns(self, op: Op) -> int:
         return 0

@@ -6,13 +6,12 @@ numbers: nothing is computed twice or left out, however uneven the shards.
 
 from __future__ import annotations
 
-from collections import defaultdict
-
 import pytest
 from strategy_helpers import (
     DATA_PARALLEL,
     EVERY_STRATEGY,
     FlatCost,
+    bert_tiny,
     build,
     gpt2_tiny,
     image_network,
@@ -36,11 +35,20 @@ NETWORKS = {"gpt2": gpt2_tiny(SEQ), "llama": llama_tiny(SEQ), "moe": moe_tiny(SE
 T = BATCH * SEQ
 
 # Fused attention: 2 products of 2 b s^2 (heads x head_dim) FLOPs forward, 5 backward.
-PRODUCT = {"gpt2": 2 * BATCH * SEQ**2 * 64, "llama": 2 * BATCH * SEQ**2 * 32, "moe": 2 * BATCH * SEQ**2 * 32, "image": 0}
+PRODUCT = {
+    "gpt2": 2 * BATCH * SEQ**2 * 64,
+    "llama": 2 * BATCH * SEQ**2 * 32,
+    "moe": 2 * BATCH * SEQ**2 * 32,
+    "image": 0,
+}
 
 # Multiply-adds of the linears of one block per token: attention, and MLP, experts (2 of 8 per token) or router.
 LLAMA_ATTENTION = 32 * (32 + 2 * 16) + 32 * 32
-BLOCK = {"gpt2": 12 * 64 * 64, "llama": LLAMA_ATTENTION + 3 * 32 * 48, "moe": LLAMA_ATTENTION + 2 * 3 * 32 * 16}
+BLOCK = {
+    "gpt2": 12 * 64 * 64,
+    "llama": LLAMA_ATTENTION + 3 * 32 * 48,
+    "moe": LLAMA_ATTENTION + 2 * 3 * 32 * 16,
+}
 HEAD = {"gpt2": 256 * 64, "llama": 48 * 32, "moe": 48 * 32}
 ROUTER = {"gpt2": 0, "llama": 0, "moe": 32 * 8}
 
@@ -81,7 +89,7 @@ def test_checks_engines_flops_and_updates(strategy: str, name: str, n: int) -> N
     for recompute, micro in (("none", 1), ("none", 2), ("full", 1), ("full", 2)):
         schedule = schedule_of(strategy, name, n, recompute, micro)
         check(schedule)
-        cost = FlatCost(defaultdict(lambda: 7, {"linear": 11, "optimizer": 3}), 5)
+        cost = FlatCost({"linear": 11, "optimizer": 3}, 5, other_ns=7)
         assert simulate(schedule, cost).step_time_ns == longest_path(schedule, cost).step_time_ns
         shared = strategy.startswith("tp")
         replicas = 1 if shared else n
@@ -94,6 +102,17 @@ def test_operands_have_the_sizes_their_kernels_state(strategy: str, name: str, n
     """Exactly, but for rotation, whose sub-steps work on slices of whole inputs and outputs: there, at least."""
     for recompute in ("none", "full"):
         assert misfits(schedule_of(strategy, name, n, recompute, 1), at_least=strategy.startswith("rtp")) == []
+
+
+@pytest.mark.parametrize("strategy", EVERY_STRATEGY)
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_an_encoder_with_everything_unusual(strategy: str, recompute: str) -> None:
+    """Post-norms, dropout, materialised attention, segments, a dense layer before the head."""
+    training = TrainingSpec(BATCH, SEQ, 2, recompute=recompute, attention="materialised")
+    for n in (1,) if strategy == "single" else (1, 2, 3, 4):
+        schedule = build(strategy, bert_tiny(SEQ), n, training)
+        check(schedule)
+        assert misfits(schedule, at_least=strategy.startswith("rtp")) == []
 
 
 PARAMETERS = {"gpt2": 120_576, "llama": 18_592, "moe": 34_464, "image": 1_199_882}
@@ -118,7 +137,7 @@ def test_split_layers_update_each_parameter_once_and_replicated_ones_everywhere(
     """Replicated: norms, positions, routers, and the bias of what is summed over shards."""
     split_by_rotation = strategy.startswith("rtp")
     norms = {"gpt2": 5 * 2 * 64 + 64 * 64, "llama": 5 * 32, "moe": 5 * 32 + 2 * 8 * 32}
-    # The attention's output bias; the MLP's too where the MLP is one unit (rotation turns it into two, split by output).
+    # The attention's output bias; the MLP's too where it is one unit (rotation makes it two, split by output).
     biases = {"gpt2": 2 * 64 * (1 if split_by_rotation else 2), "llama": 0, "moe": 0}
     for name in ("gpt2", "llama", "moe"):
         updated = updated_parameters(schedule_of(strategy, name, n, "none", 1))
@@ -151,7 +170,7 @@ def test_beside_data_parallelism(strategy: str, name: str) -> None:
         check(schedule)
         alone = build(strategy, network, 2, training)
         assert total_flops(schedule) == 2 * total_flops(alone)
-        cost = FlatCost(defaultdict(lambda: 7), 5)
+        cost = FlatCost({}, 5, other_ns=7)
         assert simulate(schedule, cost).step_time_ns == longest_path(schedule, cost).step_time_ns
 
 

@@ -1,4 +1,4 @@
-"""Every gradient contribution reaches the rank that updates the weight, exactly once, and reads what belongs to its shard.
+"""Every gradient contribution reaches the rank that updates the weight, exactly once, and reads its own shard's inputs.
 
 Contributions are counted in symbols (strategy_meaning.py): one per weight-gradient kernel and rank, micro-batches and
 both users of tied weights included.

@@ -1,6 +1,6 @@
 """Messages and bytes of single rotating layers, against numbers counted on RTP's own code or worked out by hand.
 
-S is the bytes of one shard, fp32: the forward sends N-1 messages of S, the backward N-1 of weights and N-1 of gradients.
+S is the bytes of one fp32 shard: the forward sends N-1 messages of S, the backward N-1 of weights and N-1 of gradients.
 """
 
 from __future__ import annotations
@@ -103,9 +103,7 @@ def test_in_place_sends_the_same_bytes_in_chunks(network: Network, n: int, shard
     assert hop_traffic(schedule, 0) == whole
 
 
-@pytest.mark.parametrize(
-    ("chunk", "per_hop"), [(72, 1), (71, 2), (36, 2), (32, 3), (10, 8), (1, 72), (1 << 20, 1)]
-)
+@pytest.mark.parametrize(("chunk", "per_hop"), [(72, 1), (71, 2), (36, 2), (32, 3), (10, 8), (1, 72), (1 << 20, 1)])
 def test_in_place_messages_are_the_shard_over_the_chunk_rounded_up(chunk: int, per_hop: int) -> None:
     schedule = build("rtp-inplace", LINEAR, 4, rtp_chunk_bytes=chunk)
     assert hop_traffic(schedule, 1) == Traffic((3 * per_hop, 216), (6 * per_hop, 432), (0, 0))

@@ -11,6 +11,7 @@ from collections import Counter
 import pytest
 from strategy_helpers import (
     Traffic,
+    bert_tiny,
     build,
     collectives,
     gpt2_tiny,
@@ -137,9 +138,7 @@ def test_buckets_close_when_they_reach_their_limit(strategy: str, first: str) ->
     assert reduced == [1024, 2048, 2048, 1024]
 
 
-@pytest.mark.parametrize(
-    ("strategy", "times"), [("ddp", 1), ("zero1", 1), ("fsdp", 3), ("rtp", 3), ("rtp-inplace", 3)]
-)
+@pytest.mark.parametrize(("strategy", "times"), [("ddp", 1), ("zero1", 1), ("fsdp", 3), ("rtp", 3), ("rtp-inplace", 3)])
 def test_accumulation_multiplies_what_is_sent_per_micro_batch(strategy: str, times: int) -> None:
     """Three micro-batches: DDP and ZeRO-1 reduce once per step, FSDP and rotation move weights in each."""
     network = stack([Linear(16, 16, bias=False)] * 2, input_numel=16)
@@ -229,6 +228,12 @@ def test_sequence_parallel_gathers_and_scatters(n: int) -> None:
     norms = POSITIONS * H + (2 * LAYERS + 1) * 2 * H
     rest = [c for c in found if not c[1].startswith(("m0.h", "m0.embed"))]
     assert kinds(rest) == Counter({("all_reduce", norms * FP32): 1})
+
+
+def test_sequence_parallelism_gathers_nothing_for_layers_that_work_on_their_own_tokens() -> None:
+    """The dense layer before an encoder's head is whole on every rank and sees that rank's tokens only."""
+    found = collectives(build("tp-sp", bert_tiny(), 2), "tp")
+    assert [name for _, name, _ in found if ".head.dense." in name] == []
 
 
 @pytest.mark.parametrize(("strategy", "forward"), [("tp", 2), ("tp-sp", 4)])

@@ -1,26 +1,45 @@
 """Time of a kernel on a device: a roofline whose compute side rounds up to tiles and waves.
 
-A matmul of (m x k) with (k x n) is cut into output tiles, one per compute unit at a time; the last wave of tiles is
-paid in full, and each tile spends `_FILL` steps of k filling its pipeline. The library is taken to pick the best of a
-few tile shapes and ways of splitting k. Memory-bound kernels take bytes / bandwidth. No kernel is faster than the
-device's floor. What the constants give on measured kernels is printed by `benchmarks/kernel_accuracy.py`.
+Matrix products and attention take the longer of their compute and their memory time, memory-bound kernels the
+device's floor plus bytes / bandwidth, and nothing is faster than the floor. The efficiencies and the floor come
+from the device profile; the constants below belong to a class of kernels and hold for every device. What they give
+on measured kernels is printed by `benchmarks/kernel_accuracy.py`.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
 
+from rtp_sim.cost.products import ROW_BLOCK, Product, fused_rows, products
 from rtp_sim.engine.costs import OpCost
 from rtp_sim.errors import InputError
 from rtp_sim.hardware.spec import Device
-from rtp_sim.model.kernels import KERNELS
-from rtp_sim.schedule.ir import DTYPE_BYTES, Dims
+from rtp_sim.model.kernels import KERNELS, Kernel
+from rtp_sim.schedule.ir import Dims
 
-# (rows, columns, fraction of the best rate): smaller tiles reuse less of what they load.
-_TILES = ((256, 128, 1.0), (128, 128, 0.95), (128, 64, 0.85), (64, 64, 0.70))
-_SPLITS = (1, 2, 4, 8)
-_FILL = 96
-_VECTOR_UNIT_FALLBACK = {"tf32": "fp32", "bf16": "fp32", "fp16": "fp32", "fp8": "fp16", "int8": "fp8"}
+TILES = ((256, 128, 1.0), (128, 128, 0.95), (128, 64, 0.85), (64, 64, 0.70), (64, 32, 0.50))
+"""(rows, columns, fraction of the best rate): smaller tiles reuse less of what they load."""
+SPLITS = (1, 2, 4, 8)
+"""Ways to split k over tiles that are added up in memory afterwards."""
+FILL = 96
+"""Steps of k that a tile spends to fill and drain its pipeline."""
+ACCUMULATOR_BYTES = 4
+
+FORWARD_SHARE, BACKWARD_SHARE = 1.18, 0.943
+"""Fused attention: rates of forward and backward over the device's efficiency, which is that of both together. The
+backward runs at 0.8 of the forward's rate: 1/f + 2.5/(0.8 f) = 3.5 gives f = 1.18."""
+HEAD_ALIGNMENT, HEAD_FILL, FULL_HEAD = 32, 32, 128
+"""Heads are padded to multiples of 32; d lanes run at d / (d + 32) of the rate, up to that of 128 lanes."""
+RAGGED_HEAD = 0.83
+"""Rate of heads that need padding, over that of whole ones (on top of the padding)."""
+KEY_FILL = 128
+"""Keys' worth of time that a block of query rows spends before and after its loop over the keys."""
+
+REREADS = {"layernorm": 1.5, "rmsnorm": 1.5, "layernorm.bwd": 5 / 3, "rmsnorm.bwd": 5 / 3}
+"""Memory traffic over that of touching each operand once: norms read their inputs twice (statistics, then values; in
+the backward for the input's gradient, then for the weights')."""
+
+_FALLBACK = {"tf32": "fp32", "bf16": "fp32", "fp16": "fp32", "fp8": "fp16", "int8": "fp8"}
 
 
 class ComputeCost:
@@ -36,57 +55,59 @@ class ComputeCost:
     def _cost(self, kernel: str, dtype: str, dims: Dims) -> OpCost:
         """The kernel's time alone on the device. InputError for a dtype the device has no rate for."""
         k, sizes = KERNELS[kernel], dict(dims)
-        memory_ns = k.bytes_moved(sizes, dtype) / self._bytes_per_ns
-        efficiency = self.device.memory_efficiency
-        compute_ns = 0.0
-        if k.kind == "matmul" and "m" in sizes:
+        memory_ns = k.bytes_moved(sizes, dtype) * REREADS.get(kernel, 1.0) / self._bytes_per_ns
+        if k.kind == "memory":
+            efficiency = self.device.memory_efficiency
+            duration_ns = self._floor_ns + memory_ns
+        elif k.kind == "attention":
+            efficiency = self.device.attention_efficiency
+            duration_ns = max(self._attention_ns(k, dtype, sizes), memory_ns, self._floor_ns)
+        else:
             efficiency = self.device.matmul_efficiency
-            compute_ns = self._matmul_ns(kernel, dtype, sizes)
-        elif k.kind in ("matmul", "attention"):
-            efficiency = self.device.attention_efficiency if k.kind == "attention" else self.device.matmul_efficiency
-            causal = 0.5 if sizes.get("causal") and k.kind == "attention" else 1.0
-            rate = self._peak(dtype) * efficiency.value / 1e9
-            compute_ns = k.flops(sizes) * causal / rate
-        duration = max(compute_ns, memory_ns, self._floor_ns)
-        return OpCost(max(1, round(duration)), "interpolated" if efficiency.kind == "measured" else "assumed")
+            launches = products(kernel, sizes)
+            compute_ns = sum(max(self._product_ns(p, dtype), self._floor_ns) for p in launches)
+            duration_ns = max(compute_ns, memory_ns)
+        return OpCost(max(1, round(duration_ns)), "interpolated" if efficiency.kind == "measured" else "assumed")
 
-    def _peak(self, dtype: str) -> float:
+    def peak_flops_per_s(self, dtype: str) -> float:
+        """The device's dense peak for `dtype`: what MFU is measured against. A dtype without a rate of its own runs
+        at that of the next wider one. Raises InputError if there is none either."""
         peaks = self.device.peak_flops
         found = dtype
         while found not in peaks:
-            if found not in _VECTOR_UNIT_FALLBACK:
+            if found not in _FALLBACK:
                 raise InputError(
                     f"device {self.device.name} states no peak FLOP/s for {dtype}: expected one of {', '.join(peaks)}"
                 )
-            found = _VECTOR_UNIT_FALLBACK[found]
+            found = _FALLBACK[found]
         return peaks[found].value
 
-    def _matmul_ns(self, kernel: str, dtype: str, sizes: dict[str, int]) -> float:
-        m, k, n, groups = sizes["m"], sizes["k"], sizes["n"], sizes.get("groups", 1)
-        if kernel == "linear.dgrad":
-            k, n = n, k
-        elif kernel == "linear.wgrad":
-            m, k, n = k, m, n
-        if groups > 1:
-            # Grouped experts: `groups` products, each with its share of the tokens.
-            m, k = (m, -(-k // groups)) if kernel == "linear.wgrad" else (-(-m // groups), k)
-        rate_per_unit = self._peak(dtype) * self.device.matmul_efficiency.value / self._units / 1e9
-        accumulate_ns = m * n * groups * 4 / self._bytes_per_ns
-        best = float("inf")
-        for rows, columns, quality in _TILES:
-            tiles = -(-m // rows) * -(-n // columns) * groups
-            for split in _SPLITS:
+    def _product_ns(self, p: Product, dtype: str) -> float:
+        """The fastest way to cut the product's output into tiles, one per compute unit at a time: the last wave of
+        tiles is paid in full."""
+        flops_per_ns = self.peak_flops_per_s(dtype) * self.device.matmul_efficiency.value / self._units / 1e9
+        add_up_ns = p.m * p.n * p.copies * ACCUMULATOR_BYTES / self._bytes_per_ns
+        best_ns = float("inf")
+        for rows, columns, quality in TILES:
+            tiles = -(-p.m // rows) * -(-p.n // columns) * p.copies
+            for split in SPLITS:
                 waves = -(-tiles * split // self._units)
-                depth = -(-k // split) + _FILL
-                tile_ns = 2 * rows * columns * depth / (rate_per_unit * quality)
-                best = min(best, waves * tile_ns + (split - 1) * accumulate_ns)
-        return best
+                depth = -(-p.k // split) + FILL
+                tile_ns = 2 * rows * columns * depth / (flops_per_ns * quality)
+                best_ns = min(best_ns, waves * tile_ns + (split - 1) * add_up_ns)
+        return best_ns
 
-    def peak_flops_per_s(self, dtype: str) -> float:
-        """The device's dense peak for `dtype`: what MFU is measured against."""
-        return self._peak(dtype)
-
-
-def element_bytes(dtype: str) -> int:
-    """Bytes per element."""
-    return DTYPE_BYTES[dtype]
+    def _attention_ns(self, k: Kernel, dtype: str, sizes: dict[str, int]) -> float:
+        """Blocks of rows loop over all keys (half of them under a causal mask), a wave of blocks at a time."""
+        width, keys = sizes["head_dim"], sizes["kv"]
+        padded = -(-width // HEAD_ALIGNMENT) * HEAD_ALIGNMENT
+        lanes = min(padded, FULL_HEAD)
+        rate = lanes / (lanes + HEAD_FILL) * (FULL_HEAD + HEAD_FILL) / FULL_HEAD
+        rate *= width / padded * (1.0 if width == padded else RAGGED_HEAD)
+        rate *= BACKWARD_SHARE if k.name.endswith(".bwd") else FORWARD_SHARE
+        flops_per_ns = self.peak_flops_per_s(dtype) * self.device.attention_efficiency.value * rate / 1e9
+        looped = keys / 2 if sizes.get("causal") else keys
+        blocks = fused_rows(sizes)
+        waves = -(-blocks // self._units) * self._units / blocks
+        padding = blocks * ROW_BLOCK / (sizes["batch"] * sizes["heads"] * sizes["q"])
+        return k.flops(sizes) * (looped + KEY_FILL) / keys * waves * padding / flops_per_ns

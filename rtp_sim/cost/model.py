@@ -1,23 +1,26 @@
-"""`ClusterCost`: the cost model that the engines ask, put together from a cluster's device and network."""
+"""`ClusterCost`: the cost model that the engines ask, put together from a cluster's device, network and host cores."""
 
 from __future__ import annotations
 
 from rtp_sim.cost.communication import CommunicationCost
 from rtp_sim.cost.compute import ComputeCost
+from rtp_sim.cost.cores import WEIGHT, cores_of
 from rtp_sim.engine.costs import OpCost, Phase
 from rtp_sim.hardware.spec import Cluster
-from rtp_sim.schedule.ir import Compute, Dims, Op
+from rtp_sim.model.kernels import is_empty
+from rtp_sim.schedule.ir import Collective, Compute, Dims, Op
 
 
 class ClusterCost:
-    """Implements engine.costs.CostModel for `cluster`."""
+    """Implements engine.costs.CostModel for `cluster`. `host_cores` replaces the number of cores that the ranks of one
+    host share; it counts only where ranks are on CPUs."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Cluster, host_cores: int | None = None) -> None:
         self.cluster = cluster
         self._compute = ComputeCost(cluster.device)
-        self._communication = CommunicationCost(cluster)
+        self._cores = cores_of(cluster, host_cores)
+        self._communication = CommunicationCost(cluster, self._cores)
         self._issue_ns = round(cluster.device.host_issue_ns.value)
-        self._links = cluster.topology.links
 
     @property
     def overlap_slowdown_permille(self) -> int:
@@ -25,7 +28,9 @@ class ClusterCost:
         return round(self.cluster.device.overlap_slowdown.value * 1000)
 
     def compute(self, kernel: str, dtype: str, dims: Dims) -> OpCost:
-        """Time of one kernel."""
+        """Time of one kernel; none for one with nothing to do."""
+        if is_empty(dims):
+            return OpCost(0, "assumed")
         return self._compute.cost(kernel, dtype, dims)
 
     def peak_flops_per_s(self, dtype: str) -> float:
@@ -37,8 +42,8 @@ class ClusterCost:
         return self._issue_ns
 
     def link_capacity(self, link: int) -> int:
-        """Bytes/s of a link."""
-        return self._links[link].bandwidth_bytes_per_s
+        """Bytes/s of a wire; of a pool of cores, cores x weight x 1e9."""
+        return self._communication.capacity(link)
 
     def point_to_point(self, src_rank: int, dst_rank: int, size_bytes: int, chunk_bytes: int | None) -> Phase:
         """One message."""
@@ -49,11 +54,15 @@ class ClusterCost:
         return self._communication.collective(kind, ranks, size_bytes, dtype)
 
     def compute_pool(self, rank: int) -> tuple[int, int] | None:
-        """The pool of cores that ranks of one host share; none on accelerators."""
-        return None
+        """(link, weight) of the pool of cores that ranks of one host share; None on accelerators."""
+        if self._cores is None:
+            return None
+        return self._cores.pool(self.cluster.topology.node_of(rank)), WEIGHT
 
     def basis(self, op: Op, dims: Dims | None) -> str:
         """Where the op's price comes from: "measured", "interpolated" or "assumed"."""
         if isinstance(op.action, Compute):
             return self.compute(op.action.kernel, op.action.dtype, dims or op.action.dims).basis
-        return self._communication.basis
+        if isinstance(op.action, Collective):
+            return self._communication.collective_basis
+        return self._communication.message_basis

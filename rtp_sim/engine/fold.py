@@ -61,12 +61,12 @@ class Wire:
 @dataclass(slots=True)
 class Patterns:
     """The communication a program uses: message sizes by wire, collectives by group, all groups, and the
-    groups in which the rank's position changes a size."""
+    sizes that depend on which shard a rank holds."""
 
     wires: dict[Wire, set[int]] = field(default_factory=dict)
     collectives: dict[str, dict[CollectiveKind, None]] = field(default_factory=dict)
     groups: dict[str, None] = field(default_factory=dict)
-    uneven: dict[str, None] = field(default_factory=dict)
+    uneven: dict[tuple[Part, tuple[object, ...]], None] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -146,8 +146,7 @@ def patterns_of(program: Program) -> Patterns:
         if not isinstance(action, Compute):
             found.groups[action.group] = None
         if isinstance(action, Compute):
-            if action.part is not None and action.variants is not None and len(set(action.variants)) > 1:
-                found.uneven[action.part.group] = None
+            _note_uneven(found, action.part, action.variants)
         elif isinstance(action, Shift):
             for hop in action.hops:
                 hops[action.group, hop.offset, action.chunk_bytes, hop.size_bytes, hop.part] = None
@@ -164,9 +163,9 @@ def patterns_of(program: Program) -> Patterns:
     return found
 
 
-def _note_uneven(found: Patterns, part: Part | None, size: Size) -> None:
-    if part is not None and isinstance(size, tuple) and len(set(size)) > 1:
-        found.uneven[part.group] = None
+def _note_uneven(found: Patterns, part: Part | None, sizes: Size | tuple[object, ...] | None) -> None:
+    if part is not None and isinstance(sizes, tuple) and len(set(sizes)) > 1:
+        found.uneven[part, sizes] = None
 
 
 def collective_ranks(members: tuple[int, ...], root: int) -> tuple[int, ...]:
@@ -247,10 +246,9 @@ def _interned(values: Iterable[object]) -> list[int]:
 
 
 def _rank_colours(schedule: Schedule, patterns: list[Patterns]) -> list[int]:
-    """Program, and the position in every group that the program divides unevenly."""
-    groups = schedule.groups
+    """Program, and the sizes of the shards that the rank holds wherever these are uneven."""
     return _interned(
-        (program, *(groups[name].place.get(rank, (0, -1))[1] for name in patterns[program].uneven))
+        (program, *(sizes[schedule.shard_index(rank, part)] for part, sizes in patterns[program].uneven))
         for rank, program in enumerate(schedule.program_of_rank)
     )
 

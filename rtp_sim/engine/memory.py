@@ -82,19 +82,76 @@ def live_intervals(program: Program) -> list[Version]:
 def memory_profile(schedule: Schedule, rank: int, times: RankTimes) -> MemoryProfile:
     """What `rank` holds over the step, if its ops have these times. Shards are sized by the rank's own
     position."""
-    program = schedule.program(rank)
+    return memory_profiles(schedule, {rank: times})[rank]
+
+
+def memory_profiles(schedule: Schedule, ranks: Mapping[int, RankTimes]) -> dict[int, MemoryProfile]:
+    """The profile of each rank; what depends on the program alone is worked out once per program."""
+    tables: dict[int, _Table] = {}
+    profiles: dict[int, MemoryProfile] = {}
+    for rank, times in ranks.items():
+        number = schedule.program_of_rank[rank]
+        if number not in tables:
+            tables[number] = _Table(schedule.programs[number])
+        profiles[rank] = _profile(schedule, rank, times, tables[number])
+    return profiles
+
+
+class _Table:
+    """The versions of a program as arrays: buffer, first writer (-1: there from the start), last of the step, users."""
+
+    def __init__(self, program: Program) -> None:
+        versions = live_intervals(program)
+        number = {name: n for n, name in enumerate(program.buffers)}
+        self.program = program
+        self.buffer = [number[v.buffer] for v in versions]
+        self.writer = np.array([-1 if v.writer is None else v.writer for v in versions], dtype=np.int64)
+        self.kept = [v.kept for v in versions]
+        # A version without users counts its writer (-1 again stands for the start), so that no stretch is empty.
+        users = [v.users or (-1,) for v in versions]
+        self.users = np.array([u for some in users for u in some], dtype=np.int64)
+        self.first_user = np.cumsum([0, *(len(some) for some in users)])[:-1] if users else np.zeros(0, np.int64)
+        self.categories = list(dict.fromkeys(b.category for b in program.buffers.values()))
+        self.category_of = np.array(
+            [self.categories.index(b.category) for b in program.buffers.values()], dtype=np.int64
+        )
+
+    def held(self, times: RankTimes, step_end_ns: int) -> tuple[Amounts, Amounts, Amounts]:
+        """(buffer number, begin, end) of every stretch that a buffer is held, empty ones left out.
+
+        A kept version is held for the whole rest of the step, even a step of no length.
+        """
+        if not self.buffer:
+            empty = np.zeros(0, dtype=np.int64)
+            return empty, empty, empty
+        # Index -1 is the appended start of the step.
+        start, end = np.append(times.start_ns, 0), np.append(times.end_ns, 0)
+        begins = start[self.writer].tolist()
+        lasts = np.maximum.reduceat(end[self.users], self.first_user).tolist()
+        stretches: list[list[int]] = []
+        for buffer, begin, last, kept in zip(self.buffer, begins, lasts, self.kept, strict=True):
+            stop = max(step_end_ns, begin + 1) if kept else max(last, begin)
+            if stretches and stretches[-1][0] == buffer and begin <= stretches[-1][2]:
+                stretches[-1][1] = min(stretches[-1][1], begin)
+                stretches[-1][2] = max(stretches[-1][2], stop)
+            elif stop > begin:
+                stretches.append([buffer, begin, stop])
+        table = np.array(stretches, dtype=np.int64).reshape(-1, 3)
+        return table[:, 0], table[:, 1], table[:, 2]
+
+
+def _profile(schedule: Schedule, rank: int, times: RankTimes, table: _Table) -> MemoryProfile:
+    program, categories = table.program, table.categories
     step_end_ns = int(times.end_ns.max()) if times.end_ns.size else 0
-    owner, begin_ns, end_ns = _held(live_intervals(program), program, times, step_end_ns)
+    owner, begin_ns, end_ns = table.held(times, step_end_ns)
     names = list(program.buffers)
     sizes = np.array(
         [b.size_bytes(schedule.shard_index(rank, b.part)) for b in program.buffers.values()], dtype=np.int64
     )
-    categories = list(dict.fromkeys(b.category for b in program.buffers.values()))
-    category_of = np.array([categories.index(b.category) for b in program.buffers.values()], dtype=np.int64)
     time_ns = np.unique(np.concatenate([np.zeros(1, dtype=np.int64), begin_ns, end_ns]))
     change = np.zeros((len(categories), len(time_ns)), dtype=np.int64)
     if len(owner):
-        held_bytes, held_category = sizes[owner], category_of[owner]
+        held_bytes, held_category = sizes[owner], table.category_of[owner]
         np.add.at(change, (held_category, np.searchsorted(time_ns, begin_ns)), held_bytes)
         np.add.at(change, (held_category, np.searchsorted(time_ns, end_ns)), -held_bytes)
     held = change.cumsum(axis=1)
@@ -110,28 +167,3 @@ def memory_profile(schedule: Schedule, rank: int, times: RankTimes) -> MemoryPro
         {c: int(held[k, at]) for k, c in enumerate(categories)},
         tuple(sorted(((names[b], int(sizes[b])) for b in alive), key=lambda pair: (-pair[1], pair[0]))),
     )
-
-
-def _held(
-    versions: list[Version], program: Program, times: RankTimes, step_end_ns: int
-) -> tuple[Amounts, Amounts, Amounts]:
-    """(buffer number, begin, end) of every stretch that a buffer is held, empty ones left out.
-
-    A kept version is held for the whole rest of the step, even a step of no length.
-    """
-    number = {name: n for n, name in enumerate(program.buffers)}
-    start, end = times.start_ns.tolist(), times.end_ns.tolist()
-    stretches: list[list[int]] = []
-    for version in versions:
-        begin = 0 if version.writer is None else start[version.writer]
-        last = max((end[user] for user in version.users), default=begin)
-        if version.kept:
-            last = max(step_end_ns, begin + 1)
-        buffer = number[version.buffer]
-        if stretches and stretches[-1][0] == buffer and begin <= stretches[-1][2]:
-            stretches[-1][1] = min(stretches[-1][1], begin)
-            stretches[-1][2] = max(stretches[-1][2], last)
-        elif last > begin:
-            stretches.append([buffer, begin, last])
-    table = np.array(stretches, dtype=np.int64).reshape(-1, 3)
-    return table[:, 0], table[:, 1], table[:, 2]

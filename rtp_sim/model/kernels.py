@@ -192,6 +192,11 @@ def flops(kernel: str, dims: Dims) -> int:
     return KERNELS[kernel].flops(dict(dims))
 
 
+def is_empty(dims: Dims) -> bool:
+    """Whether there is nothing to do (the shard of a rank beyond the last part): no kernel is launched then."""
+    return any(size == 0 and name != "causal" for name, size in dims)
+
+
 def bytes_moved(kernel: str, dims: Dims, dtype: str) -> int:
     """Bytes of memory traffic of one launch."""
     return KERNELS[kernel].bytes_moved(dict(dims), dtype)

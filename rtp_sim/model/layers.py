@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
-from rtp_sim.errors import InputError
 from rtp_sim.schedule.ir import Dims
 
 
@@ -37,16 +36,10 @@ class Split:
     n: int = 1
     index: int = 0
 
-    def share(self, total: int, what: str, kind: str) -> int:
-        """This shard's part of `total` if the layer is split by `kind`, else all of it.
-
-        Raises InputError when some shard would be empty.
-        """
-        if self.kind != kind:
-            return total
-        if total < self.n:
-            raise InputError(f"cannot split {total} {what} over {self.n} ranks: each rank needs at least one")
-        return split_sizes(total, self.n)[self.index]
+    def share(self, total: int, kind: str) -> int:
+        """This shard's part of `total` if the layer is split by `kind`, else all of it; 0 where there are more ranks
+        than parts."""
+        return total if self.kind != kind else split_sizes(total, self.n)[self.index]
 
 
 WHOLE = Split()
@@ -137,9 +130,9 @@ class Linear(LayerOp):
     vocab: bool = False
 
     def _sizes(self, split: Split) -> tuple[int, int]:
-        out = split.share(self.out_features, "output features", "out")
-        out = split.share(out, "vocabulary rows", "vocab")
-        return split.share(self.in_features, "input features", "in"), out
+        out = split.share(self.out_features, "out")
+        out = split.share(out, "vocab")
+        return split.share(self.in_features, "in"), out
 
     def params(self, split: Split = WHOLE) -> tuple[Param, ...]:
         """weight (out, in) and bias (out)."""
@@ -149,7 +142,7 @@ class Linear(LayerOp):
     def lower(self, extent: Extent, split: Split = WHOLE) -> Lowered:
         """One matmul of (tokens x in) with (in x out)."""
         k, n = self._sizes(split)
-        m = split.share(extent.tokens, "tokens", "rows")
+        m = split.share(extent.tokens, "rows")
         return _single("linear", _dims(m=m, k=k, n=n), m * n, weight=True)
 
 
@@ -173,13 +166,13 @@ class Conv2d(LayerOp):
 
     def params(self, split: Split = WHOLE) -> tuple[Param, ...]:
         """weight (out, in, k, k) and bias (out)."""
-        cout = split.share(self.out_channels, "output channels", "out")
+        cout = split.share(self.out_channels, "out")
         weight = Param("weight", (cout, self.in_channels, self.kernel_size, self.kernel_size))
         return (weight, *([Param("bias", (cout,))] if self.bias else []))
 
     def lower(self, extent: Extent, split: Split = WHOLE) -> Lowered:
         """One convolution."""
-        cout = split.share(self.out_channels, "output channels", "out")
+        cout = split.share(self.out_channels, "out")
         pixels = prod(self.out_size())
         dims = _dims(
             batch=extent.batch, in_pixels=self.height * self.width, out_pixels=pixels,
@@ -214,13 +207,13 @@ class Embedding(LayerOp):
 
     def params(self, split: Split = WHOLE) -> tuple[Param, ...]:
         """weight (vocab, width)."""
-        vocab = split.share(self.vocab, "vocabulary rows", "vocab")
-        return (Param("weight", (vocab, split.share(self.width, "embedding columns", "width"))),)
+        vocab = split.share(self.vocab, "vocab")
+        return (Param("weight", (vocab, split.share(self.width, "width"))),)
 
     def lower(self, extent: Extent, split: Split = WHOLE) -> Lowered:
         """One gather of rows. Split by vocabulary, a shard touches its share of the tokens but writes zeros elsewhere."""
-        rows = split.share(extent.tokens, "tokens", "rows")
-        width = split.share(self.width, "embedding columns", "width")
+        rows = split.share(extent.tokens, "rows")
+        width = split.share(self.width, "width")
         return _single("embedding", _dims(rows=rows, width=width), rows * width, weight=True)
 
 
@@ -237,7 +230,7 @@ class Positions(LayerOp):
 
     def lower(self, extent: Extent, split: Split = WHOLE) -> Lowered:
         """One add."""
-        rows = split.share(extent.tokens, "tokens", "rows")
+        rows = split.share(extent.tokens, "rows")
         return _single("positions", _dims(rows=rows, width=self.width), rows * self.width, weight=True)
 
 
@@ -255,7 +248,7 @@ class Norm(LayerOp):
 
     def lower(self, extent: Extent, split: Split = WHOLE) -> Lowered:
         """One row-wise kernel."""
-        rows = split.share(extent.tokens, "tokens", "rows")
+        rows = split.share(extent.tokens, "rows")
         return _single(self.kind, _dims(rows=rows, width=self.width), rows * self.width, weight=True)
 
 
@@ -267,7 +260,7 @@ class Add(LayerOp):
 
     def lower(self, extent: Extent, split: Split = WHOLE) -> Lowered:
         """One elementwise kernel."""
-        numel = split.share(extent.tokens, "tokens", "rows") * self.width
+        numel = split.share(extent.tokens, "rows") * self.width
         return _single("add", _dims(numel=numel), numel, ("x0", "x1"))
 
 
@@ -279,7 +272,7 @@ class Dropout(LayerOp):
 
     def lower(self, extent: Extent, split: Split = WHOLE) -> Lowered:
         """One elementwise kernel."""
-        numel = split.share(extent.tokens, "tokens", "rows") * self.width
+        numel = split.share(extent.tokens, "rows") * self.width
         call = Call("dropout", _dims(numel=numel), ("x0",), ("y", "mask"))
         return Lowered((call,), {"y": Tensor(numel), "mask": Tensor(numel, "uint8")})
 
@@ -293,7 +286,7 @@ class Activation(LayerOp):
 
     def lower(self, extent: Extent, split: Split = WHOLE) -> Lowered:
         """One elementwise kernel."""
-        numel = split.share(extent.tokens, "tokens", "rows") * split.share(self.width, "features", "out")
+        numel = split.share(extent.tokens, "rows") * split.share(self.width, "out")
         return _single(self.function, _dims(numel=numel), numel)
 
 
@@ -314,7 +307,7 @@ class Attention(LayerOp):
     dropout: bool = False
 
     def _heads(self, split: Split) -> tuple[int, int]:
-        kv = split.share(self.kv_heads, "key/value heads", "heads")
+        kv = split.share(self.kv_heads, "heads")
         return kv * (self.heads // self.kv_heads), kv
 
     def params(self, split: Split = WHOLE) -> tuple[Param, ...]:
@@ -378,14 +371,14 @@ class Mlp(LayerOp):
 
     def params(self, split: Split = WHOLE) -> tuple[Param, ...]:
         """up (ffn or 2*ffn x hidden) and down (hidden x ffn), with biases."""
-        f = split.share(self.ffn, "feed-forward features", "ffn")
+        f = split.share(self.ffn, "ffn")
         up = f * (2 if self.gated else 1)
         found = [Param("up", (up, self.hidden)), Param("down", (self.hidden, f))]
         return (*found, Param("up_bias", (up,)), Param("down_bias", (self.hidden,))) if self.bias else tuple(found)
 
     def lower(self, extent: Extent, split: Split = WHOLE) -> Lowered:
         """Matmul, activation, matmul."""
-        f = split.share(self.ffn, "feed-forward features", "ffn")
+        f = split.share(self.ffn, "ffn")
         t, up = extent.tokens, f * (2 if self.gated else 1)
         calls = (
             Call("linear", _dims(m=t, k=self.hidden, n=up), ("x0",), ("up",), True),
@@ -431,7 +424,7 @@ class Experts(LayerOp):
     bias: bool = False
 
     def _sizes(self, split: Split) -> tuple[int, int]:
-        return split.share(self.experts, "experts", "experts"), split.share(self.ffn, "feed-forward features", "ffn")
+        return split.share(self.experts, "experts"), split.share(self.ffn, "ffn")
 
     def params(self, split: Split = WHOLE) -> tuple[Param, ...]:
         """up (experts, ffn or 2*ffn, hidden) and down (experts, hidden, ffn), with biases."""
@@ -468,8 +461,8 @@ class CrossEntropy(LayerOp):
 
     def lower(self, extent: Extent, split: Split = WHOLE) -> Lowered:
         """One row-wise kernel."""
-        rows = split.share(extent.tokens, "tokens", "rows")
-        width = split.share(self.vocab, "vocabulary rows", "vocab")
+        rows = split.share(extent.tokens, "rows")
+        width = split.share(self.vocab, "vocab")
         call = Call("cross_entropy", _dims(rows=rows, width=width), ("x0", "x1"), ("y", "log_probs"))
         return Lowered((call,), {"y": Tensor(1, "fp32"), "log_probs": Tensor(rows * width, "loss")})
 

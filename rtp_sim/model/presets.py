@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from rtp_sim.errors import InputError
-from rtp_sim.model.huggingface import CONFIG_FILE, read_model
 from rtp_sim.model.spec import ModelSpec, with_overrides
 
 
@@ -107,6 +106,9 @@ def find_model(name_or_path: str | Path, **overrides: Any) -> ModelSpec:
 
 
 def _read(name_or_path: str | Path) -> ModelSpec:
+    # Imported here: only files need pydantic, whose import is a good part of a short run.
+    from rtp_sim.model.huggingface import CONFIG_FILE, read_model
+
     path = Path(name_or_path)
     if path.is_dir():
         path = path / CONFIG_FILE

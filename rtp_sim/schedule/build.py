@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from rtp_sim.errors import InputError
-from rtp_sim.model.layers import Attention, Embedding, Experts, Linear, Mlp, split_sizes
+from rtp_sim.model.layers import split_sizes
 from rtp_sim.model.network import Network, unfused
 from rtp_sim.model.training import TrainingSpec
 from rtp_sim.schedule.ir import Group, Schedule
 from rtp_sim.schedule.layout import ParallelLayout
 from rtp_sim.schedule.options import Options
+from rtp_sim.schedule.sharding import parts, rotation_kind, tensor_kind
 from rtp_sim.schedule.step import Step
 from rtp_sim.schedule.strategies import STRATEGIES
 
@@ -69,24 +70,13 @@ def _meta(
 def uneven_notes(network: Network, layout: ParallelLayout) -> Iterator[str]:
     """One note per size that the inner axis cannot split evenly."""
     n, seen = layout.inner, set()
+    tied = {layer.shares for layer in network.layers() if layer.shares}
     for layer in network.layers():
-        for what, total in _split_totals(layer.op):
-            if n > 1 and total % n and (what, total) not in seen:
-                seen.add((what, total))
-                sizes = split_sizes(total, n)
-                yield f"{total} {what} over {layout.axis}={n} are uneven: {sizes[0]} on some ranks, {sizes[-1]} on others"
-
-
-def _split_totals(op: object) -> list[tuple[str, int]]:
-    match op:
-        case Attention():
-            return [("key/value heads" if op.kv_heads < op.heads else "heads", op.kv_heads)]
-        case Mlp():
-            return [("feed-forward features", op.ffn)]
-        case Experts():
-            return [("experts", op.experts)]
-        case Linear(vocab=True):
-            return [("vocabulary rows", op.out_features)]
-        case Embedding():
-            return [("embedding columns", op.width)]
-    return []
+        kind = rotation_kind(layer.op, n, layer.name in tied) if layout.axis == "rtp" else tensor_kind(layer.op)
+        if n == 1 or not kind or parts(layer.op, kind) in seen:
+            continue
+        count, what = parts(layer.op, kind)
+        seen.add((count, what))
+        if count % n:
+            sizes = split_sizes(count, n)
+            yield f"{count} {what} over {layout.axis}={n} are uneven: {sizes[0]} on some ranks, {sizes[-1]} on others"

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
 from rtp_sim.model.layers import (
     Attention,
+    Call,
     Conv2d,
+    CrossEntropy,
     Embedding,
     Experts,
     Extent,
     LayerOp,
     Linear,
-    Lowered,
     Mlp,
     Split,
 )
@@ -39,12 +41,28 @@ class Sharding:
         return self.kind in LayerOp.sums
 
 
+@dataclass(frozen=True, slots=True)
+class ShardedLayer:
+    """A lowered layer for all its shards: the calls (of the first shard), and per call the dims, with their variants
+    by shard index where the shards differ; `numel` and `dtype` of each local tensor."""
+
+    calls: tuple[Call, ...]
+    dims: tuple[tuple[Dims, tuple[Dims, ...] | None], ...]
+    numel: Mapping[str, Size]
+    dtype: Mapping[str, str]
+
+
 @cache
-def lower(op: LayerOp, extent: Extent, kind: str, n: int) -> tuple[Lowered, ...]:
-    """The layer lowered for each shard index; a single entry when the layer is whole."""
-    if not kind:
-        return (op.lower(extent),)
-    return tuple(op.lower(extent, Split(kind, n, i)) for i in range(n))
+def lower(op: LayerOp, extent: Extent, kind: str = "", n: int = 1) -> ShardedLayer:
+    """The layer split by `kind` over n ranks, or whole."""
+    shards = [op.lower(extent, Split(kind, n, i)) for i in range(n if kind else 1)]
+    first = shards[0]
+    dims = []
+    for i, call in enumerate(first.calls):
+        variants = tuple(shard.calls[i].dims for shard in shards)
+        dims.append((call.dims, None if len(set(variants)) == 1 else variants))
+    numel = {name: even(tuple(shard.tensors[name].numel for shard in shards)) for name in first.tensors}
+    return ShardedLayer(first.calls, tuple(dims), numel, {name: t.dtype for name, t in first.tensors.items()})
 
 
 @cache
@@ -58,22 +76,12 @@ def even(values: tuple[int, ...]) -> Size:
     return values[0] if len(set(values)) == 1 else values
 
 
-def call_dims(lowered: tuple[Lowered, ...], call: int) -> tuple[Dims, tuple[Dims, ...] | None]:
-    """Dims of call number `call`: those of the first shard, and the variants by shard where they differ."""
-    variants = tuple(shard.calls[call].dims for shard in lowered)
-    return variants[0], None if len(set(variants)) == 1 else variants
-
-
-def tensor_numel(lowered: tuple[Lowered, ...], name: str) -> Size:
-    """Elements of a local tensor, by shard where they differ."""
-    return even(tuple(shard.tensors[name].numel for shard in lowered))
-
-
-def split_kind(op: LayerOp, n: int, tied: bool = False) -> str | None:
-    """How rotation splits a layer over n ranks, None if it stays replicated.
+def rotation_kind(op: LayerOp, n: int, tied: bool = False) -> str:
+    """How rotation splits a layer over n ranks, "" if it stays replicated.
 
     A linear goes by output features where they divide, else by input features, else unevenly by output features; a
-    head and an embedding that share weights (`tied`) go by vocabulary; experts whole.
+    head, and an embedding that shares its weights (`tied`), by vocabulary; experts whole, or in slices where there
+    are fewer than ranks.
     """
     match op:
         case Linear(vocab=True):
@@ -89,5 +97,39 @@ def split_kind(op: LayerOp, n: int, tied: bool = False) -> str | None:
         case Mlp():
             return "ffn"
         case Experts():
-            return "experts"
-    return None
+            return "experts" if op.experts >= n else "ffn"
+    return ""
+
+
+def tensor_kind(op: LayerOp) -> str:
+    """How Megatron tensor parallelism splits a layer, "" if it does not."""
+    match op:
+        case Attention():
+            return "heads"
+        case Mlp() | Experts():
+            return "ffn"
+        case Embedding() | Linear(vocab=True) | CrossEntropy():
+            return "vocab"
+    return ""
+
+
+def parts(op: LayerOp, kind: str) -> tuple[int, str]:
+    """How many parts a layer has along the dimension that `kind` splits, and what people call them."""
+    match op, kind:
+        case Attention(), "heads":
+            return op.kv_heads, "heads" if op.kv_heads == op.heads else "key/value heads"
+        case (Mlp() | Experts()), "ffn":
+            return op.ffn, "feed-forward features"
+        case Experts(), "experts":
+            return op.experts, "experts"
+        case Linear(), "in":
+            return op.in_features, "input features"
+        case Linear(), _:
+            return op.out_features, "vocabulary rows" if kind == "vocab" else "output features"
+        case Conv2d(), _:
+            return op.out_channels, "output channels"
+        case Embedding(), "width":
+            return op.width, "embedding columns"
+        case (Embedding() | CrossEntropy()), _:
+            return op.vocab, "vocabulary rows"
+    raise ValueError(f"{type(op).__name__} has no split {kind!r}")

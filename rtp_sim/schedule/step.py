@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from rtp_sim.model.kernels import BACKWARD, PASS_THROUGH, Rule
-from rtp_sim.model.layers import Attention, Call, Extent, Layer, Lowered
+from rtp_sim.model.layers import Attention, Call, Extent, Layer
 from rtp_sim.model.network import Block, Network
 from rtp_sim.model.training import TrainingSpec
 from rtp_sim.schedule.builder import Builder
 from rtp_sim.schedule.ir import Collective, Compute, Dims, Group, Part, Size
 from rtp_sim.schedule.options import Options
-from rtp_sim.schedule.sharding import Sharding, call_dims, lower, tensor_numel
+from rtp_sim.schedule.sharding import ShardedLayer, Sharding, lower
 
 OnInputGrad = Callable[[str], None]
 
@@ -138,15 +138,15 @@ class Step:
         numel = layer.op.numel() if numel is None else numel
         return self.b.buffer(f"g.{layer.weight_name}", "gradients", self.policy.gradient_dtype, numel, part=part)
 
-    def _local(self, layer: Layer, name: str, lowered: tuple[Lowered, ...], work: Work, grad: bool = False) -> str:
+    def _local(self, layer: Layer, name: str, lowered: ShardedLayer, work: Work, grad: bool = False) -> str:
         """Declares (once) and names the buffer of a local tensor of `layer`, or of its gradient."""
         sharding = work.sharding
-        numel, part = tensor_numel(lowered, name), None if sharding is None else sharding.part
-        dtype = lowered[0].tensors[name].dtype
+        numel, part = lowered.numel[name], None if sharding is None else sharding.part
+        dtype = lowered.dtype[name]
         dtype = {"": self.policy.weight_dtype, "loss": self.loss_dtype}.get(dtype, dtype)
         if name == "y":
             if sharding is not None and sharding.assemble and not sharding.sums:
-                numel, part = lower(layer.op, self.extent, "", 1)[0].tensors["y"].numel, None
+                numel, part = lower(layer.op, self.extent).numel["y"], None
             base = layer.output
         else:
             base = f"{layer.name}.{name}" + (f".s{work.sub}" if sharding is not None and sharding.assemble else "")
@@ -162,7 +162,7 @@ class Step:
 
     # ---- forward
 
-    def lowered(self, layer: Layer, work: Work) -> tuple[Lowered, ...]:
+    def lowered(self, layer: Layer, work: Work) -> ShardedLayer:
         """The layer's kernel calls, per shard index."""
         sharding = work.sharding
         return lower(layer.op, self.extent, sharding.kind if sharding else "", sharding.n if sharding else 1)
@@ -170,11 +170,11 @@ class Step:
     def forward_layer(self, layer: Layer, work: Work = ALL) -> None:
         """Emits the forward kernels of a layer (or of the shard that `work` names) on the compute stream."""
         lowered = self.lowered(layer, work)
-        for i in range(len(lowered[0].calls)):
+        for i in range(len(lowered.calls)):
             self._forward_call(layer, lowered, i, work)
 
-    def _forward_call(self, layer: Layer, lowered: tuple[Lowered, ...], i: int, work: Work) -> None:
-        call = lowered[0].calls[i]
+    def _forward_call(self, layer: Layer, lowered: ShardedLayer, i: int, work: Work) -> None:
+        call = lowered.calls[i]
         reads = [self._operand(layer, name, lowered, work) for name in call.inputs]
         writes = [self._operand(layer, name, lowered, work) for name in call.outputs]
         if call.weight:
@@ -184,7 +184,7 @@ class Step:
         self._compute(f"{layer.name}.{work.tag or 'F'}{_sub(work)}.{i}.{call.kernel}", lowered, i, call.kernel, work,
                       tuple(reads), tuple(writes))  # fmt: skip
 
-    def _operand(self, layer: Layer, name: str, lowered: tuple[Lowered, ...], work: Work) -> str:
+    def _operand(self, layer: Layer, name: str, lowered: ShardedLayer, work: Work) -> str:
         """The buffer of a call's operand: an input of the layer, its output, or a local tensor."""
         if name.startswith("x") and name[1:].isdigit():
             tensor = layer.inputs[int(name[1:])]
@@ -194,10 +194,10 @@ class Step:
         return self._local(layer, name, lowered, work)
 
     def _compute(
-        self, name: str, lowered: tuple[Lowered, ...], call: int, kernel: str, work: Work,
+        self, name: str, lowered: ShardedLayer, call: int, kernel: str, work: Work,
         reads: tuple[str, ...], writes: tuple[str, ...],
     ) -> int:  # fmt: skip
-        dims, variants = call_dims(lowered, call)
+        dims, variants = lowered.dims[call]
         part = work.sharding.part if work.sharding is not None else None
         action = Compute(kernel, self.policy.compute_dtype, dims, part, variants)
         return self.b.op(f"m{self.micro}.{name}", "compute", action, reads, writes, after=work.after)
@@ -219,8 +219,8 @@ class Step:
         if self.training.recompute == "selective" and isinstance(layer.op, Attention):
             self._recompute_scores(layer, lowered, work)
         grads = {"y": self.output_grad(layer)}
-        for i in reversed(range(len(lowered[0].calls))):
-            call = lowered[0].calls[i]
+        for i in reversed(range(len(lowered.calls))):
+            call = lowered.calls[i]
             if call.kernel in PASS_THROUGH:
                 for name in call.inputs:
                     self._pass_through(layer, name, grads)
@@ -232,10 +232,10 @@ class Step:
         grads[name] = grads["y"]
 
     def _backward_call(
-        self, layer: Layer, lowered: tuple[Lowered, ...], i: int, rule: Rule, grads: dict[str, str], work: Work,
+        self, layer: Layer, lowered: ShardedLayer, i: int, rule: Rule, grads: dict[str, str], work: Work,
         on_input_grad: OnInputGrad | None,
     ) -> None:  # fmt: skip
-        call = lowered[0].calls[i]
+        call = lowered.calls[i]
         asked = call.inputs if "dx" in rule.makes else call.inputs[:1] if "dx0" in rule.makes else ()
         wanted = [n for n in asked if self._differentiable(layer, n)]
         if not wanted and "dw" not in rule.makes:
@@ -260,7 +260,7 @@ class Step:
                     on_input_grad(buffer)
 
     def _rule_reads(
-        self, layer: Layer, lowered: tuple[Lowered, ...], call: Call, rule: Rule, grads: dict[str, str], work: Work
+        self, layer: Layer, lowered: ShardedLayer, call: Call, rule: Rule, grads: dict[str, str], work: Work
     ) -> list[str]:
         reads = []
         for token in rule.reads:
@@ -282,7 +282,7 @@ class Step:
         return not name.startswith("x") or layer.inputs[int(name[1:])] not in self._inputs
 
     def _input_grad(
-        self, layer: Layer, name: str, lowered: tuple[Lowered, ...], grads: dict[str, str], work: Work
+        self, layer: Layer, name: str, lowered: ShardedLayer, grads: dict[str, str], work: Work
     ) -> tuple[str, bool]:
         """The buffer for the gradient of call input `name`, and whether it already holds a part of it."""
         if name in grads:
@@ -305,7 +305,7 @@ class Step:
         """Makes the layer's input gradients those of its input tensors, adding to what other readers of the tensor
         left there. `grads` replaces buffers (reduced copies, say) per tensor."""
         done = self._pending.pop(layer.output, "")
-        kernels = {c.kernel for c in lower(layer.op, self.extent, "", 1)[0].calls}
+        kernels = {c.kernel for c in lower(layer.op, self.extent).calls}
         for tensor in layer.inputs:
             if tensor in self._inputs:
                 continue
@@ -324,9 +324,9 @@ class Step:
         self.b.op(f"m{self.micro}.{tensor}.B.add", "compute", action, (own, other), (own,))
         return own
 
-    def _recompute_scores(self, layer: Layer, lowered: tuple[Lowered, ...], work: Work) -> None:
+    def _recompute_scores(self, layer: Layer, lowered: ShardedLayer, work: Work) -> None:
         """Selective recompute: the scores and probabilities of materialised attention, again."""
-        for i, call in enumerate(lowered[0].calls):
+        for i, call in enumerate(lowered.calls):
             if call.kernel in ("attn.scores", "softmax", "dropout"):
                 self._forward_call(layer, lowered, i, _tagged(work, "R"))
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from rtp_sim.model.layers import Layer
 from rtp_sim.schedule.data_parallel import DataParallel
 from rtp_sim.schedule.ir import Compute, Hop, Part, Shift, Size
-from rtp_sim.schedule.sharding import Sharding, even, shard_numel, split_kind
+from rtp_sim.schedule.sharding import Sharding, even, rotation_kind, shard_numel
 from rtp_sim.schedule.step import Step, Work
 
 GROUP = "rtp"
@@ -53,8 +53,8 @@ class Ring:
 
     def unit(self, layer: Layer) -> Unit | None:
         """The layer as a rotating unit, its buffers declared; None if it stays replicated."""
-        kind = split_kind(layer.op, self.n, tied=layer.name in self.tied)
-        if kind is None or self.n == 1:
+        kind = rotation_kind(layer.op, self.n, tied=layer.name in self.tied)
+        if not kind or self.n == 1:
             return None
         kind = "vocab" if layer.shares else kind
         numel, name, step = even(shard_numel(layer.op, kind, self.n)), layer.weight_name, self.step

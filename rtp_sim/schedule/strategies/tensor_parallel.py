@@ -8,10 +8,11 @@ all-gather before, reduce-scatter after; the backward gathers the saved input ag
 
 from __future__ import annotations
 
-from rtp_sim.model.layers import Attention, CrossEntropy, Embedding, Experts, Layer, Linear, Mlp, Router
+from rtp_sim.errors import InputError
+from rtp_sim.model.layers import CrossEntropy, Embedding, Layer, Linear, Router
 from rtp_sim.schedule.data_parallel import DataParallel
 from rtp_sim.schedule.ir import Part, Size
-from rtp_sim.schedule.sharding import Sharding, even, shard_numel
+from rtp_sim.schedule.sharding import Sharding, even, lower, parts, shard_numel, tensor_kind
 from rtp_sim.schedule.step import Step, Work
 
 GROUP = "tp"
@@ -48,33 +49,33 @@ def _run(step: Step, tensor: _Tensor) -> None:
     sync.finish()
 
 
-def _kind(layer: Layer) -> str:
-    """How a layer is split; "" if it is not."""
-    match layer.op:
-        case Attention():
-            return "heads"
-        case Mlp() | Experts():
-            return "ffn"
-        case Embedding() | Linear(vocab=True) | CrossEntropy():
-            return "vocab"
-    return ""
-
-
 class _Tensor:
     """One rank's view of the split: which work each layer is, and the communication at its edges."""
 
     def __init__(self, step: Step, sequence: bool) -> None:
         self.step, self.n = step, step.group_size(GROUP)
         self.sequence = sequence and self.n > 1
+        self._require_enough_parts()
+        self._producer = {x.output: x for x in step.network.layers()}
+        # Tensors that are not split by tokens under sequence parallelism: the routing of experts.
+        self._whole_tensors = {x.output for x in step.network.layers() if isinstance(x.op, Router)}
+
+    def _require_enough_parts(self) -> None:
+        """InputError where a rank would get no part of a layer: it would idle while the others compute."""
+        for layer in self.step.network.layers():
+            kind = tensor_kind(layer.op)
+            if kind and parts(layer.op, kind)[0] < self.n:
+                count, what = parts(layer.op, kind)
+                raise InputError(f"cannot split {count} {what} over {self.n} ranks: each rank needs at least one")
 
     def shard(self, layer: Layer) -> tuple[Size, Part | None]:
         """Parameters of the layer's shard, by shard index where uneven."""
-        numel = even(shard_numel(layer.op, _kind(layer), self.n)) if _kind(layer) and self.n > 1 else layer.op.numel()
+        numel = even(shard_numel(layer.op, tensor_kind(layer.op), self.n)) if tensor_kind(layer.op) and self.n > 1 else layer.op.numel()
         return numel, HERE if isinstance(numel, tuple) else None
 
     def work(self, layer: Layer, tag: str = "") -> Work:
         """The layer as this rank's shard: of its weights, or of the tokens, or whole."""
-        kind = _kind(layer) or ("rows" if self._by_rows(layer) else "")
+        kind = tensor_kind(layer.op) or ("rows" if self._by_rows(layer) else "")
         sharding = Sharding(kind, self.n, HERE) if kind and self.n > 1 else None
         if layer.op.numel() == 0:
             return Work(sharding, tag=tag)
@@ -92,13 +93,13 @@ class _Tensor:
 
     def partial_gradient(self, layer: Layer) -> bool:
         """Whether each rank has seen only its tokens, so that gradients of whole weights must be added up."""
-        return self._by_rows(layer) and not _kind(layer) and layer.owned_numel > 0
+        return self._by_rows(layer) and not tensor_kind(layer.op) and layer.owned_numel > 0
 
     # ---- forward
 
     def forward(self, layer: Layer, tag: str = "F") -> None:
         """The layer with the communication around it."""
-        kind, step = _kind(layer), self.step
+        kind, step = tensor_kind(layer.op), self.step
         work = self.work(layer, tag)
         if self.sequence and self._reads_whole(layer):
             work = self._with_inputs(layer, work, tag)
@@ -116,10 +117,10 @@ class _Tensor:
             self._loss_statistics(layer, output, tag)
 
     def _reads_whole(self, layer: Layer) -> bool:
-        return _kind(layer) in ("heads", "ffn") or isinstance(layer.op, Linear | Router)
+        return tensor_kind(layer.op) in ("heads", "ffn") or isinstance(layer.op, Linear | Router)
 
     def _writes_partial(self, layer: Layer) -> bool:
-        return self.n > 1 and (_kind(layer) in ("heads", "ffn") or isinstance(layer.op, Embedding))
+        return self.n > 1 and (tensor_kind(layer.op) in ("heads", "ffn") or isinstance(layer.op, Embedding))
 
     def _loss_statistics(self, layer: Layer, output: str, tag: str) -> None:
         """Maximum, sum of exponentials and target logit per token, each reduced over the vocabulary shards."""
@@ -132,7 +133,7 @@ class _Tensor:
     def backward(self, layer: Layer) -> None:
         """The layer's gradients with the communication around them."""
         step, work = self.step, self.work(layer)
-        if self.n == 1 or not _kind(layer) or isinstance(layer.op, CrossEntropy):
+        if self.n == 1 or not tensor_kind(layer.op) or isinstance(layer.op, CrossEntropy):
             step.backward_layer(layer, work)
             step.merge_input_grads(layer)
             return
@@ -148,7 +149,7 @@ class _Tensor:
         """Each rank has the part of the input gradient that went through its shard: add them up."""
         tensor = buffer.split("/d.", 1)[1].rsplit("@", 1)[0]
         name = f"{layer.name}.B.reduce.{tensor}"
-        if not self.sequence or tensor in self._whole_tensors():
+        if not self.sequence or tensor in self._whole_tensors:
             self._collective("all_reduce", name, self._tokens_numel(buffer), buffer, buffer)
             return
         target = self._rows_grad(tensor, layer)
@@ -173,15 +174,11 @@ class _Tensor:
 
     # ---- buffers and collectives
 
-    def _whole_tensors(self) -> set[str]:
-        """Tensors that are not split by tokens under sequence parallelism: the routing of experts."""
-        return {x.output for x in self.step.network.layers() if isinstance(x.op, Router)}
-
     def _with_inputs(self, layer: Layer, work: Work, tag: str) -> Work:
         """All-gathers the layer's token-sharded inputs and makes the work read the copies."""
         inputs = {}
         for tensor in layer.inputs:
-            if tensor in self._whole_tensors():
+            if tensor in self._whole_tensors:
                 continue
             full = self._full(tensor, "full")
             name = f"{layer.name}.{tag}.all_gather.{tensor}"
@@ -208,9 +205,9 @@ class _Tensor:
 
     def _width(self, tensor: str) -> int:
         """Features per token of a tensor between layers."""
-        layer = next(x for x in self.step.network.layers() if x.output == tensor)
-        lowered = layer.op.lower(self.step.extent).tensors["y"]
-        return lowered.numel // self.step.extent.tokens
+        numel = lower(self._producer[tensor].op, self.step.extent).numel["y"]
+        assert isinstance(numel, int)
+        return numel // self.step.extent.tokens
 
     def _scatter(self, layer: Layer, partial: str, tensor: str, name: str) -> None:
         step, numel = self.step, self._rows_numel(tensor)

@@ -1,0 +1,133 @@
+"""The arrows of ARCHITECTURE.md: which room may import which, and where the outside libraries may appear.
+
+Imports count wherever they stand, also inside functions and for type checking.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+    for path in sorted((ROOT / "rtp_sim").rglob("*.py"))
+}
+
+BASE = {"", "errors", "text", "units", "schedule.ir"}
+# room -> the rooms it may import. A module is in the room with the longest name that it starts with.
+MAY_IMPORT = {
+    "errors": set(),
+    "text": set(),
+    "units": {"errors"},
+    "schedule.ir": set(),
+    "model": BASE,
+    "hardware": BASE,
+    "schedule": BASE | {"model", "hardware"},
+    "timeline": {"schedule.ir"},
+    "engine.costs": {"schedule.ir"},
+    "cost": BASE | {"model", "hardware", "engine.costs"},
+    "engine": BASE | {"timeline", "engine.costs"},
+    "metrics": BASE | {"timeline", "engine"},
+    "experiment": BASE | {"model", "hardware", "schedule", "timeline", "cost", "engine", "metrics"},
+    "report": BASE | {"hardware", "schedule", "timeline", "engine", "metrics", "experiment"},
+    "commands": BASE
+    | {"model", "hardware", "schedule", "timeline", "engine", "metrics", "experiment", "report"},
+    "cli": {"", "errors", "model", "commands"},
+    "__main__": {"cli"},
+    "": set(),
+}
+
+# library -> the modules that may import it.
+CONFINED = {
+    "simpy": {"rtp_sim.engine.simulate"},
+    "torch": set(),
+    "networkx": {"rtp_sim.hardware.topology", "rtp_sim.hardware.picture"},
+    "pydantic": {
+        "rtp_sim.hardware.files",
+        "rtp_sim.model.huggingface",
+        "rtp_sim.model.json_file",
+        "rtp_sim.model.network_file",
+    },
+    "rich": {"rtp_sim.commands", "rtp_sim.report.tables"},
+    "matplotlib": {"rtp_sim.report.plots"},
+}
+NO_LIBRARIES = ("rtp_sim.schedule.ir", "rtp_sim.schedule.serialize", "rtp_sim.schedule.text")
+
+
+def room_of(module: str) -> str:
+    """The room of a module: of rtp_sim.schedule.ir "schedule.ir", of rtp_sim.schedule.build "schedule"."""
+    name = module.removeprefix("rtp_sim").removeprefix(".")
+    fitting = [room for room in MAY_IMPORT if name == room or (room and name.startswith(room + "."))]
+    assert fitting, f"{module} is in no room: add it to ARCHITECTURE.md and to this test"
+    return max(fitting, key=len)
+
+
+def imports(module: str) -> set[str]:
+    """The modules that `module` imports, those of rtp_sim down to the file."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(FILES[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: relative import"
+            source = node.module or ""
+            inside = {f"{source}.{alias.name}" for alias in node.names} & FILES.keys()
+            found |= inside or {source}
+    return {name.removesuffix(".__init__") for name in found}
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_imports_follow_the_arrows(module: str):
+    room = room_of(module.removesuffix(".__init__"))
+    for imported in imports(module):
+        if imported.split(".")[0] == "rtp_sim":
+            target = room_of(imported)
+            assert target == room or target in MAY_IMPORT[room], f"{module} must not import {imported}"
+
+
+def test_the_arrows_have_no_circle():
+    left = {room: set(targets) - {room} for room, targets in MAY_IMPORT.items()}
+    while left:
+        free = {room for room, targets in left.items() if not targets & left.keys()}
+        assert free, f"circle among {sorted(left)}"
+        left = {room: targets for room, targets in left.items() if room not in free}
+
+
+@pytest.mark.parametrize("library", CONFINED)
+def test_outside_libraries_stay_where_they_are(library: str):
+    users = {module for module in FILES if any(name.split(".")[0] == library for name in imports(module))}
+    assert users <= CONFINED[library]
+
+
+def test_the_schedule_ir_needs_the_standard_library_only():
+    outside = {name.split(".")[0] for name in imports("rtp_sim.schedule.ir")} - sys.stdlib_module_names
+    assert outside == set()
+
+
+@pytest.mark.parametrize("module", NO_LIBRARIES)
+def test_schedules_are_read_without_any_library(module: str):
+    """As on a machine that has nothing but torch: any import of another library fails."""
+    code = f"""
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] not in sys.stdlib_module_names | {{"rtp_sim"}}:
+            raise ImportError("blocked: " + name)
+sys.meta_path.insert(0, Block())
+import {module}
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_document_names_every_room():
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    for module in FILES:
+        top = module.split(".")[1] if "." in module else ""
+        if top.strip("_") not in ("", "init", "main"):
+            assert f"`{top}" in text, f"ARCHITECTURE.md does not name {top}"
