@@ -74,7 +74,8 @@ def whole(row: dict[str, str], *names: str) -> list[int]:
 
 
 def transformer_products(folder: Path) -> Iterator[Row]:
-    """Linear layers and the batched products of attention, forward and backward, on A100 and GH200."""
+    """Linear layers and the batched products of attention, forward and backward, on A100 and GH200. Those "+ C" are
+    torch.baddbmm, which also has a third operand to differentiate: traffic that the model's kernel does not have."""
     for row in rows_of(folder / "gemm_ett_a100_gh200.csv"):
         batch, m, k, n = whole(row, "batch", "M", "K", "N")
         device, dtype = DEVICES[row["gpu"]], row["dtype"]
@@ -85,7 +86,7 @@ def transformer_products(folder: Path) -> Iterator[Row]:
             sizes = {"batch": 1, "heads": batch, "kv_heads": batch, "q": m, "kv": kv, "head_dim": width}
             forward = (launch(kernel, dtype, **sizes),)
             backward = (launch(f"{kernel}.bwd", dtype, **sizes),)
-            name = "batched product"
+            name = "batched product" if row["op"] == "bmm" else "batched product + C"
         else:
             sizes = {"m": m, "k": k, "n": n}
             forward = (launch("linear", dtype, **sizes),)
@@ -188,14 +189,14 @@ def error(row: Row) -> float:
 
 def report(rows: list[Row], worst: int) -> None:
     """One line per class and device, below it its worst rows."""
-    print(f"{'class':<26}{'device':<16}{'rows':>7}{'median':>9}{'MAPE':>9}{'bias':>9}")
+    print(f"{'class':<30}{'device':<16}{'rows':>7}{'median':>9}{'MAPE':>9}{'bias':>9}")
     grouped: dict[tuple[str, str], list[tuple[float, Row]]] = {}
     for row in rows:
         grouped.setdefault((row.group, row.device), []).append((error(row), row))
     for (group, device), found in sorted(grouped.items()):
         sizes = [abs(e) for e, _ in found]
         bias = median(e for e, _ in found)
-        print(f"{group:<26}{device:<16}{len(found):>7}{median(sizes):>9.1%}{fmean(sizes):>9.1%}{bias:>+9.1%}")
+        print(f"{group:<30}{device:<16}{len(found):>7}{median(sizes):>9.1%}{fmean(sizes):>9.1%}{bias:>+9.1%}")
         for e, row in sorted(found, key=lambda pair: -abs(pair[0]))[:worst]:
             print(f"    {e:>+8.1%}  {row.measured_ns / 1e3:>10.1f} us  {row.label}")
 

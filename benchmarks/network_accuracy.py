@@ -49,7 +49,7 @@ SWEEPS = {
     "31": Sweep("dgx-h100", 1, "one process"),
     "32": Sweep("dgx-h200", 1, "torch, not nccl-tests"),
     "33": Sweep("dgx-b200", 1, "torch, not nccl-tests"),
-    "14": Sweep("pcie-4x4090", 1, "source of the profile"),
+    "14": Sweep("pcie-4x4090", 1, "another machine; source of its size curve"),
 }
 """Left out: machines without a profile, machines that were broken or driver-patched (7, 8, 9, 13), and 3, which
 reduced inside the InfiniBand switches."""

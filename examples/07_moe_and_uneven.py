@@ -13,9 +13,8 @@ for strategy, inner in (("rtp", 8), ("fsdp", None)):
     result = run(prepare(request))
     m = result.metrics
     kinds = sorted(communication_totals(result.prepared.schedule, 0)[2])
-    print(
-        f"  {strategy:<5} {m.step_time_s * 1e3:6.0f} ms, {m.peak_memory_bytes / 2**30:5.1f} GiB; sends {', '.join(kinds)}"
-    )
+    step_ms, peak_gib = m.step_time_s * 1e3, m.peak_memory_bytes / 2**30
+    print(f"  {strategy:<5} {step_ms:4.0f} ms, {peak_gib:.1f} GiB; sends {', '.join(kinds)}")
 
 print("GPT-2 large (20 heads) on 4 to 8 GPUs of one node:")
 for gpus in (4, 5, 6, 7, 8):

@@ -66,7 +66,9 @@ def parser() -> argparse.ArgumentParser:
 def _workload(p: argparse.ArgumentParser) -> None:
     group = p.add_argument_group("model and training")
     group.add_argument("--model", required=True, metavar="NAME|FILE", help="preset, config.json or layer-list file")
-    group.add_argument("--micro-batch", type=_count, default=1, metavar="N", help="sequences per replica and micro-step")
+    group.add_argument(
+        "--micro-batch", type=_count, default=1, metavar="N", help="sequences per replica and micro-step"
+    )
     group.add_argument("--global-batch", type=_count, metavar="N", help="sequences per step (default: see below)")
     group.add_argument("--seq-len", type=_count, default=1024, metavar="N", help="tokens per sequence (1024)")
     group.add_argument("--precision", choices=sorted(PRECISIONS), default="bf16")

@@ -191,9 +191,7 @@ def _one(request: Request, engine: str, fold: bool, details: bool) -> _Outcome:
     return _outcome(run(prepare(request), engine, fold), details)
 
 
-def _all_outcomes(
-    requests: Sequence[Request], a: Namespace, jobs: int, errors: list[InputError]
-) -> Iterator[_Outcome]:
+def _all_outcomes(requests: Sequence[Request], a: Namespace, jobs: int, errors: list[InputError]) -> Iterator[_Outcome]:
     """The outcomes in order, computed on `jobs` processes; requests that make no sense go to `errors` instead."""
     work = [(request, a.engine, not a.no_fold, a.report is not None) for request in requests]
     # Imported here: starting processes is not needed for one strategy.

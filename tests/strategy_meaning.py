@@ -61,7 +61,9 @@ def _shift(schedule: Schedule, m: Meaning, op: Op, shift: Shift) -> None:
 
 
 def _collective(schedule: Schedule, m: Meaning, op: Op, collective: Collective) -> None:
-    """Reductions add up everything the members have in the sources; the same sum stands in every target."""
+    """Reductions add up everything the members have in the sources; the same sum stands in every target of an
+    all-reduce. The targets of a reduce-scatter hold one shard together (ZeRO-1 leaves it in the gradients themselves):
+    the sum is booked on the first."""
     if collective.kind not in ("all_reduce", "reduce_scatter"):
         return
     for members in schedule.groups[collective.group].instances:
@@ -71,9 +73,10 @@ def _collective(schedule: Schedule, m: Meaning, op: Op, collective: Collective) 
                 for r in members:
                     m.sums[r][b] = Counter(total)
             continue
-        total = sum((m.sums[r].get(b, Counter()) for r in members for b in op.reads), Counter())
+        sources = [b for b in op.reads if b not in op.writes] or list(op.reads)
+        total = sum((m.sums[r].get(b, Counter()) for r in members for b in sources), Counter())
         for r in members:
-            m.sums[r].update({b: Counter(total) for b in op.writes})
+            m.sums[r].update({b: Counter(total) if b == op.writes[0] else Counter() for b in op.writes})
 
 
 def _compute(schedule: Schedule, m: Meaning, op: Op, action: Compute, rank: int) -> None:

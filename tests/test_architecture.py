@@ -14,8 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FILES = {
-    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
-    for path in sorted((ROOT / "rtp_sim").rglob("*.py"))
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sorted((ROOT / "rtp_sim").rglob("*.py"))
 }
 
 BASE = {"", "errors", "text", "units", "schedule.ir"}
@@ -35,8 +34,7 @@ MAY_IMPORT = {
     "metrics": BASE | {"timeline", "engine"},
     "experiment": BASE | {"model", "hardware", "schedule", "timeline", "cost", "engine", "metrics"},
     "report": BASE | {"hardware", "schedule", "timeline", "engine", "metrics", "experiment"},
-    "commands": BASE
-    | {"model", "hardware", "schedule", "timeline", "engine", "metrics", "experiment", "report"},
+    "commands": BASE | {"model", "hardware", "schedule", "timeline", "engine", "metrics", "experiment", "report"},
     "cli": {"", "errors", "model", "commands"},
     "__main__": {"cli"},
     "": set(),

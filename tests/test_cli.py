@@ -131,7 +131,7 @@ def test_compare_as_a_table_and_its_notes(run):
 
 def test_uneven_splits_are_said(run):
     answer = run("simulate --model gpt2 --cluster dgx-a100-80g --gpus 8 --strategy rtp --quiet")
-    assert "note: 12 heads over rtp=8 are uneven: 2 on some ranks, 1 on others" in answer.out
+    assert "12 heads over rtp=8 are uneven: 2 on some ranks, 1 on others" in answer.out
 
 
 def test_compare_as_csv(run):
@@ -290,7 +290,7 @@ BAD = {
     "gpus no multiple": (f"{SIMULATE} --gpus 12", ["12 GPUs", "12 / 8 = 1.5"]),
     "gpus and nodes": (f"{SIMULATE} --gpus 7 --nodes 2", ["7 / 2 = 3.5"]),
     "fewer heads than ranks": (
-        "simulate --quiet --model gpt2 --gpus 16 --strategy rtp",
+        "simulate --quiet --model gpt2 --gpus 16 --strategy tp",
         ["12", "heads", "16 ranks"],
     ),
     "single on several": (f"simulate {TINY} --strategy single", ["1 GPU", "4"]),

@@ -74,7 +74,7 @@ def test_program(wrong: Schedule, op: str, message: str) -> None:
     [
         (bad(kernel(part=Part("rtp", (0, 1)))), "offset [0, 1] has 2 entries; group 'rtp' has 1 dimensions"),
         (bad(kernel(part=Part("tp", (0,)))), "group 'tp' is unknown; the schedule has rtp"),
-        (bad(gelu((("n", 0),))), "dimension n is 0; expected at least 1"),
+        (bad(gelu((("n", -1),))), "dimension n is -1; expected at least 0"),
         (bad(gelu(N1, None, (N1,) * 4)), "it has variants but no part"),
         (bad(gelu(N1, RTP0, (N1,) * 3)), "it has 3 variants; group 'rtp' has 4 shards"),
         (bad(gelu(N1, RTP0, ((("m", 1),),) * 4)), "its variants name other dimensions than ['n']"),
@@ -88,7 +88,7 @@ def test_program(wrong: Schedule, op: str, message: str) -> None:
         (bad(hop(size=(8, 8, 8, 8))), "size has one number per shard but no part to choose one"),
         (bad(hop(size=(0, 0, 0, 0), part=RTP0)), "at least one that is positive"),
         (two_hops("c"), "it writes 1 buffers; expected 2, the one each hop receives into"),
-        (two_hops("c d", reads="a"), "it reads 1 buffers; expected 2, the one each hop sends"),
+        (two_hops("c d", reads="a"), "it reads 1 buffers; expected 2 or more, first the one that each hop sends"),
         (two_hops("a d", 64), "the one each hop receives into and, as it moves 'a' in place, a bounce"),
         (two_hops("a d bounce"), "it moves 'a' in place; expected a positive chunk_bytes, got None"),
         (two_hops("a d bounce", 2 * SIZE), "it moves 1024 bytes, but buffer 'bounce' has 512"),

@@ -93,7 +93,7 @@ def test_checks_engines_flops_and_updates(strategy: str, name: str, n: int) -> N
         assert simulate(schedule, cost).step_time_ns == longest_path(schedule, cost).step_time_ns
         shared = strategy.startswith("tp")
         replicas = 1 if shared else n
-        expected = replicas * micro * flops_of_a_replica(name, recompute, n if shared else 1)
+        expected = replicas * micro * flops_of_a_replica(name, recompute, n if strategy == "tp" else 1)
         assert total_flops(schedule) == expected, (recompute, micro)
 
 

@@ -39,6 +39,7 @@ class CommunicationCost:
 
     def __init__(self, cluster: Cluster, cores: Cores | None = None) -> None:
         self.cluster, self.params, self.topology, self.cores = cluster, cluster.communication, cluster.topology, cores
+        self._curve = _rising(self.params.size_curve)
         self._groups: dict[Ranks, Group] = {}
         self._pairs: dict[tuple[int, int], Way] = {}
         self._nested: dict[Ranks, tuple[Way, Way, float, float]] = {}
@@ -86,15 +87,15 @@ class CommunicationCost:
         return None if fraction >= 1.0 else max(1, int(way.rate_bytes_per_s * fraction))
 
     def _size_fraction(self, size_bytes: int) -> float:
-        """Interpolates the size curve in log(bytes)."""
-        curve = self.params.size_curve
+        """The size curve at this size: a power of the size between two points, constant outside them."""
+        curve = self._curve
         if not curve or size_bytes >= curve[-1][0]:
             return curve[-1][1] if curve else 1.0
         i = bisect_left([c[0] for c in curve], size_bytes)
         if i == 0:
             return curve[0][1]
         (low, f0), (high, f1) = curve[i - 1], curve[i]
-        return f0 + (f1 - f0) * (log(size_bytes) - log(low)) / (log(high) - log(low))
+        return float(f0 * (f1 / f0) ** (log(size_bytes / low) / log(high / low)))
 
     # ---- collectives
 
@@ -212,6 +213,16 @@ class CommunicationCost:
             for link, weight in part.way("ring").usage.items():
                 usage[link] = usage.get(link, 0) + weight
         return whole.measured(usage, min(part.way("ring").channels for part in parts))
+
+
+def _rising(curve: tuple[tuple[int, float], ...]) -> list[tuple[int, float]]:
+    """The size curve, raised where a larger message took less time than a smaller one: the library could always have
+    sent more, so no message is priced above a larger one."""
+    raised = list(curve)
+    for i in range(len(raised) - 2, -1, -1):
+        (size, fraction), (larger, reached) = raised[i], raised[i + 1]
+        raised[i] = size, max(fraction, reached * size / larger)
+    return raised
 
 
 def _basis(numbers: list[Number]) -> str:

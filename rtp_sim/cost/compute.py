@@ -84,8 +84,11 @@ class ComputeCost:
 
     def _product_ns(self, p: Product, dtype: str) -> float:
         """The fastest way to cut the product's output into tiles, one per compute unit at a time: the last wave of
-        tiles is paid in full."""
+        tiles is paid in full. A single unit (a CPU core) has no other units to leave idle, and its tiles are small:
+        64 x 64 x 64 in fp32 was measured at the rate of large products."""
         flops_per_ns = self.peak_flops_per_s(dtype) * self.device.matmul_efficiency.value / self._units / 1e9
+        if self._units == 1:
+            return self._floor_ns + 2 * p.m * p.k * p.n * p.copies / flops_per_ns
         add_up_ns = p.m * p.n * p.copies * ACCUMULATOR_BYTES / self._bytes_per_ns
         best_ns = float("inf")
         for rows, columns, quality in TILES:
@@ -98,16 +101,19 @@ class ComputeCost:
         return best_ns
 
     def _attention_ns(self, k: Kernel, dtype: str, sizes: dict[str, int]) -> float:
-        """Blocks of rows loop over all keys (half of them under a causal mask), a wave of blocks at a time."""
+        """Blocks of rows loop over all keys (half of them under a causal mask), a wave of blocks at a time. A single
+        unit works through the FLOPs."""
         width, keys = sizes["head_dim"], sizes["kv"]
+        looped = keys / 2 if sizes.get("causal") else keys
+        peak_flops_per_ns = self.peak_flops_per_s(dtype) * self.device.attention_efficiency.value / 1e9
+        if self._units == 1:
+            return self._floor_ns + k.flops(sizes) * looped / keys / peak_flops_per_ns
         padded = -(-width // HEAD_ALIGNMENT) * HEAD_ALIGNMENT
         lanes = min(padded, FULL_HEAD)
         rate = lanes / (lanes + HEAD_FILL) * (FULL_HEAD + HEAD_FILL) / FULL_HEAD
         rate *= width / padded * (1.0 if width == padded else RAGGED_HEAD)
         rate *= BACKWARD_SHARE if k.name.endswith(".bwd") else FORWARD_SHARE
-        flops_per_ns = self.peak_flops_per_s(dtype) * self.device.attention_efficiency.value * rate / 1e9
-        looped = keys / 2 if sizes.get("causal") else keys
         blocks = fused_rows(sizes)
         waves = -(-blocks // self._units) * self._units / blocks
         padding = blocks * ROW_BLOCK / (sizes["batch"] * sizes["heads"] * sizes["q"])
-        return k.flops(sizes) * (looped + KEY_FILL) / keys * waves * padding / flops_per_ns
+        return k.flops(sizes) * (looped + KEY_FILL) / keys * waves * padding / (peak_flops_per_ns * rate)

@@ -35,10 +35,7 @@ def deadlock(plan: Plan, ended: Seen, arrived: Seen) -> DeadlockError:
 
 def _heads(site: Site, ended: Seen) -> list[LoweredOp]:
     """The first op of each stream that has not ended."""
-    firsts = (
-        next((op for op in stream if not ended(site.number, op.number)), None)
-        for stream in site.lowered.streams
-    )
+    firsts = (next((op for op in stream if not ended(site.number, op.number)), None) for stream in site.lowered.streams)
     return [op for op in firsts if op is not None]
 
 
@@ -64,9 +61,7 @@ def _partners(plan: Plan, site: Site, op: LoweredOp, arrived: Seen) -> str:
     else:
         assert isinstance(action, Shift)
         assert isinstance(op, Rotation)
-        around = [
-            groups[action.group].peer(site.rank, h.offset, sign) for h in action.hops for sign in (1, -1)
-        ]
+        around = [groups[action.group].peer(site.rank, h.offset, sign) for h in action.hops for sign in (1, -1)]
         peers = [r for r in dict.fromkeys(around) if r != site.rank and not _there(plan, r, op, arrived)]
         what = f"shift {op.nth} on group {action.group!r}"
     more = f" and {len(peers) - 8} more" if len(peers) > 8 else ""

@@ -219,9 +219,7 @@ def fair_rates(
         level = min(min(share.values(), default=UNBOUNDED), min(cap for _, cap in growing.values()))
         full = {link for link, s in share.items() if s == level}
         frozen = [
-            index
-            for index, (usage, cap) in growing.items()
-            if cap <= level or any(link in full for link, _ in usage)
+            index for index, (usage, cap) in growing.items() if cap <= level or any(link in full for link, _ in usage)
         ]
         for index in frozen:
             usage, _ = growing.pop(index)

@@ -233,11 +233,7 @@ def _sampled(sizes: set[int]) -> tuple[int, ...]:
 
 def _edges(node: _Node, number: Mapping[int, int]) -> list[tuple[int, int, int]]:
     """(phase, link, weight) with links by number."""
-    return [
-        (p, number[link], weight)
-        for p, phase in enumerate(node.phases)
-        for link, weight in phase.usage.items()
-    ]
+    return [(p, number[link], weight) for p, phase in enumerate(node.phases) for link, weight in phase.usage.items()]
 
 
 def _interned(values: Iterable[object]) -> list[int]:
@@ -281,8 +277,7 @@ def _refine(
     count = sum(len(set(c)) for c in (ranks, instances, links))
     for rounds in range(1, MAX_ROUNDS + 1):
         members = [
-            tuple(ranks[r] for r in n.ranks) if n.ordered else tuple(sorted([ranks[r] for r in n.ranks]))
-            for n in nodes
+            tuple(ranks[r] for r in n.ranks) if n.ordered else tuple(sorted([ranks[r] for r in n.ranks])) for n in nodes
         ]
         across = [tuple(sorted([label + links[k] for label, k in own])) for own in node_links]
         instances = _interned(zip(instances, members, across, strict=True))
@@ -360,11 +355,7 @@ def _totals(
         seen.setdefault((phase, links[link]), []).append(total)
     usage: dict[int, list[tuple[int, int]]] = {}
     for (phase, link_class), totals in seen.items():
-        assert len(totals) == population[link_class], (
-            "partition is not equitable: a link of the class is unused"
-        )
-        assert min(totals) == max(totals), (
-            "partition is not equitable: links of one class carry unequal weight"
-        )
+        assert len(totals) == population[link_class], "partition is not equitable: a link of the class is unused"
+        assert min(totals) == max(totals), "partition is not equitable: links of one class carry unequal weight"
         usage.setdefault(phase, []).append((link_class, totals[0]))
     return {phase: tuple(sorted(pairs)) for phase, pairs in usage.items()}

@@ -43,9 +43,7 @@ def longest_path(schedule: Schedule, cost: CostModel, *, fold: bool = True) -> T
     walk = _Walk(plan)
     walk.run()
     ranks = {
-        rank.site.rank: RankTimes(
-            np.frombuffer(rank.start, dtype=np.int64), np.frombuffer(rank.end, dtype=np.int64)
-        )
+        rank.site.rank: RankTimes(np.frombuffer(rank.start, dtype=np.int64), np.frombuffer(rank.end, dtype=np.int64))
         for rank in walk.ranks
     }
     meta: dict[str, str | int | float | bool | None] = {
@@ -111,9 +109,7 @@ class _Walk:
             if wanted is not None:
                 rank.waiting.setdefault(wanted, []).append(stream)
         if any(-1 in rank.end for rank in ranks):
-            raise deadlock(
-                self.plan, lambda s, i: ranks[s].end[i] >= 0, lambda s, i: ranks[s].arrived[i] >= 0
-            )
+            raise deadlock(self.plan, lambda s, i: ranks[s].end[i] >= 0, lambda s, i: ranks[s].arrived[i] >= 0)
 
     def stream(self, rank: _Rank, ops: tuple[LoweredOp, ...]) -> Iterator[int]:
         """Take the ops of a stream in order; yields the index of an op whose end it needs and does not
@@ -184,10 +180,7 @@ class _Walk:
         return [
             (hop, self.ranks[route.receiver], self.ranks[route.sender])
             for hop, route in enumerate(routes)
-            if route is not None
-            and route.receiver is not None
-            and route.sender is not None
-            and not route.alone
+            if route is not None and route.receiver is not None and route.sender is not None and not route.alone
         ]
 
     def try_hop(self, sender: _Rank, receiver: _Rank, op: Rotation, hop: int) -> None:

@@ -205,8 +205,7 @@ class _Lowering:
         for place, op in enumerate(ops):
             if op.index != place:
                 raise ScheduleError(
-                    f"program {self.program.name!r}: op {op.name!r} has index {op.index}, but its place is "
-                    f"{place}"
+                    f"program {self.program.name!r}: op {op.name!r} has index {op.index}, but its place is {place}"
                 )
             offset_ns += self.cost.host_issue_ns(op)
             lowered.append(self.lowered(op, (place, gate, offset_ns, self.deps(op, gate))))
@@ -229,8 +228,7 @@ class _Lowering:
         for d in before:
             if not 0 <= d < len(ops):
                 raise ScheduleError(
-                    f"program {self.program.name!r}: op {op.name!r} comes after op {d}; "
-                    f"there are {len(ops)} ops"
+                    f"program {self.program.name!r}: op {op.name!r} comes after op {d}; there are {len(ops)} ops"
                 )
             stream = ops[d].stream
             if stream != op.stream or d >= op.index:
@@ -307,9 +305,7 @@ def _site(
 ) -> Site:
     by = quotient.representative_of
     groups = schedule.groups
-    shards = tuple(
-        schedule.shard_index(rank, part) if rank in groups[part.group].place else 0 for part in names.slots
-    )
+    shards = tuple(schedule.shard_index(rank, part) if rank in groups[part.group].place else 0 for part in names.slots)
     routes: list[Route | None] = []
     for wire in names.wires:
         group = groups[wire.group]

@@ -62,9 +62,7 @@ def simulate(schedule: Schedule, cost: CostModel, *, fold: bool = True) -> Timel
     run = _Run(plan)
     run.play()
     times = {
-        rank.site.rank: RankTimes(
-            np.frombuffer(rank.start, dtype=np.int64), np.frombuffer(rank.end, dtype=np.int64)
-        )
+        rank.site.rank: RankTimes(np.frombuffer(rank.start, dtype=np.int64), np.frombuffer(rank.end, dtype=np.int64))
         for rank in run.ranks
     }
     meta: dict[str, str | int | float | bool | None] = {
@@ -150,9 +148,7 @@ class _Run:
         self.env.run()
         ranks = self.ranks
         if any(-1 in rank.end for rank in ranks):
-            raise deadlock(
-                self.plan, lambda s, i: ranks[s].end[i] >= 0, lambda s, i: ranks[s].arrived[i] >= 0
-            )
+            raise deadlock(self.plan, lambda s, i: ranks[s].end[i] >= 0, lambda s, i: ranks[s].arrived[i] >= 0)
 
     def stream(self, rank: RankState, ops: tuple[LoweredOp, ...]) -> Wait:
         """Take the ops of one stream in order; `clock` is when it is free, maybe ahead of the event loop."""
@@ -258,10 +254,7 @@ class _Run:
         return [
             (hop, route, self.ranks[route.receiver], self.ranks[route.sender])
             for hop, route in enumerate(routes)
-            if route is not None
-            and route.receiver is not None
-            and route.sender is not None
-            and not route.alone
+            if route is not None and route.receiver is not None and route.sender is not None and not route.alone
         ]
 
     def matching(self, op: Rotation, partner: RankState) -> Rotation | None:
@@ -269,17 +262,13 @@ class _Run:
         theirs = partner.lowered.shifts.get(op.group, ())
         return theirs[op.nth] if op.nth < len(theirs) else None
 
-    def launch_hop(
-        self, sender: RankState, sent: Rotation, hop: int, receiver: RankState, received: Rotation
-    ) -> None:
+    def launch_hop(self, sender: RankState, sent: Rotation, hop: int, receiver: RankState, received: Rotation) -> None:
         slot, sizes = sent.sizes[hop]
         size = sizes[0] if slot < 0 else sizes[sender.shards[slot]]
         wire = self.plan.shapes[sent.shape][hop]
         self.launch(sender, sent.number, receiver, received.number, wire, size)
 
-    def launch(
-        self, sender: RankState, sent: int, receiver: RankState, received: int, wire: int, size: int
-    ) -> None:
+    def launch(self, sender: RankState, sent: int, receiver: RankState, received: int, wire: int, size: int) -> None:
         """Start the flow of a message whose sender and receiver are both ready (or will be at a known
         time)."""
         start_ns = sender.arrived[sent]

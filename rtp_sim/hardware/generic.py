@@ -66,9 +66,7 @@ def generic_cluster(
     label = f"{GENERIC}{device_name}"
     nodes, used = cluster_shape(label, gpus_per_node, nodes, gpus)
     template = NodeTemplate(Wiring(gpus_per_node, tuple(wires), nics=nics))
-    fabric = Fabric(
-        True, _PORTS_PER_LEAF, oversubscription, 300, "assumed: full fat tree unless given otherwise"
-    )
+    fabric = Fabric(True, _PORTS_PER_LEAF, oversubscription, 300, "assumed: full fat tree unless given otherwise")
     return Cluster(
         name=label,
         description=f"{gpus_per_node} {name} per node, {nics_per_node} NICs, generic wiring",
@@ -102,8 +100,7 @@ def parse_generic(text: str, nodes: int = 1, gpus: int | None = None) -> Cluster
         oversubscription = float(words.get("oversubscription", "1"))
     except ValueError:
         raise InputError(
-            f"given oversubscription={words['oversubscription']} in {text!r}, "
-            f"expected a number >= 1, {_EXAMPLE}"
+            f"given oversubscription={words['oversubscription']} in {text!r}, expected a number >= 1, {_EXAMPLE}"
         ) from None
     return generic_cluster(
         device.strip(),

@@ -92,9 +92,7 @@ def _from_link_file(name: str, link: LinkFile) -> LinkClass:
 
 def _class(classes: dict[str, LinkClass], name: str, where: str) -> LinkClass:
     if name not in classes:
-        raise InputError(
-            f"{where}: given {name!r}, expected one of the links {', '.join(classes) or '(none)'}"
-        )
+        raise InputError(f"{where}: given {name!r}, expected one of the links {', '.join(classes) or '(none)'}")
     return classes[name]
 
 
@@ -109,9 +107,7 @@ def _wires(intra: IntraFile, link: LinkClass, gpus: int, where: str) -> list[Wir
     for text in intra.pairs:
         match = _PAIR.fullmatch(text.strip())
         if match is None:
-            raise InputError(
-                f'{where}.pairs: given {text!r}, expected two vertices, for example "gpu0-gpu3 x2"'
-            )
+            raise InputError(f'{where}.pairs: given {text!r}, expected two vertices, for example "gpu0-gpu3 x2"')
         a, b = (_vertex(match[i], gpus, f"{where}.pairs") for i in (1, 2))
         wires.append(Wire(a, b, link, int(match[3] or 1)))
     return wires

@@ -186,9 +186,7 @@ def _communication(table: dict[str, Any], path: Path, depth: int) -> dict[str, A
     if "like" not in table:
         return table
     if depth > 3 or not isinstance(table["like"], str):
-        raise InputError(
-            f"{path}: communication.like: given {table['like']!r}, expected another profile's name"
-        )
+        raise InputError(f"{path}: communication.like: given {table['like']!r}, expected another profile's name")
     name = table["like"]
     other_path = _find(name, "clusters")
     other = read_toml(other_path).get("communication", {})

@@ -29,9 +29,7 @@ def best_ring(template: NodeTemplate, members: Order) -> Order:
     if not 2 < len(members) <= SEARCH_LIMIT:
         return members
     paths = {(a, b): template.route(a, b) for a in members for b in members if a != b}
-    capacity = {
-        link: float(template.links[link].bandwidth_bytes_per_s) for path in paths.values() for link in path
-    }
+    capacity = {link: float(template.links[link].bandwidth_bytes_per_s) for path in paths.values() for link in path}
     return _search(members, paths, capacity)[0]
 
 
@@ -63,9 +61,7 @@ def parallel_rings(template: NodeTemplate, members: Order) -> tuple[Order, ...]:
 
 def node_by_node(parts: list[tuple[int, Order]], gpus_per_node: int, template: NodeTemplate) -> Order:
     """One ring over several nodes: `parts` lists (node, members there) in visiting order; ranks come back."""
-    return tuple(
-        node * gpus_per_node + local for node, members in parts for local in best_ring(template, members)
-    )
+    return tuple(node * gpus_per_node + local for node, members in parts for local in best_ring(template, members))
 
 
 def node_by_node_channels(

@@ -62,13 +62,9 @@ class Topology:
                 f"expected nodes >= 1 and 1 to {template.gpus} devices"
             )
         if nodes > 1 and (fabric is None or not template.ports):
-            raise InputError(
-                f"given {nodes} nodes, expected 1: this node has no NICs to connect it to others"
-            )
+            raise InputError(f"given {nodes} nodes, expected 1: this node has no NICs to connect it to others")
         if fabric is not None and not 1 <= fabric.oversubscription < float("inf"):
-            raise InputError(
-                f"given oversubscription={fabric.oversubscription}, expected oversubscription >= 1"
-            )
+            raise InputError(f"given oversubscription={fabric.oversubscription}, expected oversubscription >= 1")
         self.links: tuple[Link, ...] = self._instantiate()
         self._routes: dict[tuple[int, int], Route] = {}
         self._orders: dict[tuple[str, tuple[int, ...]], tuple[Order, ...]] = {}

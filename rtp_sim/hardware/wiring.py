@@ -138,9 +138,7 @@ class NodeTemplate:
         """Two directed links, or one that both directions share."""
         a, b, link = wire.a, wire.b, wire.link
         if a == b or (a, b) in self.edges:
-            raise InputError(
-                f"given two wires between {a} and {b} (or a wire to itself), expected one wire xN"
-            )
+            raise InputError(f"given two wires between {a} and {b} (or a wire to itself), expected one wire xN")
         there = self._add_link(f"{a}->{b}" if link.duplex else f"{a}<->{b}", link, wire.count)
         back = self._add_link(f"{b}->{a}", link, wire.count) if link.duplex else there
         for source, target, index in ((a, b, there), (b, a, back)):

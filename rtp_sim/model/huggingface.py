@@ -116,9 +116,7 @@ def _gpt2(data: dict[str, Any], path: Path) -> ModelSpec:
 def _gpt_neo(data: dict[str, Any], path: Path) -> ModelSpec:
     config = validated(_GptNeo, data, path)
     local = "local" in str(config.attention_layers or config.attention_types)
-    window = (
-        f"some layers attend to the last {config.window_size} tokens only; all are counted as full attention"
-    )
+    window = f"some layers attend to the last {config.window_size} tokens only; all are counted as full attention"
     return ModelSpec(
         name=_name(data, path),
         num_layers=config.num_layers,
@@ -315,7 +313,5 @@ def _name(data: dict[str, Any], path: Path) -> str:
 
 def _activation(name: str, path: Path) -> str:
     if name not in ACTIVATION_NAMES:
-        raise InputError(
-            f"{path}: activation {name!r} is not known; expected one of {', '.join(ACTIVATION_NAMES)}"
-        )
+        raise InputError(f"{path}: activation {name!r} is not known; expected one of {', '.join(ACTIVATION_NAMES)}")
     return ACTIVATION_NAMES[name]

@@ -22,8 +22,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise InputError(
-            f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg});"
-            " is the file complete?"
+            f"{path}, line {error.lineno}, column {error.colno}: not valid JSON ({error.msg}); is the file complete?"
         ) from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}, byte {error.start}: not UTF-8 text; expected a JSON file") from None
@@ -36,9 +35,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def validated(
-    shape: type[Shape], data: dict[str, Any], path: Path, parts: tuple[type[BaseModel], ...] = ()
-) -> Shape:
+def validated(shape: type[Shape], data: dict[str, Any], path: Path, parts: tuple[type[BaseModel], ...] = ()) -> Shape:
     """`data` as a `shape`. `parts` are the shapes nested in it, whose field descriptions messages may quote.
 
     Raises InputError naming the file, the first wrong key, its value and what was expected.

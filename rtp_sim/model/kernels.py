@@ -37,9 +37,9 @@ class Kernel:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One backward kernel of a forward kernel. `reads` are tokens: "dy" (gradient of the first output), "x" (all inputs),
-    "x1" (the second), "y" (all outputs), "y1" (the second), "w" (the layer's weights). `makes` is "dx" (gradients of
-    the differentiable inputs) or "dx0" (of the first alone), "dw", or both."""
+    """One backward kernel of a forward kernel. `reads` are tokens: "dy" (gradient of the first output), "x" (all
+    inputs), "x1" (the second), "y" (all outputs), "y1" and "y2" (the second and third, if any), "w" (the layer's
+    weights). `makes` is "dx" (gradients of the differentiable inputs) or "dx0" (of the first alone), "dw", or both."""
 
     kernel: str
     reads: tuple[str, ...]
@@ -179,7 +179,7 @@ BACKWARD: Mapping[str, tuple[Rule, ...]] = {
     "dropout": (Rule("dropout.bwd", ("dy", "y1"), ("dx",)),),
     "embedding": (Rule("embedding.wgrad", ("dy", "x"), ("dw",)),),
     "positions": (Rule("positions.wgrad", ("dy",), ("dw",)),),
-    "cross_entropy": (Rule("cross_entropy.bwd", ("y1", "x1"), ("dx",)),),
+    "cross_entropy": (Rule("cross_entropy.bwd", ("y1", "y2", "x1"), ("dx",)),),
     "maxpool2d": (Rule("maxpool2d.bwd", ("dy", "y1"), ("dx",)),),
 }
 

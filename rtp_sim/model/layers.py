@@ -211,7 +211,7 @@ class Embedding(LayerOp):
         return (Param("weight", (vocab, split.share(self.width, "width"))),)
 
     def lower(self, extent: Extent, split: Split = WHOLE) -> Lowered:
-        """One gather of rows. Split by vocabulary, a shard touches its share of the tokens but writes zeros elsewhere."""
+        """One gather of rows. Split by vocabulary, a shard finds its share of the tokens and adds zeros elsewhere."""
         rows = split.share(extent.tokens, "rows")
         width = split.share(self.width, "width")
         return _single("embedding", _dims(rows=rows, width=width), rows * width, weight=True)
@@ -402,7 +402,7 @@ class Router(LayerOp):
 
     def lower(self, extent: Extent, split: Split = WHOLE) -> Lowered:
         """Matmul and top-k. The routing tensor holds 12 bytes per token and chosen expert: three fp32 words."""
-        t = extent.tokens
+        t = split.share(extent.tokens, "rows")
         calls = (
             Call("linear", _dims(m=t, k=self.hidden, n=self.experts), ("x0",), ("logits",), True),
             Call("topk", _dims(rows=t, width=self.experts, top_k=self.top_k), ("logits",), ("y",)),
@@ -455,7 +455,8 @@ class Experts(LayerOp):
 
 @dataclass(frozen=True, slots=True)
 class CrossEntropy(LayerOp):
-    """Mean cross-entropy of logits (x0) and targets (x1); keeps the log-probabilities. Split "vocab" by columns."""
+    """Mean cross-entropy of logits (x0) and targets (x1); keeps the log-probabilities. Split "vocab" by columns, and
+    then maximum, sum and target logit of each token (`statistics`, fp32) are to be reduced over the shards."""
 
     vocab: int
 
@@ -463,8 +464,10 @@ class CrossEntropy(LayerOp):
         """One row-wise kernel."""
         rows = split.share(extent.tokens, "rows")
         width = split.share(self.vocab, "vocab")
-        call = Call("cross_entropy", _dims(rows=rows, width=width), ("x0", "x1"), ("y", "log_probs"))
-        return Lowered((call,), {"y": Tensor(1, "fp32"), "log_probs": Tensor(rows * width, "loss")})
+        outputs = ("y", "log_probs", "statistics")[: 3 if split.kind == "vocab" else 2]
+        call = Call("cross_entropy", _dims(rows=rows, width=width), ("x0", "x1"), outputs)
+        tensors = {"y": Tensor(1, "fp32"), "log_probs": Tensor(rows * width, "loss")}
+        return Lowered((call,), tensors | {"statistics": Tensor(3 * rows, "fp32")})
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,9 @@
 
 The input is `features` numbers per sample, an image of `channels` x `height` x `width`, or `tokens` ids per
 sequence, which an embedding must turn into features; every layer takes the output of the one before (and
-with `"residual": true` adds its input to its output), so the file states no input sizes. Each layer with weights begins a block (what
-FSDP gathers as one unit); the layers without weights belong to the block before them. The last layer is the
-loss.
+with `"residual": true` adds its input to its output), so the file states no input sizes. Each layer with
+weights begins a block (what FSDP gathers as one unit); the layers without weights belong to the block before
+them. The last layer is the loss.
 """
 
 from __future__ import annotations
@@ -298,9 +298,7 @@ def _transformer_ops(line: _Attention | _Mlp | _Moe, width: int, place: _Place) 
                     f"{width} features, {heads} heads and {kv_heads} kv_heads; expected heads to divide the features "
                     f"and kv_heads to divide the heads"
                 )
-            return (
-                Attention(width, heads, kv_heads, width // heads, line.bias, line.bias, line.rotary, line.causal),
-            )
+            return (Attention(width, heads, kv_heads, width // heads, line.bias, line.bias, line.rotary, line.causal),)
         case _Mlp():
             return (Mlp(width, line.ffn_features, line.activation, line.gated, line.bias),)
         case _Moe(experts=experts, top_k=top_k):
@@ -315,12 +313,8 @@ def _transformer_ops(line: _Attention | _Mlp | _Moe, width: int, place: _Place) 
 def _conv2d(line: _Conv2d, image: tuple[int, int, int], place: _Place) -> tuple[LayerOp, Shape]:
     channels, height, width = image
     if line.kernel_size > min(height, width) + 2 * line.padding:
-        raise place.wrong(
-            f"kernel_size {line.kernel_size} is larger than its padded {height} x {width} input"
-        )
-    op = Conv2d(
-        channels, line.out_channels, line.kernel_size, height, width, line.stride, line.padding, line.bias
-    )
+        raise place.wrong(f"kernel_size {line.kernel_size} is larger than its padded {height} x {width} input")
+    op = Conv2d(channels, line.out_channels, line.kernel_size, height, width, line.stride, line.padding, line.bias)
     return op, (line.out_channels, *op.out_size())
 
 
@@ -344,5 +338,5 @@ def _features(shape: Shape, place: _Place) -> int:
 
 
 def is_network_file(path: Path) -> bool:
-    """Whether a JSON file is a list of layers (and not, say, a Hugging Face config.json). InputError if it is no JSON."""
+    """Whether a JSON file is a list of layers (and not a Hugging Face config.json, say). InputError if no JSON."""
     return path.is_file() and isinstance(read_json_object(path).get("layers"), list)

@@ -187,12 +187,8 @@ def with_overrides(spec: ModelSpec, overrides: Mapping[str, Any]) -> ModelSpec:
     fields = [field.name for field in dataclasses.fields(spec)]
     unknown = [name for name in overrides if name not in fields]
     if unknown:
-        raise InputError(
-            f"model {spec.name!r} has no field {unknown[0]!r}; its fields are {', '.join(fields)}"
-        )
-    follows: dict[str, Any] = {
-        name: 0 for name, derive in _DERIVED.items() if getattr(spec, name) == derive(spec)
-    }
+        raise InputError(f"model {spec.name!r} has no field {unknown[0]!r}; its fields are {', '.join(fields)}")
+    follows: dict[str, Any] = {name: 0 for name, derive in _DERIVED.items() if getattr(spec, name) == derive(spec)}
     return dataclasses.replace(spec, **(follows | dict(overrides)))
 
 

@@ -80,9 +80,7 @@ def memory_areas(name: str, profile: MemoryProfile, end_ns: int, device_memory_b
         parts += [line("limit", LEFT, y, RIGHT, y), text("limit-text", RIGHT, y - 5, caption, "end")]
     label = f"Memory over time, {name}: peak {format_bytes(profile.peak_bytes)}"
     return (
-        key(stack.categories, peaks)
-        + frame("areas", label, HEIGHT, parts)
-        + _notes(stack, limit, device_memory_bytes)
+        key(stack.categories, peaks) + frame("areas", label, HEIGHT, parts) + _notes(stack, limit, device_memory_bytes)
     )
 
 

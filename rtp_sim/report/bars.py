@@ -74,9 +74,7 @@ def memory_bars(rows: Sequence[StepMetrics], device_memory_bytes: int | None) ->
     unit_bytes, unit = size_unit(max([m.peak_memory_bytes for m in rows] + [device_memory_bytes or 0]))
     label = f"peak memory per rank ({unit})"
     limit_text = "" if device_memory_bytes is None else f"device memory {format_bytes(device_memory_bytes)}"
-    return _chart(
-        "Peak memory by strategy", bars, Scale(unit_bytes, label, {}, device_memory_bytes, limit_text)
-    )
+    return _chart("Peak memory by strategy", bars, Scale(unit_bytes, label, {}, device_memory_bytes, limit_text))
 
 
 def _chart(title: str, bars: Sequence[Bar], scale: Scale) -> str:
@@ -98,9 +96,7 @@ def _chart(title: str, bars: Sequence[Bar], scale: Scale) -> str:
         parts.append(text("limit-text", x, top - 11, scale.limit_text, anchor))
     described = "; ".join(f"{bar.label} {bar.detail}: {bar.end_text}" for bar in bars)
     shown = {role for bar in bars for role, value in bar.segments if value > 0}
-    roles = [
-        role for role in dict.fromkeys(role for bar in bars for role, _ in bar.segments) if role in shown
-    ]
+    roles = [role for role in dict.fromkeys(role for bar in bars for role, _ in bar.segments) if role in shown]
     return key(roles, scale.names) + frame("bars", f"{title}. {described}", bottom + 44, parts)
 
 

@@ -122,13 +122,9 @@ def _memory_section(
     for i, (name, profile) in enumerate(memory.items()):
         end_ns = timelines[name].step_time_ns if name in timelines else 0
         chart = memory_areas(name, profile, end_ns, device_memory_bytes)
-        panels.append(
-            f'<figure data-memory-panel="{i}"><h3>{escape(name)}</h3>{chart}{_largest(profile)}</figure>'
-        )
+        panels.append(f'<figure data-memory-panel="{i}"><h3>{escape(name)}</h3>{chart}{_largest(profile)}</figure>')
     choice = _choice("memory-choice", list(memory))
-    return _section(
-        "over-time", "Memory over the step", f'<div class="controls">{choice}</div>{"".join(panels)}'
-    )
+    return _section("over-time", "Memory over the step", f'<div class="controls">{choice}</div>{"".join(panels)}')
 
 
 def _largest(profile: MemoryProfile, count: int = 8) -> str:
@@ -207,9 +203,7 @@ def _input_row(row: InputRow) -> str:
 def _provenance_section(provenance: Mapping[str, str]) -> str:
     if not provenance:
         return ""
-    items = "".join(
-        f"<dt>{escape(str(name))}</dt><dd>{escape(str(value))}</dd>" for name, value in provenance.items()
-    )
+    items = "".join(f"<dt>{escape(str(name))}</dt><dd>{escape(str(value))}</dd>" for name, value in provenance.items())
     return _section("provenance", "How this report came about", f"<dl>{items}</dl>")
 
 

@@ -28,9 +28,7 @@ def input_rows(request: Request, meta: Mapping[str, object], cluster: Cluster) -
             rows.append(("Model and training", name, str(meta[name]), "", ""))
     for name in ("precision", "recompute", "optimizer", "attention"):
         rows.append(("Model and training", name, str(getattr(request, name)), "", ""))
-    rows += [
-        ("Strategy", f.name, str(getattr(request.options, f.name)), "", "") for f in fields(request.options)
-    ]
+    rows += [("Strategy", f.name, str(getattr(request.options, f.name)), "", "") for f in fields(request.options)]
     return rows + cluster_rows(cluster)
 
 
@@ -45,7 +43,9 @@ def cluster_rows(cluster: Cluster) -> list[Row]:
         key = (link.kind, link.bandwidth_bytes_per_s, link.latency_ns, link.provenance)
         if key not in seen:
             seen.add(key)
-            value = f"{format_bandwidth(link.bandwidth_bytes_per_s)} of {format_bandwidth(link.raw_bandwidth_bytes_per_s)}"
+            value = (
+                f"{format_bandwidth(link.bandwidth_bytes_per_s)} of {format_bandwidth(link.raw_bandwidth_bytes_per_s)}"
+            )
             kind, _, source = link.provenance.partition(": ")
             rows.append(
                 (
@@ -60,9 +60,7 @@ def cluster_rows(cluster: Cluster) -> list[Row]:
     for f in fields(params):
         value = getattr(params, f.name)
         if isinstance(value, Number):
-            rows.append(
-                ("Communication library", f.name, _shown(f.name, value.value), value.kind, value.source)
-            )
+            rows.append(("Communication library", f.name, _shown(f.name, value.value), value.kind, value.source))
     rows.append(("Communication library", "algorithms", ", ".join(params.algorithms), "", ""))
     return rows
 

@@ -102,9 +102,7 @@ def plot_memory(
         axes.set_ylim(bottom=0)
         axes.set_xlabel(f"time ({time_name})")
         axes.set_ylabel(f"memory ({size_name})")
-        axes.set_title(
-            title or f"peak {format_bytes(profile.peak_bytes)}", loc="left", fontsize=LABEL_SIZE + 1
-        )
+        axes.set_title(title or f"peak {format_bytes(profile.peak_bytes)}", loc="left", fontsize=LABEL_SIZE + 1)
         handles, labels = axes.get_legend_handles_labels()
         _key(figure, handles[::-1], labels[::-1])
 
@@ -131,9 +129,7 @@ def plot_timeline(
                 start, length = times.start_ns[of_role], times.end_ns[of_role] - times.start_ns[of_role]
                 kept = length >= shortest_ns
                 left_out += int((~kept).sum())
-                spans = zip(
-                    start[kept] / (unit_s * NS_PER_S), length[kept] / (unit_s * NS_PER_S), strict=True
-                )
+                spans = zip(start[kept] / (unit_s * NS_PER_S), length[kept] / (unit_s * NS_PER_S), strict=True)
                 axes.broken_barh(
                     list(spans), (y - 0.38, 0.76), facecolors=light(role), edgecolors="white", linewidth=0.3
                 )
@@ -156,9 +152,7 @@ def _matplotlib(module: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
-        raise InputError(
-            "plots need matplotlib, which is not installed: pip install rtp-sim[plots]"
-        ) from error
+        raise InputError("plots need matplotlib, which is not installed: pip install rtp-sim[plots]") from error
 
 
 @contextmanager
@@ -167,9 +161,7 @@ def _drawing(path: str | PathLike[str], height_inches: float) -> Iterator[Any]:
     suffix = Path(path).suffix.lower()
     if suffix not in DATES:
         known = ", ".join(DATES)
-        raise InputError(
-            f"cannot tell the format of the plot {str(path)!r}: expected a name ending in {known}"
-        )
+        raise InputError(f"cannot tell the format of the plot {str(path)!r}: expected a name ending in {known}")
     settings = {"svg.hashsalt": "rtp-sim", "pdf.fonttype": 42, "font.size": LABEL_SIZE}
     with _matplotlib("matplotlib").rc_context(settings):
         size = (WIDTH_INCHES, height_inches)
@@ -184,9 +176,7 @@ def _drawing(path: str | PathLike[str], height_inches: float) -> Iterator[Any]:
 def _stack_bars(axes: Any, stacks: dict[str, list[float]], names: dict[str, str], totals: list[str]) -> None:
     left = [0.0] * len(totals)
     for role, values in stacks.items():
-        axes.barh(
-            range(len(values)), values, left=left, height=0.62, color=light(role), label=names.get(role, role)
-        )
+        axes.barh(range(len(values)), values, left=left, height=0.62, color=light(role), label=names.get(role, role))
         left = [a + b for a, b in zip(left, values, strict=True)]
     for y, (end, total) in enumerate(zip(left, totals, strict=True)):
         axes.annotate(

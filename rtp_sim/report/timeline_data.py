@@ -22,9 +22,7 @@ Json = dict[str, object]
 OpEntry = tuple[str, int, int, int]
 
 
-def timeline_data(
-    name: str, timeline: Timeline, max_spans: int = MAX_SPANS, max_ranks: int = MAX_RANKS
-) -> Json:
+def timeline_data(name: str, timeline: Timeline, max_spans: int = MAX_SPANS, max_ranks: int = MAX_RANKS) -> Json:
     """What the page embeds for one strategy: {name, step_ns, summary, note, details, tables, ranks}.
 
     `tables` holds, once per distinct program, [name, 1 for communication, index into details, op index] of
@@ -110,9 +108,7 @@ def _detail(schedule: Schedule, rank: int, op: Op) -> str:
         dims = action.dims_at(schedule.shard_index(rank, action.part))
         return " ".join([op_kind(op), action.dtype, *(f"{name}={size}" for name, size in dims)])
     sent = format_bytes(op_traffic(schedule, rank, op)[0])
-    return (
-        f"{op_kind(op)} over {action.group}, {format_bytes(payload_bytes(schedule, rank, op))}, sends {sent}"
-    )
+    return f"{op_kind(op)} over {action.group}, {format_bytes(payload_bytes(schedule, rank, op))}, sends {sent}"
 
 
 def _label(timeline: Timeline, rank: int) -> str:

@@ -39,7 +39,7 @@ def build_schedule(
 
 
 def replicas(layout: ParallelLayout) -> int:
-    """Model replicas that each work on their own micro-batches: a tensor-parallel group shares them, a ring does not."""
+    """Replicas that work on micro-batches of their own: a tensor-parallel group shares them, a ring does not."""
     return layout.dp if layout.axis == "tp" else layout.world_size
 
 

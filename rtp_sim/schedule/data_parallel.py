@@ -79,13 +79,17 @@ class DataParallel:
         if self.n == 1 or self.mode == "ddp":
             self._copy_out()
             step.optimizer(
-                [OptimizerShare(i.name, i.numel, (f"g.{i.name}",), (f"w.{i.name}",), i.part) for i in self._all.values()]
+                [
+                    OptimizerShare(i.name, i.numel, (f"g.{i.name}",), (f"w.{i.name}",), i.part)
+                    for i in self._all.values()
+                ]
             )
             return
         shares = []
         for k, bucket in enumerate(self._buckets):
             weights = tuple(f"w.{i.name}" for i in bucket)
-            shares.append(OptimizerShare(f"bucket{k}", self._shard(bucket), (f"g.shard{k}",), weights))
+            grads = tuple(f"g.{i.name}" for i in bucket) if self.mode == "zero1" else (f"g.shard{k}",)
+            shares.append(OptimizerShare(f"bucket{k}", self._shard(bucket), grads, weights))
         step.optimizer(shares)
         for k, bucket in enumerate(self._buckets):
             weights = tuple(f"w.{i.name}" for i in bucket)
@@ -99,15 +103,20 @@ class DataParallel:
     def _reduce(self, k: int, bucket: list[Ready]) -> None:
         step, dtype = self.step, self.step.policy.gradient_dtype
         total = sum(i.most for i in bucket)
-        source = tuple(f"g.{i.name}" for i in bucket)
+        source = grads = tuple(f"g.{i.name}" for i in bucket)
         name = f"m{step.micro}.reduce.{k}"
         if self.copy:
             source = (self._copy_in(k, total, source, f"{name}.copy_in"),)
         if self.mode == "ddp":
             step.collective("all_reduce", self.group, self.group, name, total, source, source, dtype)
             return
-        shard = step.b.buffer(f"g.shard{k}", "gradients", dtype, self._shard(bucket))
         padded = self._shard(bucket) * self.n
+        if self.mode == "zero1":
+            # The shard's sum replaces this rank's part of the gradient that is kept anyway.
+            reads = tuple(dict.fromkeys((*source, *grads)))
+            step.collective("reduce_scatter", self.group, self.group, name, padded, reads, grads, dtype)
+            return
+        shard = step.b.buffer(f"g.shard{k}", "gradients", dtype, self._shard(bucket))
         if step.b.fresh(shard):
             step.collective("reduce_scatter", self.group, self.group, name, padded, source, (shard,), dtype)
             return
@@ -121,6 +130,8 @@ class DataParallel:
         step, dtype = self.step, self.step.policy.gradient_dtype
         keep = self.mode == "ddp"
         bucket = step.b.buffer(f"bucket{k}", "communication", dtype, numel, persistent=keep)
+        if not keep:
+            step.b.drop(bucket)
         # A kept bucket is updated, not made anew: its memory is held through the whole step.
         reads = grads if step.b.fresh(bucket) else (*grads, bucket)
         step.b.op(name, "compute", Compute("copy", dtype, (("numel", numel),)), reads, (bucket,))

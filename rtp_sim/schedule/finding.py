@@ -27,9 +27,7 @@ class Finding:
     op: int | None = None
 
 
-def at_op(
-    schedule: Schedule, rule: str, program: int, op: int, what: str, *, level: str = "error"
-) -> Finding:
+def at_op(schedule: Schedule, rule: str, program: int, op: int, what: str, *, level: str = "error") -> Finding:
     """A finding at op number `op` of program number `program`."""
     return at_ops(schedule, rule, program, (op,), what, level=level)
 
@@ -57,9 +55,7 @@ def at(schedule: Schedule, program: int, op: int) -> str:
 def excerpt(program: Program, places: Iterable[int], context: int = CONTEXT_OPS) -> str:
     """The text form of the ops around `places`, with an arrow at each of them."""
     marked = set(places)
-    shown = sorted(
-        {i for p in marked for i in range(max(0, p - context), min(len(program.ops), p + context + 1))}
-    )
+    shown = sorted({i for p in marked for i in range(max(0, p - context), min(len(program.ops), p + context + 1))})
     lines, previous = [], -1
     for i in shown:
         if i != previous + 1:

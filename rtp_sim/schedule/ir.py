@@ -102,7 +102,8 @@ class Shift:
     """A ring shift: both directions of one or more hops, all in flight together (a batched isend/irecv).
 
     Hop j sends buffer `reads[j]` and receives into `writes[j]`. Where these are the same buffer the shift is in place:
-    it then moves `chunk_bytes` at a time through a bounce buffer, `writes[len(hops)]`.
+    it then moves `chunk_bytes` at a time through a bounce buffer, `writes[len(hops)]`. Further `reads` are buffers that
+    must stay as they are until the shift is done.
     """
 
     group: str

@@ -276,11 +276,7 @@ class _Draft:
         for rank in line.ranks():
             if rank in self.program_of:
                 line.column = column
-                other = (
-                    self.programs[self.program_of[rank]][0]
-                    if self.program_of[rank] < len(self.programs)
-                    else name
-                )
+                other = self.programs[self.program_of[rank]][0] if self.program_of[rank] < len(self.programs) else name
                 raise line.error(f"ranks without a program; rank {rank} is already in program {other!r}")
             self.program_of[rank] = len(self.programs)
         self.programs.append((name, {}, []))
@@ -293,9 +289,7 @@ class _Draft:
         category = line.name("a category such as weights")
         dtype = line.name("a data type such as fp16")
         numel, part = line.size("a number of elements"), line.part()
-        buffers[name] = Buffer(
-            name, category, dtype, numel, part, line.accept("live-in"), line.accept("live-out")
-        )
+        buffers[name] = Buffer(name, category, dtype, numel, part, line.accept("live-in"), line.accept("live-out"))
 
 
 def _fresh(line: _Line, what: str, known: Iterable[str]) -> str:
@@ -340,9 +334,7 @@ def _read_action(line: _Line) -> Action:
     if not kind:
         kernel = line.name(f"a kernel such as linear[m=8 k=4 n=3] fp16, or one of {', '.join(_KINDS)}")
         if not line.sees("["):
-            raise line.error(
-                f"'[' behind the kernel {kernel!r} (or instead of it one of {', '.join(_KINDS)})"
-            )
+            raise line.error(f"'[' behind the kernel {kernel!r} (or instead of it one of {', '.join(_KINDS)})")
         dims, dtype, part = line.dims(), line.name("a data type such as fp16"), line.part()
         return Compute(kernel, dtype, dims, part, _read_variants(line) if line.accept("variants") else None)
     line.advance()
@@ -354,9 +346,7 @@ def _read_action(line: _Line) -> Action:
         return Shift(group, tuple(hops), line.whole("bytes of a chunk") if line.accept("chunk") else None)
     if kind in COLLECTIVES:
         size_bytes, dtype = line.whole("bytes"), line.name("a data type such as fp16")
-        return Collective(
-            kind, group, size_bytes, dtype, line.whole("a position") if line.accept("root") else 0
-        )
+        return Collective(kind, group, size_bytes, dtype, line.whole("a position") if line.accept("root") else 0)
     offset, size_bytes = line.offset(), line.whole("bytes")
     line.expect("tag")
     return (Send if kind == "send" else Recv)(group, offset, size_bytes, line.name("a tag"))

@@ -121,9 +121,7 @@ def _buffer_dict(buffer: Buffer) -> Record:
 
 def _op_dict(op: Op) -> Record:
     record = {"index": op.index, "name": op.name, "stream": op.stream} | _action_dict(op.action)
-    sides = _set(
-        reads=list(op.reads), writes=list(op.writes), after=list(op.after), blocks_host=op.blocks_host
-    )
+    sides = _set(reads=list(op.reads), writes=list(op.writes), after=list(op.after), blocks_host=op.blocks_host)
     return record | sides
 
 
@@ -135,8 +133,7 @@ def _action_dict(action: Action) -> Record:
             return record | _part_dict(part) | shards
         case Shift(group, hops, chunk_bytes):
             steps = [
-                {"offset": list(h.offset), "size_bytes": _size_json(h.size_bytes)} | _part_dict(h.part)
-                for h in hops
+                {"offset": list(h.offset), "size_bytes": _size_json(h.size_bytes)} | _part_dict(h.part) for h in hops
             ]
             chunk = {} if chunk_bytes is None else {"chunk_bytes": chunk_bytes}
             return {"kind": "shift", "group": group, "hops": steps} | chunk
@@ -262,9 +259,7 @@ def _by_name(place: str, items: tuple[T, ...]) -> dict[str, T]:
 
 def _group(place: str, value: Json) -> Group:
     reader = _Reader(place, value)
-    group = Group(
-        reader.need("name", _text), reader.need("dims", _wholes), reader.need("instances", _list_of(_wholes))
-    )
+    group = Group(reader.need("name", _text), reader.need("dims", _wholes), reader.need("instances", _list_of(_wholes)))
     reader.finish()
     return group
 
@@ -333,9 +328,7 @@ def _read_action(reader: _Reader) -> Action:
             root=reader.get("root", _whole, 0),
         )
     if kind not in ("send", "recv"):
-        raise _wrong(
-            f"{reader.place}.kind", kind, f"one of compute, shift, send, recv, {', '.join(COLLECTIVES)}"
-        )
+        raise _wrong(f"{reader.place}.kind", kind, f"one of compute, shift, send, recv, {', '.join(COLLECTIVES)}")
     return (Send if kind == "send" else Recv)(
         group=reader.need("group", _text),
         offset=reader.need("offset", _wholes),
@@ -346,9 +339,7 @@ def _read_action(reader: _Reader) -> Action:
 
 def _hop(place: str, value: Json) -> Hop:
     reader = _Reader(place, value)
-    hop = Hop(
-        reader.need("offset", _wholes), reader.need("size_bytes", _size), reader.get("part", _part, None)
-    )
+    hop = Hop(reader.need("offset", _wholes), reader.need("size_bytes", _size), reader.get("part", _part, None))
     reader.finish()
     return hop
 

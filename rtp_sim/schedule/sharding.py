@@ -118,7 +118,7 @@ def parts(op: LayerOp, kind: str) -> tuple[int, str]:
     match op, kind:
         case Attention(), "heads":
             return op.kv_heads, "heads" if op.kv_heads == op.heads else "key/value heads"
-        case (Mlp() | Experts()), "ffn":
+        case ((Mlp() | Experts()), "ffn"):
             return op.ffn, "feed-forward features"
         case Experts(), "experts":
             return op.experts, "experts"
@@ -130,6 +130,6 @@ def parts(op: LayerOp, kind: str) -> tuple[int, str]:
             return op.out_channels, "output channels"
         case Embedding(), "width":
             return op.width, "embedding columns"
-        case (Embedding() | CrossEntropy()), _:
+        case ((Embedding() | CrossEntropy()), _):
             return op.vocab, "vocabulary rows"
     raise ValueError(f"{type(op).__name__} has no split {kind!r}")

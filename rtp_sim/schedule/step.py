@@ -76,12 +76,13 @@ class Step:
 
     def microbatches(self) -> Iterator[bool]:
         """Each micro-batch of the step; yields whether it is the last. Declares its input tensors."""
-        for self.micro in range(self.training.num_microbatches):
-            self.start_pass()
-            yield self.micro == self.training.num_microbatches - 1
+        for micro in range(self.training.num_microbatches):
+            self.start_pass(micro)
+            yield micro == self.training.num_microbatches - 1
 
-    def start_pass(self) -> None:
-        """Declares the input tensors of the current micro-batch, there from the start of the step."""
+    def start_pass(self, micro: int) -> None:
+        """Goes on with micro-batch `micro`, whose input tensors are there from the start of the step."""
+        self.micro = micro
         for i in self.network.inputs:
             numel = i.numel_per_sample * self.training.micro_batch
             self.b.buffer(self.tensor(i.name), "activations", i.dtype, numel, live_in=True)
@@ -149,7 +150,7 @@ class Step:
                 numel, part = lower(layer.op, self.extent).numel["y"], None
             base = layer.output
         else:
-            base = f"{layer.name}.{name}" + (f".s{work.sub}" if sharding is not None and sharding.assemble else "")
+            base = f"{layer.name}.{name}{_piece(sharding)}"
         buffer = f"m{self.micro}/{'d.' if grad else ''}{base}"
         kept = base == self._loss and not grad
         part = None if isinstance(numel, int) else part
@@ -270,12 +271,11 @@ class Step:
                     reads += [grads[call.outputs[0]]] if grads.get(call.outputs[0]) else []
                 case "w":
                     reads.append(work.weight or self.weight(layer))
-                case "x" | "x1":
-                    names = call.inputs if token == "x" else call.inputs[1:2]
-                    reads += [self._operand(layer, n, lowered, work) for n in names]
                 case _:
-                    names = call.outputs if token == "y" else call.outputs[1:2]
-                    reads += [self._operand(layer, n, lowered, work) for n in names]
+                    # "x" or "y" is all of them, a digit picks one.
+                    names = call.inputs if token[0] == "x" else call.outputs
+                    picked = names[int(token[1]) : int(token[1]) + 1] if token[1:] else names
+                    reads += [self._operand(layer, n, lowered, work) for n in picked]
         return reads
 
     def _differentiable(self, layer: Layer, name: str) -> bool:
@@ -350,9 +350,7 @@ class Step:
             if per_parameter:
                 size: Size = tuple(n * per_parameter for n in s.numel) if isinstance(s.numel, tuple) else (
                     s.numel * per_parameter)  # fmt: skip
-                states.append(
-                    self.b.buffer(f"opt.{s.name}", "optimizer", "uint8", size, part=s.part, persistent=True)
-                )
+                states.append(self.b.buffer(f"opt.{s.name}", "optimizer", "uint8", size, part=s.part, persistent=True))
         dims, variants = _optimizer_dims([s.numel for s in shares], self._optimizer_traffic())
         part = next((s.part for s in shares if isinstance(s.numel, tuple)), None)
         action = Compute("optimizer", self.policy.weight_dtype, dims, part, variants)
@@ -376,6 +374,14 @@ def _optimizer_dims(sizes: Sequence[Size], traffic: int) -> tuple[Dims, tuple[Di
 
 def _tagged(work: Work, tag: str) -> Work:
     return Work(work.sharding, work.sub, work.weight, work.grad, work.inputs, work.output, work.after, tag)
+
+
+def _piece(sharding: Sharding | None) -> str:
+    """What tells the shards' local tensors apart where a rank works through several: the shard, relative to its own,
+    because forward and backward visit the shards in opposite orders."""
+    if sharding is None or not sharding.assemble:
+        return ""
+    return ".s" + ".".join(f"{o:+d}" for o in sharding.part.offset)
 
 
 def _sub(work: Work) -> str:

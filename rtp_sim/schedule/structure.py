@@ -153,10 +153,10 @@ def _op_problems(scope: _Scope, place: int, op: Op, same_name: int) -> Problems:
 def _compute_problems(scope: _Scope, action: Compute) -> Problems:
     yield from _dtype_problems(action.dtype)
     yield from _part_problems(scope, action.part)
-    low = 1 if action.variants is None else 0
+    # Zero is a size (the shard of a rank beyond the last part, a flag that is off), a negative number none.
     for name, size in (*action.dims, *(d for v in action.variants or () for d in v)):
-        if size < low:
-            yield f"dimension {name} is {size}; expected at least {low}"
+        if size < 0:
+            yield f"dimension {name} is {size}; expected at least 0"
     if action.variants is None:
         return
     if action.part is None:
@@ -184,8 +184,8 @@ def _shift_problems(scope: _Scope, op: Op, action: Shift) -> Problems:
         yield from _offset_problems(scope, action.group, hop.offset)
         yield from _part_problems(scope, hop.part)
         yield from _size_problems(scope, "size", hop.size_bytes, hop.part)
-    if len(op.reads) != n:
-        yield f"it reads {len(op.reads)} buffers; expected {n}, the one each hop sends"
+    if len(op.reads) < n:
+        yield f"it reads {len(op.reads)} buffers; expected {n} or more, first the one that each hop sends"
         return
     in_place = [name for name, other in zip(op.reads, op.writes, strict=False) if name == other]
     if len(op.writes) != n + bool(in_place):
@@ -197,9 +197,7 @@ def _shift_problems(scope: _Scope, op: Op, action: Shift) -> Problems:
         yield f"it moves {in_place[0]!r} in place; expected a positive chunk_bytes, got {action.chunk_bytes}"
     if not in_place and action.chunk_bytes is not None:
         yield f"it has chunks of {action.chunk_bytes} bytes but is not in place; expected none"
-    crossed = [
-        w for j, w in enumerate(op.writes) if w in op.writes[:j] or w in (*op.reads[:j], *op.reads[j + 1 :])
-    ]
+    crossed = [w for j, w in enumerate(op.writes) if w in op.writes[:j] or w in (*op.reads[:j], *op.reads[j + 1 :])]
     if crossed:
         yield f"it receives into {crossed[0]!r}, which another hop sends or receives at the same time"
     for hop, read, write in zip(action.hops, op.reads, op.writes, strict=False):
@@ -232,11 +230,7 @@ def _transfer_problems(scope: _Scope, op: Op, action: Send | Recv) -> Problems:
         yield f"its size is {action.size_bytes} bytes; expected at least 1"
     used, idle = (op.reads, op.writes) if isinstance(action, Send) else (op.writes, op.reads)
     if not used or idle:
-        wanted = (
-            "what it sends and writes none"
-            if isinstance(action, Send)
-            else "none and writes what it receives"
-        )
+        wanted = "what it sends and writes none" if isinstance(action, Send) else "none and writes what it receives"
         yield f"it reads {len(op.reads)} and writes {len(op.writes)} buffers; expected that it reads {wanted}"
     if len(used) == 1:
         yield from _room_problems(scope, action.size_bytes, used[0])
@@ -246,10 +240,7 @@ def _room_problems(scope: _Scope, size_bytes: int, *names: str) -> Problems:
     buffers = scope.schedule.programs[scope.program].buffers
     for name in dict.fromkeys(names):
         buffer = buffers[name]
-        if (
-            buffer.dtype in DTYPE_BYTES
-            and (room := _largest(buffer.numel) * DTYPE_BYTES[buffer.dtype]) < size_bytes
-        ):
+        if buffer.dtype in DTYPE_BYTES and (room := _largest(buffer.numel) * DTYPE_BYTES[buffer.dtype]) < size_bytes:
             yield f"it moves {size_bytes} bytes, but buffer {name!r} has {room}"
 
 

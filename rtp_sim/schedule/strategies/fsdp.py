@@ -86,8 +86,9 @@ def _gather(step: Step, wanted: list[Unit], gathered: set[str], tag: str) -> Non
             continue
         gathered.add(unit.name)
         padded = unit.shard * step.group_size(GROUP)
-        step.collective("all_gather", GROUP, "fsdp", f"m{step.micro}.gather.{tag}.{unit.name}", padded,
-                        (f"w.{unit.name}",), (_work(step, unit).weight or "",), after=step.b.last("compute"))  # fmt: skip
+        name, target = f"m{step.micro}.gather.{tag}.{unit.name}", _work(step, unit).weight or ""
+        shard, after = (f"w.{unit.name}",), step.b.last("compute")
+        step.collective("all_gather", GROUP, "fsdp", name, padded, shard, (target,), after=after)
 
 
 def _reduce(step: Step, unit: Unit) -> None:

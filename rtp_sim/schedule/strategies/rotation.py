@@ -47,6 +47,8 @@ class Ring:
         self.offsets = _visits(self.dims)
         self._at: dict[str, Offset] = {}
         self._slot: dict[str, int] = {}
+        # Gradient sums of shared weights that one layer leaves on their way home for the next.
+        self.underway: dict[str, _GradientRing] = {}
         self.tied = {layer.shares for layer in step.network.layers() if layer.shares}
 
     # ---- what rotates
@@ -71,6 +73,10 @@ class Ring:
         """The buffer that holds the unit's weights now."""
         return unit.slots[self._slot.get(unit.layer.weight_name, 0) % len(unit.slots)]
 
+    def spare(self, unit: Unit) -> tuple[str, ...]:
+        """The unit's other weight buffer; none in place."""
+        return tuple(slot for slot in unit.slots if slot != self.held(unit))
+
     def at(self, unit: Unit) -> Offset:
         """The shard the rank holds now, relative to its own."""
         return self._at.get(unit.layer.weight_name, (0,) * len(self.dims))
@@ -82,17 +88,18 @@ class Ring:
     # ---- hops
 
     def hop(self, unit: Unit, source: str, target: str, shard: Offset, to: Offset, name: str, stream: str,
-            itemsize: int, after: tuple[int, ...] = ()) -> None:  # fmt: skip
-        """One shift of shard `shard` so that the receiver can go on with shard `to`."""
+            itemsize: int, after: tuple[int, ...] = (), hold: tuple[str, ...] = ()) -> None:  # fmt: skip
+        """One shift of shard `shard` so that the receiver can go on with shard `to`; `hold` stays allocated."""
         step = self.step
         offset = _centred(tuple(a - b for a, b in zip(shard, to, strict=True)), self.dims)
         size: Size = tuple(n * itemsize for n in unit.numel) if isinstance(unit.numel, tuple) else unit.numel * itemsize
         hop = Hop(offset, size, self.part(shard))
         if not self.in_place:
-            step.b.op(name, stream, Shift(GROUP, (hop,)), (source,), (target,), after=after)
+            step.b.op(name, stream, Shift(GROUP, (hop,)), (source, *hold), (target,), after=after)
             return
         bounce = step.b.buffer("bounce", "communication", "uint8", step.options.rtp_chunk_bytes)
         action = Shift(GROUP, (hop,), step.options.rtp_chunk_bytes)
+        after = (*after, *step.b.last("compute"))
         step.b.op(name, stream, action, (source,), (source, bounce), after=after, blocks_host=True)
         step.b.drop("bounce")
 
@@ -132,9 +139,9 @@ class Ring:
             self.step.backward_layer(layer)
             return
         visits, name = self._pass(unit, reverse=True), f"m{self.step.micro}.{layer.name}.B"
-        grads = _GradientRing(self, unit)
-        after = self.step.b.last("compute")
-        pace = () if self.step.options.rtp_prefetch else after
+        key = layer.weight_name
+        grads = self.underway.pop(key, None) or _GradientRing(self, unit, ends_home=not any(visits[-1]))
+        pace = () if self.step.options.rtp_prefetch else self.step.b.last("compute")
         for k in range(self.n):
             weight, shard = self.held(unit), visits[k]
             grad = grads.start(k)
@@ -146,7 +153,12 @@ class Ring:
             self.step.backward_layer(layer, work)
             if to is not None and self.in_place:
                 self.weight_hop(unit, to, f"{name}{k}.hop", pace)
-            grads.send(k, shard, to, f"{name}{k}.grad")
+            grads.send(k, layer, shard, to)
+        if any(self.at(unit)):
+            # Another layer shares these weights: its backward takes the sum the rest of the way.
+            self.underway[key] = grads
+        else:
+            grads.finish()
         self._come_home(unit)
 
     def _come_home(self, unit: Unit) -> None:
@@ -173,14 +185,14 @@ class Ring:
 
 
 class _GradientRing:
-    """The gradient shard of one unit on its way home. Sub-step k adds the local gradient to what arrived; with
+    """The gradient shard of one weight on its way home. Sub-step k adds the local gradient to what arrived; with
     `rtp_hide_gradient_hop` the local gradient has its own buffer and is added once the partial sum is there."""
 
-    def __init__(self, ring: Ring, unit: Unit) -> None:
+    def __init__(self, ring: Ring, unit: Unit, ends_home: bool) -> None:
         self.ring, self.unit, self.step = ring, unit, ring.step
         self.hide = self.step.options.rtp_hide_gradient_hop and not ring.in_place
-        # The travelling sum must end in slot 0, which is n-1 hops from where it starts.
-        self.slot = 0 if ring.in_place else (ring.n - 1) % 2
+        # The travelling sum must end in slot 0: n-1 hops from here, or 2(n-1) where two layers share the weights.
+        self.slot = (ring.n - 1) % 2 if ends_home and not ring.in_place else 0
         self.kept: str | None = None
         self.last_hop: tuple[int, ...] = ()
         self._set_aside()
@@ -191,14 +203,14 @@ class _GradientRing:
         if not b.fresh(home):
             like = b.declared(home)
             self.kept = b.buffer(f"{home}.kept", "gradients", like.dtype, like.numel)
-            self._kernel("copy", (home,), (self.kept,), f"{self.unit.layer.name}.B.keep", like.numel)
+            self._kernel("copy", (home,), (self.kept,), "keep")
         for slot in self.unit.grad_slots:
             b.drop(slot)
 
-    def _kernel(self, kernel: str, reads: tuple[str, ...], writes: tuple[str, ...], name: str, numel: Size) -> None:
-        most = numel if isinstance(numel, int) else max(numel)
+    def _kernel(self, kernel: str, reads: tuple[str, ...], writes: tuple[str, ...], name: str) -> None:
+        most = self.unit.numel if isinstance(self.unit.numel, int) else max(self.unit.numel)
         action = Compute(kernel, self.step.policy.gradient_dtype, (("numel", most),))
-        self.step.b.op(f"m{self.step.micro}.{name}", "compute", action, reads, writes)
+        self.step.b.op(f"m{self.step.micro}.{self.unit.layer.name}.B.{name}", "compute", action, reads, writes)
 
     def current(self) -> str:
         """The buffer of the travelling sum."""
@@ -217,27 +229,29 @@ class _GradientRing:
         """What a sub-step must wait for: the gradient hop before it, unless that is hidden."""
         return () if self.hide else self.last_hop
 
-    def send(self, k: int, shard: Offset, to: Offset | None, name: str) -> None:
-        """After sub-step k: complete the sum and pass it on, or keep it at the end."""
+    def send(self, k: int, layer: Layer, shard: Offset, to: Offset | None) -> None:
+        """After sub-step k of `layer`: complete the sum and pass it on, if the shard goes on."""
+        current, name = self.current(), f"m{self.step.micro}.{layer.name}.B{k}"
         if self.hide and k > 0:
             local = f"g.{self.unit.layer.weight_name}.local"
-            like = self.step.b.declared(local)
-            self._kernel("add", (self.current(), local), (self.current(),), f"{self.unit.layer.name}.B{k}.sum", like.numel)
+            most = self.unit.numel if isinstance(self.unit.numel, int) else max(self.unit.numel)
+            add = Compute("add", self.step.policy.gradient_dtype, (("numel", most),))
+            self.step.b.op(f"{name}.sum", "compute", add, (current, local), (current,))
         if to is None:
-            self._finish()
             return
-        source = self.current()
         self.slot += 1
         stream = "ring.gradient" if self.hide else "ring"
+        # Both spare buffers belong to the sub-step until both hops are done, unless the hops go their own ways.
+        hold = () if self.hide else self.ring.spare(self.unit)
         itemsize = self.step.policy.gradient_bytes
-        self.ring.hop(self.unit, source, self.current(), shard, to, name, stream, itemsize)
+        self.ring.hop(self.unit, current, self.current(), shard, to, f"{name}.grad", stream, itemsize, hold=hold)
         self.last_hop = self.step.b.last(stream)
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
+        """The sum is home: add what earlier micro-batches left."""
         if self.kept is not None:
-            like = self.step.b.declared(self.kept)
             home = self.unit.grad_slots[0]
-            self._kernel("add", (home, self.kept), (home,), f"{self.unit.layer.name}.B.sum", like.numel)
+            self._kernel("add", (home, self.kept), (home,), "add")
 
 
 def rtp(step: Step) -> None:
@@ -293,10 +307,10 @@ def _reduce_replicated(step: Step, ring: Ring, sync: DataParallel) -> None:
 
 def _evaluate(step: Step, ring: Ring) -> None:
     """Forward passes only; every other one runs the ring backwards, so no hop is spent on returning home."""
-    for step.micro in range(step.options.eval_passes):
-        step.start_pass()
+    for micro in range(step.options.eval_passes):
+        step.start_pass(micro)
         for layer in step.network.layers():
-            ring.forward(layer, reverse=step.micro % 2 == 1)
+            ring.forward(layer, reverse=micro % 2 == 1)
     ring.rest()
 
 
@@ -310,5 +324,3 @@ def _visits(dims: Offset) -> list[Offset]:
 def _centred(offset: Offset, dims: Offset) -> Offset:
     """The same offset, each component in (-d/2, d/2]."""
     return tuple((o + (d - 1) // 2) % d - (d - 1) // 2 for o, d in zip(offset, dims, strict=True))
-
-

@@ -9,7 +9,7 @@ all-gather before, reduce-scatter after; the backward gathers the saved input ag
 from __future__ import annotations
 
 from rtp_sim.errors import InputError
-from rtp_sim.model.layers import CrossEntropy, Embedding, Layer, Linear, Router
+from rtp_sim.model.layers import Conv2d, CrossEntropy, Embedding, Layer, Linear, MaxPool2d
 from rtp_sim.schedule.data_parallel import DataParallel
 from rtp_sim.schedule.ir import Part, Size
 from rtp_sim.schedule.sharding import Sharding, even, lower, parts, shard_numel, tensor_kind
@@ -55,27 +55,43 @@ class _Tensor:
     def __init__(self, step: Step, sequence: bool) -> None:
         self.step, self.n = step, step.group_size(GROUP)
         self.sequence = sequence and self.n > 1
-        self._require_enough_parts()
         self._producer = {x.output: x for x in step.network.layers()}
-        # Tensors that are not split by tokens under sequence parallelism: the routing of experts.
-        self._whole_tensors = {x.output for x in step.network.layers() if isinstance(x.op, Router)}
+        self._require_splits(sequence)
 
-    def _require_enough_parts(self) -> None:
-        """InputError where a rank would get no part of a layer: it would idle while the others compute."""
-        for layer in self.step.network.layers():
-            kind = tensor_kind(layer.op)
+    def _require_splits(self, sequence: bool) -> None:
+        """InputError where there is nothing to split, or a rank would get no part and idle while others compute."""
+        layers = list(self.step.network.layers())
+        if self.n > 1 and not any(self.kind(x) for x in layers):
+            raise InputError(
+                "nothing to split: expected attention, MLPs, experts, an embedding or a language-model head"
+            )
+        for layer in layers:
+            kind = self.kind(layer)
             if kind and parts(layer.op, kind)[0] < self.n:
                 count, what = parts(layer.op, kind)
                 raise InputError(f"cannot split {count} {what} over {self.n} ranks: each rank needs at least one")
+            if sequence and self.n > 1 and isinstance(layer.op, Conv2d | MaxPool2d):
+                raise InputError(f"{layer.name}: sequence parallelism splits tokens, and images have none")
+
+    def kind(self, layer: Layer) -> str:
+        """How the layer is split; "" if it is not. A loss is split where its logits are."""
+        if isinstance(layer.op, CrossEntropy):
+            logits = self._producer.get(layer.inputs[0])
+            return self.kind(logits) if logits is not None else ""
+        return tensor_kind(layer.op)
 
     def shard(self, layer: Layer) -> tuple[Size, Part | None]:
         """Parameters of the layer's shard, by shard index where uneven."""
-        numel = even(shard_numel(layer.op, tensor_kind(layer.op), self.n)) if tensor_kind(layer.op) and self.n > 1 else layer.op.numel()
+        numel = (
+            even(shard_numel(layer.op, self.kind(layer), self.n))
+            if self.kind(layer) and self.n > 1
+            else layer.op.numel()
+        )
         return numel, HERE if isinstance(numel, tuple) else None
 
     def work(self, layer: Layer, tag: str = "") -> Work:
         """The layer as this rank's shard: of its weights, or of the tokens, or whole."""
-        kind = tensor_kind(layer.op) or ("rows" if self._by_rows(layer) else "")
+        kind = self.kind(layer) or ("rows" if self._by_rows(layer) else "")
         sharding = Sharding(kind, self.n, HERE) if kind and self.n > 1 else None
         if layer.op.numel() == 0:
             return Work(sharding, tag=tag)
@@ -89,17 +105,17 @@ class _Tensor:
 
     def _by_rows(self, layer: Layer) -> bool:
         """Whether sequence parallelism leaves this layer its share of the tokens."""
-        return self.sequence and not isinstance(layer.op, Router)
+        return self.sequence and not self.kind(layer)
 
     def partial_gradient(self, layer: Layer) -> bool:
         """Whether each rank has seen only its tokens, so that gradients of whole weights must be added up."""
-        return self._by_rows(layer) and not tensor_kind(layer.op) and layer.owned_numel > 0
+        return self._by_rows(layer) and layer.owned_numel > 0
 
     # ---- forward
 
     def forward(self, layer: Layer, tag: str = "F") -> None:
         """The layer with the communication around it."""
-        kind, step = tensor_kind(layer.op), self.step
+        kind, step = self.kind(layer), self.step
         work = self.work(layer, tag)
         if self.sequence and self._reads_whole(layer):
             work = self._with_inputs(layer, work, tag)
@@ -113,27 +129,28 @@ class _Tensor:
         if self._writes_partial(layer):
             numel = self._tokens_numel(output)
             self._collective("all_reduce", f"{layer.name}.{tag}.all_reduce", numel, output, output)
-        if kind == "vocab" and isinstance(layer.op, CrossEntropy):
-            self._loss_statistics(layer, output, tag)
+        if kind and self.n > 1 and isinstance(layer.op, CrossEntropy):
+            self._loss_statistics(layer, tag)
 
     def _reads_whole(self, layer: Layer) -> bool:
-        return tensor_kind(layer.op) in ("heads", "ffn") or isinstance(layer.op, Linear | Router)
+        return self.kind(layer) in ("heads", "ffn") or (self.kind(layer) == "vocab" and isinstance(layer.op, Linear))
 
     def _writes_partial(self, layer: Layer) -> bool:
-        return self.n > 1 and (tensor_kind(layer.op) in ("heads", "ffn") or isinstance(layer.op, Embedding))
+        return self.n > 1 and (self.kind(layer) in ("heads", "ffn") or isinstance(layer.op, Embedding))
 
-    def _loss_statistics(self, layer: Layer, output: str, tag: str) -> None:
+    def _loss_statistics(self, layer: Layer, tag: str) -> None:
         """Maximum, sum of exponentials and target logit per token, each reduced over the vocabulary shards."""
+        statistics = self.step.tensor(f"{layer.name}.statistics")
         for what in ("max", "sum", "target"):
             self.step.collective("all_reduce", GROUP, GROUP, f"m{self.step.micro}.{layer.name}.{tag}.{what}",
-                                 self.step.extent.tokens, (output,), (output,), "fp32")  # fmt: skip
+                                 self.step.extent.tokens, (statistics,), (statistics,), "fp32")  # fmt: skip
 
     # ---- backward
 
     def backward(self, layer: Layer) -> None:
         """The layer's gradients with the communication around them."""
         step, work = self.step, self.work(layer)
-        if self.n == 1 or not tensor_kind(layer.op) or isinstance(layer.op, CrossEntropy):
+        if self.n == 1 or not self.kind(layer) or isinstance(layer.op, CrossEntropy):
             step.backward_layer(layer, work)
             step.merge_input_grads(layer)
             return
@@ -149,7 +166,7 @@ class _Tensor:
         """Each rank has the part of the input gradient that went through its shard: add them up."""
         tensor = buffer.split("/d.", 1)[1].rsplit("@", 1)[0]
         name = f"{layer.name}.B.reduce.{tensor}"
-        if not self.sequence or tensor in self._whole_tensors:
+        if not self.sequence:
             self._collective("all_reduce", name, self._tokens_numel(buffer), buffer, buffer)
             return
         target = self._rows_grad(tensor, layer)
@@ -167,8 +184,9 @@ class _Tensor:
         """One all-reduce over the tp group for weights whose ranks each saw their own tokens (norms, positions)."""
         layers = [x for x in self.step.network.layers() if self.partial_gradient(x)]
         grads = tuple(f"g.{x.name}" for x in layers)
-        self.step.collective("all_reduce", GROUP, GROUP, f"m{self.step.micro}.reduce_partial_gradients",
-                             sum(x.owned_numel for x in layers), grads, grads, self.step.policy.gradient_dtype)  # fmt: skip
+        numel, dtype = sum(x.owned_numel for x in layers), self.step.policy.gradient_dtype
+        name = f"m{self.step.micro}.reduce_partial_gradients"
+        self.step.collective("all_reduce", GROUP, GROUP, name, numel, grads, grads, dtype)
         for layer in layers:
             sync.ready(layer)
 
@@ -178,8 +196,6 @@ class _Tensor:
         """All-gathers the layer's token-sharded inputs and makes the work read the copies."""
         inputs = {}
         for tensor in layer.inputs:
-            if tensor in self._whole_tensors:
-                continue
             full = self._full(tensor, "full")
             name = f"{layer.name}.{tag}.all_gather.{tensor}"
             self._collective("all_gather", name, self._tokens_numel(full), self.step.tensor(tensor), full)
@@ -187,10 +203,11 @@ class _Tensor:
         return Work(work.sharding, 0, work.weight, work.grad, inputs, work.output, tag=tag)
 
     def _full(self, tensor: str, what: str) -> str:
-        """A buffer for all tokens of a tensor whose rows are hidden_size wide."""
-        step = self.step
+        """A buffer for all tokens of a tensor."""
+        step, layer = self.step, self._producer[tensor]
+        dtype = lower(layer.op, step.extent).dtype["y"] or step.policy.weight_dtype
         numel = step.extent.tokens * self._width(tensor)
-        return step.b.buffer(f"{step.tensor(tensor)}.{what}", "communication", step.policy.weight_dtype, numel)
+        return step.b.buffer(f"{step.tensor(tensor)}.{what}", "communication", dtype, numel)
 
     def _rows_numel(self, tensor: str) -> Size:
         tokens, width = self.step.extent.tokens, self._width(tensor)
@@ -201,7 +218,8 @@ class _Tensor:
         step, numel = self.step, self._rows_numel(tensor)
         name = f"{step.tensor('d.' + tensor)}@{layer.name}.rows"
         part = HERE if isinstance(numel, tuple) else None
-        return step.b.buffer(name, "activations", step.policy.weight_dtype, numel, part=part)
+        dtype = step.b.declared(step.tensor(tensor)).dtype
+        return step.b.buffer(name, "activations", dtype, numel, part=part)
 
     def _width(self, tensor: str) -> int:
         """Features per token of a tensor between layers."""

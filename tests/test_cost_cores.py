@@ -1,0 +1,92 @@
+"""The pool of CPU cores: what computing and transfers take from it, alone and together."""
+
+from __future__ import annotations
+
+import pytest
+from cost_helpers import loopback, switched
+from engine_helpers import one_ring
+
+from rtp_sim.cost.cores import CORE_NS_PER_KILOBYTE
+from rtp_sim.cost.model import ClusterCost
+from rtp_sim.engine.simulate import simulate
+from rtp_sim.hardware.profiles import load_cluster
+from rtp_sim.schedule.ir import Compute, Hop, Op, Program, Shift
+
+WORK = (("numel", 10**7),)
+
+
+def seconds(cost: ClusterCost, ranks: int) -> float:
+    """Simulated time of one kernel on every rank."""
+    kernel = Op(0, "work", "compute", Compute("gelu", "fp16", WORK))
+    timeline = simulate(one_ring(ranks, Program("p", {}, (kernel,))), cost)
+    return max(int(times.end_ns[-1] - times.start_ns[-1]) for times in timeline.ranks.values()) / 1e9
+
+
+def test_ranks_beyond_the_cores_share_them() -> None:
+    # Two ranks have a core each; four ranks on two cores compute at half speed, six at a third.
+    alone = seconds(ClusterCost(loopback(2), host_cores=2), 2)
+    assert alone == ClusterCost(loopback(2)).compute("gelu", "fp16", WORK).duration_ns / 1e9
+    assert seconds(ClusterCost(loopback(4), host_cores=2), 4) == 2 * alone
+    assert seconds(ClusterCost(loopback(6), host_cores=2), 6) == pytest.approx(3 * alone, abs=2e-9)  # rounded up
+    assert seconds(ClusterCost(loopback(4), host_cores=4), 4) == alone
+
+
+def test_the_pool_is_a_link_after_the_wires() -> None:
+    cluster = loopback(4)
+    cost = ClusterCost(cluster, host_cores=3)
+    pool = len(cluster.topology.links)
+    assert cost.compute_pool(0) == cost.compute_pool(3) == (pool, 1000)
+    assert cost.link_capacity(pool) == 3 * 1000 * 10**9
+    assert cost.link_capacity(pool - 1) == 10**9
+
+
+def test_accelerators_have_no_pool() -> None:
+    cost = ClusterCost(switched(2))
+    assert cost.compute_pool(0) is None
+    assert cost.overlap_slowdown_permille == 1250
+
+
+def test_messages_take_core_time() -> None:
+    cluster = loopback(4)
+    cost, pool = ClusterCost(cluster, host_cores=2), len(cluster.topology.links)
+    assert cost.point_to_point(0, 1, 1000, None).usage[pool] == CORE_NS_PER_KILOBYTE
+    # Each of a ring's four edges carries a message; all-to-all has twelve.
+    assert cost.collective("all_reduce", (0, 1, 2, 3), 1000, "fp32")[0].usage[pool] == 4 * CORE_NS_PER_KILOBYTE
+    assert cost.collective("broadcast", (0, 1, 2, 3), 1000, "fp32")[0].usage[pool] == 3 * CORE_NS_PER_KILOBYTE
+    assert cost.collective("all_to_all", (0, 1, 2, 3), 1000, "fp32")[0].usage[pool] == 12 * CORE_NS_PER_KILOBYTE
+
+
+def test_the_cores_bound_what_many_ranks_can_send() -> None:
+    # Six ranks send 1 GB/s each if alone; one core moves 1e6/380 bytes per ms, so 2.63 GB/s for all six together.
+    cost = ClusterCost(loopback(6), host_cores=1)
+    (phase,) = cost.collective("all_gather", tuple(range(6)), 6 * 10**6, "fp32")
+    rate = min(cost.link_capacity(link) // weight for link, weight in phase.usage.items())
+    assert rate == 10**12 // (6 * 380)
+    assert ClusterCost(loopback(6), host_cores=64).collective("all_gather", tuple(range(6)), 6 * 10**6, "fp32") == (
+        phase,
+    )
+
+
+def test_a_transfer_slows_computing_on_the_same_cores() -> None:
+    # One core, two ranks: each computes 0.5 of it alone. Both sending at 1 GB/s would want 0.76 of it, so
+    # computing takes longer than 2 kernels' time, and no longer than that plus the transfers' core time.
+    cost = ClusterCost(loopback(2), host_cores=1)
+    kernel_ns = cost.compute("gelu", "fp16", WORK).duration_ns
+    size = 10**6
+    ops = (
+        Op(0, "send", "shift", Shift("ring", (Hop((1,), size),))),
+        Op(1, "work", "compute", Compute("gelu", "fp16", WORK)),
+    )
+    timeline = simulate(one_ring(2, Program("p", {}, ops)), cost)
+    took_ns = max(int(times.end_ns[1] - times.start_ns[1]) for times in timeline.ranks.values())
+    assert 2 * kernel_ns < took_ns <= 2 * kernel_ns + 2 * size * 380 // 1000 + 2
+
+
+def test_the_local_profile_has_two_cores() -> None:
+    cluster = load_cluster("cpu-local", gpus=4)
+    cost = ClusterCost(cluster)
+    pool = cost.compute_pool(3)
+    assert pool is not None
+    assert cost.link_capacity(pool[0]) == 2 * pool[1] * 10**9
+    # 5.26 GB/s of messages at most: the 5.6 GB/s that were measured over loopback, from the other side.
+    assert cost.link_capacity(pool[0]) / CORE_NS_PER_KILOBYTE == pytest.approx(5.6e9, rel=0.07)
