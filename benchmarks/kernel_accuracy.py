@@ -80,6 +80,8 @@ def transformer_products(folder: Path) -> Iterator[Row]:
         batch, m, k, n = whole(row, "batch", "M", "K", "N")
         device, dtype = DEVICES[row["gpu"]], row["dtype"]
         label = f"{row['op']} {batch} x ({m} x {k} x {n})"
+        forward: tuple[Launch, ...]
+        backward: tuple[Launch, ...]
         if row["op"] in ("bmm", "baddbmm"):
             kernel = "attn.context" if row["op"] == "bmm" else "attn.scores"
             width, kv = (n, k) if row["op"] == "bmm" else (k, n)

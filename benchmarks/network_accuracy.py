@@ -90,7 +90,7 @@ def sweeps(folder: Path) -> Iterator[Row]:
         if found is not None:
             kind = KINDS.get(row["op"], row["op"])
             size, ranks, took_ns = int(row["size_bytes"]), int(row["n_gpus"]), float(row["time_us"]) * 1e3
-            name = f"{row['gpu'][:14]} {kind}"
+            name = f"{row['gpu'].removeprefix('RTX-')[:4].strip()} {kind}"
             yield Row(name, ranks, kind, size, took_ns, found.cluster, found.nodes, found.note)
 
 

@@ -194,11 +194,12 @@ def test_the_size_curve_applies_to_the_narrowest_link() -> None:
     assert phase.cap_bytes_per_s == NIC // 2
 
 
-def test_a_curve_that_would_reward_padding_is_raised() -> None:
-    # At 2000 bytes 0.6 is reached, so 1000 bytes can be no slower than that: 0.3.
-    cost = CommunicationCost(switched(2, communication=params(curve=((1000, 0.1), (2000, 0.6), (4000, 1.0)))))
-    assert cost.point_to_point(0, 1, 1000, None).cap_bytes_per_s == pytest.approx(0.3 * PORT, abs=1)
-    assert cost.point_to_point(0, 1, 2000, None).cap_bytes_per_s == pytest.approx(0.6 * PORT, abs=1)
+def test_a_curve_that_would_reward_padding_is_lowered() -> None:
+    # 1000 bytes take as long as 10,000 would at full rate; 2000 bytes no less, so 0.2 of the rate, not 0.6.
+    cost = CommunicationCost(switched(2, communication=params(curve=((1000, 0.1), (2000, 0.6), (20_000, 1.0)))))
+    assert cost.point_to_point(0, 1, 1000, None).cap_bytes_per_s == pytest.approx(0.1 * PORT, abs=1)
+    assert cost.point_to_point(0, 1, 2000, None).cap_bytes_per_s == pytest.approx(0.2 * PORT, abs=1)
+    assert cost.point_to_point(0, 1, 20_000, None).cap_bytes_per_s is None
 
 
 def test_an_empty_collective_is_latency() -> None:
