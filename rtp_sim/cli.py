@@ -16,6 +16,7 @@ from rtp_sim.errors import InputError
 from rtp_sim.model.training import ATTENTIONS, OPTIMIZER_STATES, PRECISIONS, RECOMPUTE
 
 FORMATS = ("table", "json", "csv")
+DEFAULT_CLUSTER = "dgx-a100-80g"
 DEFAULT_STRATEGIES = "ddp,zero1,zero2,fsdp,tp,tp-sp,rtp,rtp-inplace"
 
 
@@ -70,16 +71,17 @@ def _workload(p: argparse.ArgumentParser) -> None:
         "--micro-batch", type=_count, default=1, metavar="N", help="sequences per replica and micro-step"
     )
     group.add_argument("--global-batch", type=_count, metavar="N", help="sequences per step (default: see below)")
-    group.add_argument("--seq-len", type=_count, default=1024, metavar="N", help="tokens per sequence (1024)")
+    group.add_argument("--seq-len", type=_count, metavar="N", help="tokens per sequence (1024, or what the model has)")
     group.add_argument("--precision", choices=sorted(PRECISIONS), default="bf16")
     group.add_argument("--recompute", choices=RECOMPUTE, default="none")
     group.add_argument("--optimizer", choices=sorted(OPTIMIZER_STATES), default="adamw")
     group.add_argument("--attention", choices=ATTENTIONS, default="flash")
 
 
-def _machine(p: argparse.ArgumentParser, cluster: str = "dgx-a100-80g") -> None:
+def _machine(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--quiet", action="store_true", help="no progress on stderr")
     group = p.add_argument_group("machine")
-    group.add_argument("--cluster", default=cluster, metavar="NAME|FILE", help=f"cluster profile ({cluster})")
+    group.add_argument("--cluster", metavar="NAME|FILE", help=f"cluster profile ({DEFAULT_CLUSTER})")
     group.add_argument("--gpus", type=_count, metavar="N", help="number of GPUs (default: all of the nodes)")
     group.add_argument("--nodes", type=_count, metavar="N", help="number of nodes (1)")
 
@@ -108,7 +110,6 @@ def _engine(p: argparse.ArgumentParser) -> None:
     group.add_argument("--format", choices=FORMATS, default="table")
     group.add_argument("--report", metavar="FILE.html", help="write a self-contained report")
     group.add_argument("--plot", metavar="FILE.png", help="write a comparison plot (extra: plots)")
-    group.add_argument("--quiet", action="store_true", help="no progress on stderr")
 
 
 def _compare(p: argparse.ArgumentParser) -> None:

@@ -8,7 +8,9 @@ from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from os import cpu_count
+from pathlib import Path
 
+from rtp_sim.cli import DEFAULT_CLUSTER
 from rtp_sim.engine.memory import MemoryProfile
 from rtp_sim.errors import InputError
 from rtp_sim.experiment import Request, Result, prepare, run, usable_memory_bytes
@@ -37,6 +39,8 @@ def compare(a: Namespace) -> int:
     """`rtp-sim compare`: several strategies side by side. Exit code 1 if none fits into memory."""
     strategies = [s.strip() for s in a.strategies.split(",") if s.strip()]
     _known_strategies(strategies)
+    _check_outputs(a)
+    a.cluster = a.cluster or DEFAULT_CLUSTER
     cluster = load_cluster(a.cluster, a.nodes or 1, a.gpus)
     batch = a.global_batch or a.micro_batch * cluster.world_size
     requests = [replace(_request(a, s), global_batch=batch) for s in strategies]
@@ -63,6 +67,9 @@ def compare(a: Namespace) -> int:
 def simulate(a: Namespace) -> int:
     """`rtp-sim simulate`: one strategy. Exit code 1 if it does not fit into memory."""
     _known_strategies([a.strategy])
+    _check_degrees(a)
+    _check_outputs(a)
+    a.cluster = a.cluster or DEFAULT_CLUSTER
     _progress(a, f"building {a.strategy}")
     prepared = prepare(_request(a, a.strategy))
     _progress(a, f"simulating {prepared.schedule.name} on {prepared.schedule.world_size} GPUs")
@@ -87,9 +94,11 @@ def simulate(a: Namespace) -> int:
 def schedule(a: Namespace) -> int:
     """`rtp-sim schedule`: the program of a rank, or the whole schedule as text or JSON."""
     _known_strategies([a.strategy])
-    if a.gpus is None and a.nodes is None:
+    _check_degrees(a)
+    if a.cluster is None and a.gpus is None and a.nodes is None and (a.rtp or a.tp or a.dp):
         # A schedule needs ranks, not a machine: the degrees alone say how many.
-        a.gpus = (a.rtp or a.tp or 1) * (a.dp or 1) if a.rtp or a.tp or a.dp else None
+        a.cluster = f"generic:a100-sxm-80gb,gpus={(a.rtp or a.tp or 1) * (a.dp or 1)},nics=1,nic=200Gb/s"
+    a.cluster = a.cluster or DEFAULT_CLUSTER
     built = prepare(_request(a, a.strategy)).schedule
     if not 0 <= a.rank < built.world_size:
         raise InputError(f"--rank {a.rank}: expected a rank from 0 to {built.world_size - 1}")
@@ -151,6 +160,28 @@ def _known_strategies(names: Sequence[str]) -> None:
             raise InputError(f"unknown strategy {name!r}: {nearest(name, STRATEGIES)}")
 
 
+def _check_degrees(a: Namespace) -> None:
+    """InputError for a degree of an axis that the strategy does not have."""
+    axis = INNER_AXIS.get(a.strategy, "")
+    for other in ("rtp", "tp"):
+        if other != axis and getattr(a, other) is not None:
+            raise InputError(f"strategy {a.strategy} has no --{other} axis: leave --{other} {getattr(a, other)} out")
+
+
+def _check_outputs(a: Namespace) -> None:
+    """InputError for files that cannot be written, before any work is done for them."""
+    for flag in ("report", "plot", "trace"):
+        given = getattr(a, flag, None)
+        if given and not Path(given).parent.is_dir():
+            raise InputError(f"--{flag} {given}: there is no directory {Path(given).parent}")
+        if given and Path(given).is_dir():
+            raise InputError(f"--{flag} {given} is a directory; expected a file name")
+    if getattr(a, "plot", None):
+        from rtp_sim.report.plots import require_plots
+
+        require_plots(a.plot)
+
+
 def _request(a: Namespace, strategy: str) -> Request:
     axis = INNER_AXIS.get(strategy, "")
     inner = {"rtp": a.rtp, "tp": a.tp}.get(axis)
@@ -176,6 +207,7 @@ class _Outcome:
 
     metrics: StepMetrics
     meta: Mapping[str, object]
+    notes: tuple[str, ...]
     timeline: Timeline | None
     peak_memory: MemoryProfile | None
 
@@ -184,7 +216,7 @@ def _outcome(result: Result, details: bool) -> _Outcome:
     """With `details`, also the timeline and the memory of the rank with the highest peak, for reports."""
     peak = result.memory[peak_memory_rank(result.memory)]
     meta = result.prepared.schedule.meta
-    return _Outcome(result.metrics, meta, result.timeline if details else None, peak if details else None)
+    return _Outcome(result.metrics, meta, result.notes, result.timeline if details else None, peak if details else None)
 
 
 def _one(request: Request, engine: str, fold: bool, details: bool) -> _Outcome:
@@ -219,8 +251,8 @@ def _inputs(a: Namespace, global_batch: int) -> dict[str, object]:
 
 
 def _print_notes(outcomes: Iterable[_Outcome]) -> None:
-    """Uneven splits, said once."""
-    for note in dict.fromkeys(str(o.meta["notes"]) for o in outcomes if o.meta["notes"]):
+    """Each note once."""
+    for note in dict.fromkeys(note for o in outcomes for note in o.notes):
         print(f"note: {note}")
 
 

@@ -30,6 +30,7 @@ from rtp_sim.schedule.strategies import STRATEGIES
 from rtp_sim.text import nearest
 from rtp_sim.timeline import Timeline
 
+DEFAULT_SEQ_LEN = 1024
 ENGINES = ("simpy", "longest-path")
 
 
@@ -39,7 +40,7 @@ class Request:
 
     `inner` is the degree of the strategy's own axis (rtp or tp), `dp` that of data parallelism; one may be left out.
     `micro_batch` counts sequences per replica and micro-batch; `global_batch` per step, by default one micro-batch per
-    replica.
+    replica. `seq_len` is 1024 by default, or what the model's learned positions allow if that is less.
     """
 
     model: str
@@ -50,7 +51,7 @@ class Request:
     inner: int | None = None
     dp: int | None = None
     micro_batch: int = 1
-    seq_len: int = 1024
+    seq_len: int | None = None
     global_batch: int | None = None
     precision: str = "bf16"
     recompute: str = "none"
@@ -81,13 +82,20 @@ class Result:
     memory: Mapping[int, MemoryProfile]
     metrics: StepMetrics
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the numbers should know: uneven splits, a rate taken from another dtype."""
+        said = str(self.prepared.schedule.meta["notes"] or "")
+        rate = self.prepared.cost.rate_note(self.prepared.training.policy.compute_dtype)
+        return tuple(note for note in (*said.split("; "), rate) if note)
+
 
 def usable_memory_bytes(cluster: Cluster) -> int:
     """Device memory less what driver, runtime and communication library keep for themselves."""
     return int(cluster.device.memory_bytes.value - cluster.device.runtime_reserved_bytes.value)
 
 
-def find_network(model: str, seq_len: int, attention: str) -> Network:
+def find_network(model: str, seq_len: int | None = None, attention: str = "flash") -> Network:
     """A preset, a Hugging Face config.json or a layer-list file as a network. InputError if it is none of these."""
     if model.endswith(".json"):
         # Imported here: only files need pydantic, and importing it is a good part of a short run.
@@ -95,7 +103,10 @@ def find_network(model: str, seq_len: int, attention: str) -> Network:
 
         if is_network_file(Path(model)):
             return read_network(Path(model))
-    return transformer_network(find_model(model), seq_len, attention)
+    spec = find_model(model)
+    if seq_len is None:
+        seq_len = min(DEFAULT_SEQ_LEN, spec.max_positions) if spec.position == "learned" else DEFAULT_SEQ_LEN
+    return transformer_network(spec, seq_len, attention)
 
 
 def prepare(request: Request, cluster: Cluster | None = None, network: Network | None = None) -> Prepared:

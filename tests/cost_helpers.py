@@ -9,6 +9,7 @@ from rtp_sim.hardware.wiring import LinkClass, Nics, NodeTemplate, Wire, Wiring
 PORT = 100 * 10**9
 NIC = 10 * 10**9
 BASE_NS, INSIDE_NS, BETWEEN_NS, P2P_NS = 10_000, 1000, 5000, 7000
+IN_SWITCH_NS = 25_000
 
 
 def number(value: float, kind: str = "measured") -> Number:
@@ -45,10 +46,12 @@ def params(
     least: int | None = None,
     efficiency: float = 0.5,
     kind: str = "measured",
+    p2p_efficiency: float = 1.0,
 ) -> CommunicationParams:
     """Base 10 us, 1 us per step inside and 5 us between nodes, 7 us per message."""
     return CommunicationParams(
         p2p_base_ns=number(P2P_NS, kind),
+        p2p_efficiency=number(p2p_efficiency),
         collective_base_ns=number(BASE_NS),
         collective_step_intra_ns=number(INSIDE_NS),
         collective_step_inter_ns=number(BETWEEN_NS),
@@ -56,6 +59,7 @@ def params(
         size_curve=curve,
         size_curve_provenance=number(len(curve)) if curve else None,
         in_switch_reduction_min_ranks=None if least is None else number(least),
+        in_switch_base_ns=None if least is None else number(IN_SWITCH_NS),
         in_switch_efficiency=None if least is None else number(efficiency),
     )
 

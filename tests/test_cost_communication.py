@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 
 import pytest
-from cost_helpers import BASE_NS, NIC, P2P_NS, PORT, params, switched
+from cost_helpers import BASE_NS, IN_SWITCH_NS, NIC, P2P_NS, PORT, params, switched
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rtp_sim.cost.communication import IN_SWITCH_NS, KINDS, CommunicationCost
+from rtp_sim.cost.communication import KINDS, CommunicationCost
 from rtp_sim.cost.model import ClusterCost
 from rtp_sim.errors import InputError
 from rtp_sim.hardware.profiles import load_cluster
@@ -291,3 +291,12 @@ def test_a_thousand_ranks_are_priced_at_once() -> None:
     for rank in range(1024):
         cost.point_to_point(rank, rank // 8 * 8 + (rank + 1) % 8, 2**26, None)
     assert time.process_time() - begun < 1.0  # 0.05 s on a quiet core
+
+
+def test_messages_reach_their_share_of_what_collectives_reach() -> None:
+    cost = CommunicationCost(switched(4, communication=params(p2p_efficiency=0.8)))
+    assert cost.point_to_point(0, 1, 10**9, None).cap_bytes_per_s == int(0.8 * PORT)
+    # A curve that gives half the bandwidth at this size multiplies.
+    curved = CommunicationCost(switched(4, communication=params(p2p_efficiency=0.8, curve=((10**9, 0.5),))))
+    assert curved.point_to_point(0, 1, 10**9, None).cap_bytes_per_s == int(int(0.5 * PORT) * 0.8)
+    assert curved.collective("all_gather", (0, 1), 10**9, "fp16")[0].cap_bytes_per_s == int(0.5 * PORT)

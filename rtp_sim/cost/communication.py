@@ -29,11 +29,6 @@ _ROUNDS = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}
 _CHAINS = {"broadcast": "from root", "reduce": "to root"}
 KINDS = (*_ROUNDS, *_CHAINS, "all_to_all")
 
-IN_SWITCH_NS = 25_000
-"""What reduction in the switch adds before data flows, fitted to nccl-tests all_reduce on 8 H100: with it, sizes from
-1 MiB to 16 GiB are within 12 %; without, 1 to 16 MiB are 19 to 43 % too fast."""
-
-
 class CommunicationCost:
     """Prices of messages and collectives on one cluster. Usage depends on ranks and algorithm, never on size."""
 
@@ -47,7 +42,7 @@ class CommunicationCost:
         self.collective = lru_cache(maxsize=None)(self._collective)
         p = self.params
         curve = [p.size_curve_provenance] if p.size_curve_provenance else []
-        self.message_basis = _basis([p.p2p_base_ns, *curve])
+        self.message_basis = _basis([p.p2p_base_ns, p.p2p_efficiency, *curve])
         self.collective_basis = _basis([p.collective_base_ns, p.collective_step_intra_ns, *curve])
 
     # ---- point to point
@@ -57,12 +52,12 @@ class CommunicationCost:
         way = self._pair(source, target)
         once_ns = self.params.p2p_base_ns.value + self.topology.route(source, target).latency_ns
         if chunk_bytes is None or chunk_bytes <= 0:
-            return Phase(round(once_ns), size_bytes, way.usage, self._cap(way, size_bytes))
+            return Phase(round(once_ns), size_bytes, way.usage, self._message_cap(way, size_bytes))
         device = self.cluster.device
         copy_bytes_per_s = device.memory_bandwidth_bytes_per_s.value * device.memory_efficiency.value / 2
         chunks = max(1, -(-size_bytes // chunk_bytes))
         latency_ns = chunks * (once_ns + device.kernel_floor_ns.value) + size_bytes / copy_bytes_per_s * 1e9
-        return Phase(round(latency_ns), size_bytes, way.usage, self._cap(way, min(size_bytes, chunk_bytes)))
+        return Phase(round(latency_ns), size_bytes, way.usage, self._message_cap(way, min(size_bytes, chunk_bytes)))
 
     def _pair(self, source: int, target: int) -> Way:
         """The links of one message."""
@@ -80,6 +75,14 @@ class CommunicationCost:
                 rate = min(rate, *(self.cores.capacity // usage[self.cores.pool(node)] for node in nodes))
             way = self._pairs[source, target] = Way(usage, 1, max(1, rate))
         return way
+
+    def _message_cap(self, way: Way, size_bytes: int) -> int | None:
+        """The rate of a message: what a collective of this size reaches, times the library's efficiency between two."""
+        efficiency = self.params.p2p_efficiency.value
+        cap = self._cap(way, size_bytes)
+        if efficiency == 1.0:
+            return cap
+        return max(1, int((way.rate_bytes_per_s if cap is None else cap) * efficiency))
 
     def _cap(self, way: Way, size_bytes: int) -> int | None:
         """The rate of the work for a message of this size, where the measured size curve says less than all."""
@@ -179,7 +182,9 @@ class CommunicationCost:
         efficiency = self.params.in_switch_efficiency
         raw = min(self.topology.links[link].raw_bandwidth_bytes_per_s for link in usage)
         cap = int(raw * (efficiency.value if efficiency else 1.0) * self._size_fraction(size_bytes))
-        latency_ns = self.params.collective_base_ns.value + IN_SWITCH_NS + 2 * group.hops.mean_ns
+        start = self.params.in_switch_base_ns
+        base_ns = self.params.collective_base_ns.value + (start.value if start else 0.0)
+        latency_ns = base_ns + 2 * group.hops.mean_ns
         return (Phase(round(latency_ns), size_bytes, usage, max(1, cap)),)
 
     def _hierarchical(self, group: Group, size_bytes: int) -> tuple[Phase, ...]:

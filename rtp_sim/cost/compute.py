@@ -70,8 +70,11 @@ class ComputeCost:
         return OpCost(max(1, round(duration_ns)), "interpolated" if efficiency.kind == "measured" else "assumed")
 
     def peak_flops_per_s(self, dtype: str) -> float:
-        """The device's dense peak for `dtype`: what MFU is measured against. A dtype without a rate of its own runs
-        at that of the next wider one. Raises InputError if there is none either."""
+        """The device's dense peak for `dtype`: what MFU is measured against. InputError if there is none."""
+        return self.device.peak_flops[self.rate_dtype(dtype)].value
+
+    def rate_dtype(self, dtype: str) -> str:
+        """`dtype`, or the next wider one that the device has a rate for. InputError if there is none either."""
         peaks = self.device.peak_flops
         found = dtype
         while found not in peaks:
@@ -80,7 +83,7 @@ class ComputeCost:
                     f"device {self.device.name} states no peak FLOP/s for {dtype}: expected one of {', '.join(peaks)}"
                 )
             found = _FALLBACK[found]
-        return peaks[found].value
+        return found
 
     def _product_ns(self, p: Product, dtype: str) -> float:
         """The fastest way to cut the product's output into tiles, one per compute unit at a time: the last wave of

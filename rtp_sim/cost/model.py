@@ -37,6 +37,11 @@ class ClusterCost:
         """Dense peak of one device for `dtype`."""
         return self._compute.peak_flops_per_s(dtype)
 
+    def rate_note(self, dtype: str) -> str:
+        """What to tell people where the device has no rate of its own for `dtype`; empty if it has."""
+        used, name = self._compute.rate_dtype(dtype), self.cluster.device.name
+        return "" if used == dtype else f"{name} states no rate for {dtype}: that of {used} is used"
+
     def host_issue_ns(self, op: Op) -> int:
         """Host time to issue one op, whatever it is."""
         return self._issue_ns

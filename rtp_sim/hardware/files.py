@@ -157,12 +157,14 @@ class CommunicationFile(_Model):
     """The communication library; see `spec.CommunicationParams`."""
 
     p2p_base: Time
+    p2p_efficiency: Fraction
     collective_base: Time
     collective_step_intra: Time
     collective_step_inter: Time
     algorithms: list[str] = Field(min_length=1)
     size_curve: CurveFile | None = None
     in_switch_reduction_min_ranks: Plain | None = None
+    in_switch_base: Time | None = None
     in_switch_efficiency: Fraction | None = None
 
 

@@ -75,6 +75,7 @@ def communication_params(file: CommunicationFile) -> CommunicationParams:
         )
     return CommunicationParams(
         p2p_base_ns=file.p2p_base,
+        p2p_efficiency=file.p2p_efficiency,
         collective_base_ns=file.collective_base,
         collective_step_intra_ns=file.collective_step_intra,
         collective_step_inter_ns=file.collective_step_inter,
@@ -82,6 +83,7 @@ def communication_params(file: CommunicationFile) -> CommunicationParams:
         size_curve=points,
         size_curve_provenance=Number(len(points), curve.kind, curve.source) if curve else None,
         in_switch_reduction_min_ranks=file.in_switch_reduction_min_ranks,
+        in_switch_base_ns=file.in_switch_base,
         in_switch_efficiency=file.in_switch_efficiency,
     )
 

@@ -149,7 +149,10 @@ def _cluster_from_file(path: Path, nodes: int, gpus: int | None) -> Cluster:
     if isinstance(raw.get("communication"), dict):
         raw["communication"] = _communication(raw["communication"], path, depth=0)
     file = validated(ClusterFile, raw, path)
-    device = device_from_file(*read_device_file(file.device, beside=path.parent))
+    try:
+        device = device_from_file(*read_device_file(file.device, beside=path.parent))
+    except InputError as error:
+        raise InputError(f"{path}: device: {error}") from None
     nodes, used = cluster_shape(path.stem, file.gpus_per_node, nodes, gpus)
     fabric = (
         None

@@ -78,13 +78,15 @@ class CommunicationParams:
     """What the communication library adds to the wires. Latencies are software costs on top of link latencies.
 
     `collective_base_ns` once per collective, `collective_step_*_ns` per ring or tree step inside and between nodes,
-    `p2p_base_ns` once per point-to-point message. `size_curve` lists (bytes, fraction of bandwidth reached),
-    ascending in bytes, interpolated in log(bytes); empty means 1 everywhere. `in_switch_reduction_min_ranks` is None
-    where the switch cannot reduce (NVLink SHARP), `in_switch_efficiency` the fraction of the port rate it then
-    reaches. `algorithms` lists which of ring, tree, hierarchical, in-switch the library may pick.
+    `p2p_base_ns` once per point-to-point message, whose large sizes reach `p2p_efficiency` of the bandwidth that
+    collectives reach. `size_curve` lists (bytes, fraction of bandwidth reached), ascending in bytes, joined by powers
+    of the size; empty means 1 everywhere. `in_switch_reduction_min_ranks` is None where the switch cannot reduce
+    (NVLink SHARP); `in_switch_base_ns` is what that takes before data flows, `in_switch_efficiency` the fraction of the
+    port rate it then reaches. `algorithms` lists which of ring, tree, hierarchical, in-switch the library may pick.
     """
 
     p2p_base_ns: Number
+    p2p_efficiency: Number
     collective_base_ns: Number
     collective_step_intra_ns: Number
     collective_step_inter_ns: Number
@@ -92,6 +94,7 @@ class CommunicationParams:
     size_curve: tuple[tuple[int, float], ...]
     size_curve_provenance: Number | None
     in_switch_reduction_min_ranks: Number | None
+    in_switch_base_ns: Number | None
     in_switch_efficiency: Number | None
 
 

@@ -59,7 +59,10 @@ def cluster_rows(cluster: Cluster) -> list[Row]:
     params = cluster.communication
     for f in fields(params):
         value = getattr(params, f.name)
-        if isinstance(value, Number):
+        if f.name == "size_curve_provenance" and isinstance(value, Number):
+            points = f"{len(params.size_curve)} points"
+            rows.append(("Communication library", "size_curve", points, value.kind, value.source))
+        elif isinstance(value, Number):
             rows.append(("Communication library", f.name, _shown(f.name, value.value), value.kind, value.source))
     rows.append(("Communication library", "algorithms", ", ".join(params.algorithms), "", ""))
     return rows

@@ -148,6 +148,20 @@ def plot_timeline(
         )
 
 
+def require_plots(path: str | PathLike[str]) -> None:
+    """InputError now, before any work, if a plot could not be written to `path`: its suffix, or no matplotlib."""
+    _known_suffix(path)
+    _matplotlib("matplotlib")
+
+
+def _known_suffix(path: str | PathLike[str]) -> str:
+    suffix = Path(path).suffix.lower()
+    if suffix not in DATES:
+        known = ", ".join(DATES)
+        raise InputError(f"cannot tell the format of the plot {str(path)!r}: expected a name ending in {known}")
+    return suffix
+
+
 def _matplotlib(module: str) -> Any:
     try:
         return import_module(module)
@@ -158,10 +172,7 @@ def _matplotlib(module: str) -> Any:
 @contextmanager
 def _drawing(path: str | PathLike[str], height_inches: float) -> Iterator[Any]:
     """An empty figure, saved to `path` at the end. Settings of matplotlib outside are left alone."""
-    suffix = Path(path).suffix.lower()
-    if suffix not in DATES:
-        known = ", ".join(DATES)
-        raise InputError(f"cannot tell the format of the plot {str(path)!r}: expected a name ending in {known}")
+    suffix = _known_suffix(path)
     settings = {"svg.hashsalt": "rtp-sim", "pdf.fonttype": 42, "font.size": LABEL_SIZE}
     with _matplotlib("matplotlib").rc_context(settings):
         size = (WIDTH_INCHES, height_inches)

@@ -26,6 +26,8 @@ def build_schedule(
 
     InputError, naming the strategy, if the network cannot be split that way.
     """
+    if options.eval_passes and layout.axis != "rtp":
+        raise InputError(f"{strategy}: evaluation passes are a matter of rotation; expected rtp or rtp-inplace")
     if layout.axis == "rtp" and not options.rtp_fuse_mlp:
         network = unfused(network)
     step = Step(strategy, network, training, groups, options)

@@ -13,8 +13,9 @@ class Options:
     block alone, "model" the whole model as one unit. `fsdp_prefetch`: gather the next unit while this one computes.
     `rtp_fuse_mlp`: rotate an MLP as one unit instead of two. `rtp_hide_gradient_hop`: add the travelling gradient
     after the next sub-step instead of waiting for it first. `rtp_prefetch`: start a unit's first hop during the
-    previous unit. `rtp_chunk_bytes`: the bounce buffer of the in-place form. `rtp_ring`: "flat" or "two-level".
-    `dp_sync`: what the data-parallel axis beside rotation or tensor parallelism does, "ddp" or "zero1".
+    previous unit. `rtp_chunk_bytes`: the bounce buffer of the in-place form. `rtp_ring`: "flat", "two-level", or
+    "auto", which is two-level where a ring covers several whole nodes.
+    `dp_sync`: what the data-parallel axis beside rotation or tensor parallelism does: "ddp", "zero1" or "zero2".
     `eval_passes`: forward-only passes instead of a training step (rotation alternates direction)."""
 
     ddp_bucket_bytes: int = 25 * MIB
@@ -25,6 +26,6 @@ class Options:
     rtp_hide_gradient_hop: bool = False
     rtp_prefetch: bool = False
     rtp_chunk_bytes: int = 4 * MIB
-    rtp_ring: str = "flat"
+    rtp_ring: str = "auto"
     dp_sync: str = "ddp"
     eval_passes: int = 0
