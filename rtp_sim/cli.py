@@ -79,6 +79,7 @@ def _workload(p: argparse.ArgumentParser) -> None:
 
 
 def _machine(p: argparse.ArgumentParser) -> None:
+    p.set_defaults(default_cluster=DEFAULT_CLUSTER)
     p.add_argument("--quiet", action="store_true", help="no progress on stderr")
     group = p.add_argument_group("machine")
     group.add_argument("--cluster", metavar="NAME|FILE", help=f"cluster profile ({DEFAULT_CLUSTER})")

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, replace
 from os import cpu_count
 from pathlib import Path
 
-from rtp_sim.cli import DEFAULT_CLUSTER
 from rtp_sim.engine.memory import MemoryProfile
 from rtp_sim.errors import InputError
 from rtp_sim.experiment import Request, Result, prepare, run, usable_memory_bytes
@@ -40,7 +39,7 @@ def compare(a: Namespace) -> int:
     strategies = [s.strip() for s in a.strategies.split(",") if s.strip()]
     _known_strategies(strategies)
     _check_outputs(a)
-    a.cluster = a.cluster or DEFAULT_CLUSTER
+    a.cluster = a.cluster or a.default_cluster
     cluster = load_cluster(a.cluster, a.nodes or 1, a.gpus)
     batch = a.global_batch or a.micro_batch * cluster.world_size
     requests = [replace(_request(a, s), global_batch=batch) for s in strategies]
@@ -69,7 +68,7 @@ def simulate(a: Namespace) -> int:
     _known_strategies([a.strategy])
     _check_degrees(a)
     _check_outputs(a)
-    a.cluster = a.cluster or DEFAULT_CLUSTER
+    a.cluster = a.cluster or a.default_cluster
     _progress(a, f"building {a.strategy}")
     prepared = prepare(_request(a, a.strategy))
     _progress(a, f"simulating {prepared.schedule.name} on {prepared.schedule.world_size} GPUs")
@@ -98,7 +97,7 @@ def schedule(a: Namespace) -> int:
     if a.cluster is None and a.gpus is None and a.nodes is None and (a.rtp or a.tp or a.dp):
         # A schedule needs ranks, not a machine: the degrees alone say how many.
         a.cluster = f"generic:a100-sxm-80gb,gpus={(a.rtp or a.tp or 1) * (a.dp or 1)},nics=1,nic=200Gb/s"
-    a.cluster = a.cluster or DEFAULT_CLUSTER
+    a.cluster = a.cluster or a.default_cluster
     built = prepare(_request(a, a.strategy)).schedule
     if not 0 <= a.rank < built.world_size:
         raise InputError(f"--rank {a.rank}: expected a rank from 0 to {built.world_size - 1}")
@@ -246,7 +245,7 @@ def _progress(a: Namespace, message: str) -> None:
 
 def _inputs(a: Namespace, global_batch: int) -> dict[str, object]:
     """What was asked for, as the JSON output repeats it."""
-    skip = {"run", "format", "report", "plot", "quiet", "jobs", "trace"}
+    skip = {"run", "format", "report", "plot", "quiet", "jobs", "trace", "default_cluster"}
     return {k: v for k, v in vars(a).items() if k not in skip} | {"global_batch": global_batch}
 
 

@@ -307,6 +307,16 @@ BAD = {
     "generic without a number": (f"{SIMULATE} --cluster generic:h100-sxm,gpus=x", ["gpus=x", "whole number"]),
     "generic with an unknown device": (f"{SIMULATE} --cluster generic:h100,gpus=4", ["'h100'", "h100-sxm"]),
     "missing model file": ("simulate --quiet --model nowhere.json --strategy rtp", ["nowhere.json"]),
+    "degree of another axis": ("simulate --quiet --model gpt2 --gpus 4 --strategy fsdp --rtp 4", ["fsdp", "--rtp 4"]),
+    "tp beside rotation": (f"{SIMULATE} --tp 2", ["rtp has no --tp axis"]),
+    "evaluation without rotation": (
+        "simulate --quiet --model gpt2 --gpus 4 --strategy ddp --eval-passes 2",
+        ["ddp", "evaluation", "rtp"],
+    ),
+    "nothing to split": (
+        "simulate --quiet --model examples/models/mnist-cnn.json --gpus 4 --strategy tp",
+        ["nothing to split", "attention"],
+    ),
     "missing profile": ("hardware show nowhere.toml", ["nowhere.toml"]),
 }
 
@@ -359,9 +369,40 @@ def test_a_bad_profile(run, tmp_path: Path, case: str):
     assert_bad_input(run("hardware show", str(path)), expected)
 
 
-@pytest.mark.parametrize("flag", ["--trace", "--report"])
+@pytest.mark.parametrize("flag", ["--trace", "--report", "--plot"])
 def test_a_missing_directory_for_an_output_file(run, tmp_path: Path, flag: str):
-    answer = run(SIMULATE, flag, str(tmp_path / "nowhere" / "step.json"))
+    """Told before any work is done, not after it."""
+    assert_bad_input(run(SIMULATE, flag, str(tmp_path / "nowhere" / "step.png")), [flag, "nowhere"])
+    assert_bad_input(run(SIMULATE, flag, str(tmp_path)), [flag, "is a directory"])
+
+
+def test_compare_shows_what_works_and_says_what_does_not(run):
+    answer = run("compare --quiet --model gpt2 --gpus 8 --strategies ddp,rtp --rtp 3 --format json")
     assert answer.code == 2
-    (message,) = [line for line in answer.err.splitlines() if line]
-    assert "nowhere" in message
+    assert [row["strategy"] for row in json.loads(answer.out)["rows"]] == ["ddp"]
+    assert "8 / 3 = 2.66667" in answer.err
+
+
+def test_a_short_model_gets_a_short_sequence(run):
+    """gpt2-tiny has 64 positions: without --seq-len it is not asked for 1024."""
+    answer = run("simulate --quiet --model gpt2-tiny --gpus 2 --strategy ddp --format json")
+    assert answer.code == 0
+    assert json.loads(answer.out)["row"]["tokens_per_s"] * json.loads(answer.out)["row"]["step_time_s"] == pytest.approx(
+        2 * 64
+    )
+
+
+def test_a_rate_taken_from_another_dtype_is_said(run):
+    answer = run("simulate --quiet --model gpt2 --cluster dgx-1-v100 --strategy ddp --precision bf16")
+    assert "v100-sxm2-32gb states no rate for bf16: that of fp32 is used" in answer.out
+
+
+def test_a_schedule_needs_no_machine(run):
+    """As many ranks as the degrees say, whatever a node of the default cluster has."""
+    assert "rank 0 of 12" in run("schedule --model gpt2 --strategy rtp --rtp 12 --limit 1").out
+
+
+def test_more_ranks_than_heads_is_fine_in_a_ring(run):
+    answer = run("simulate --quiet --model gpt2 --cluster dgx-a100-80g --nodes 2 --strategy rtp")
+    assert answer.code == 0
+    assert "12 heads over rtp=16 are uneven: 1 on some ranks, 0 on others" in answer.out

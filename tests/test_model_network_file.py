@@ -132,7 +132,11 @@ def test_wrong_layers(tmp_path: Path, layers: list[Any], parts: list[str]) -> No
     [
         ({"channels": 1, "height": 28}, "key 'input.image.width' is missing; expected the width"),
         ({"features": -1}, "key 'input.features.features' is -1; expected the numbers per sample"),
-        (7, 'key \'input\' is 7; expected {"channels": 1, "height": 28, "width": 28}, {"features": 784} or {"tokens": 128}'),
+        (
+            7,
+            'key \'input\' is 7; expected {"channels": 1, "height": 28, "width": 28}, {"features": 784} or '
+            '{"tokens": 128}',
+        ),
         ({}, "key 'input.image.channels' is missing"),
     ],
 )
