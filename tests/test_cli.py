@@ -387,9 +387,8 @@ def test_a_short_model_gets_a_short_sequence(run):
     """gpt2-tiny has 64 positions: without --seq-len it is not asked for 1024."""
     answer = run("simulate --quiet --model gpt2-tiny --gpus 2 --strategy ddp --format json")
     assert answer.code == 0
-    assert json.loads(answer.out)["row"]["tokens_per_s"] * json.loads(answer.out)["row"]["step_time_s"] == pytest.approx(
-        2 * 64
-    )
+    row = json.loads(answer.out)["row"]
+    assert row["tokens_per_s"] * row["step_time_s"] == pytest.approx(2 * 64)
 
 
 def test_a_rate_taken_from_another_dtype_is_said(run):
