@@ -6,7 +6,7 @@ DEMO := .venv
 TEST := .venv-test
 PIP := -m pip install -qq --disable-pip-version-check --no-warn-script-location
 
-.PHONY: help demo test lint types pytest benchmarks clean
+.PHONY: help demo test lint types browser pytest benchmarks clean
 
 help:
 	@echo "make demo        compare seven strategies, simulate a 16-GPU step, write a report and a trace to demo-out/"
@@ -31,7 +31,7 @@ demo: $(DEMO)/installed
 	@echo "  demo-out/llama2-7b.json   the same step as a trace: open it at https://ui.perfetto.dev"
 	@echo "Go on with: $(DEMO)/bin/rtp-sim --help"
 
-test: lint types pytest
+test: lint types browser pytest
 
 lint: $(TEST)/installed
 	@$(TEST)/bin/ruff check .
@@ -41,6 +41,14 @@ types: $(TEST)/installed
 
 pytest: $(TEST)/installed
 	@$(TEST)/bin/pytest
+
+# The report is tested in a real browser; where there is none, Debian's package is installed if that is allowed.
+browser:
+	@for name in chromium chromium-browser google-chrome; do command -v $$name >/dev/null && exit 0; done; \
+	    as_root=$$([ "$$(id -u)" = 0 ] || echo "sudo -n"); \
+	    command -v apt-get >/dev/null && echo "installing chromium for the tests of the report (once)" && \
+	    $$as_root apt-get update -qq && $$as_root apt-get install -y -qq --no-install-recommends chromium >/dev/null || \
+	    echo "no Chromium or Chrome: the tests of the report will fail until one is installed" >&2
 
 benchmarks: $(DEMO)/installed
 	@$(DEMO)/bin/python benchmarks/compare_time.py
