@@ -11,6 +11,7 @@ from rtp_sim.schedule.ir import (
     Collective,
     Compute,
     Group,
+    Holding,
     Hop,
     Op,
     Part,
@@ -19,6 +20,7 @@ from rtp_sim.schedule.ir import (
     Schedule,
     Send,
     Shift,
+    Site,
 )
 
 NAMES = st.sampled_from(
@@ -62,13 +64,23 @@ def dims() -> st.SearchStrategy[tuple[tuple[str, int], ...]]:
     return st.lists(st.tuples(NAMES, SIZES), max_size=3).map(tuple)
 
 
+def sites() -> st.SearchStrategy[Site | None]:
+    """Which kernel of a model, whole or split."""
+    return st.none() | st.builds(Site, NAMES, SIZES, NAMES)
+
+
+def holdings() -> st.SearchStrategy[tuple[Holding, ...]]:
+    """What lies in a flat buffer."""
+    return st.lists(st.builds(Holding, NAMES, NAMES), max_size=2).map(tuple)
+
+
 def actions() -> st.SearchStrategy[Action]:
     """Any action."""
     hops = st.builds(Hop, st.integers(1, 2).flatmap(offsets), sizes(), parts())
     transfer = (NAMES, st.integers(1, 2).flatmap(offsets), SIZES, NAMES)
     return st.one_of(
         st.builds(
-            Compute, NAMES, NAMES, dims(), parts(), st.none() | st.lists(dims(), max_size=3).map(tuple)
+            Compute, NAMES, NAMES, dims(), parts(), st.none() | st.lists(dims(), max_size=3).map(tuple), sites()
         ),
         st.builds(Shift, NAMES, st.lists(hops, max_size=3).map(tuple), st.none() | SIZES),
         st.builds(Collective, st.sampled_from(COLLECTIVES), NAMES, SIZES, NAMES, st.integers(0, 9)),
@@ -103,7 +115,8 @@ def _program(draw: st.DrawFn) -> Program:
     buffers = {}
     for name in draw(st.lists(NAMES, max_size=3, unique=True)):
         flags = draw(st.booleans()), draw(st.booleans())
-        buffers[name] = Buffer(name, draw(NAMES), draw(NAMES), draw(sizes()), draw(parts()), *flags)
+        flat = draw(holdings()), draw(NAMES)
+        buffers[name] = Buffer(name, draw(NAMES), draw(NAMES), draw(sizes()), draw(parts()), *flags, *flat)
     operands = st.lists(NAMES, max_size=3).map(tuple)
     ops = []
     for i in range(draw(st.integers(0, 5))):

@@ -7,9 +7,10 @@ of a program shows exactly the synchronisation that it needs. A vector clock per
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
-from rtp_sim.schedule.ir import DTYPE_BYTES, Action, Buffer, Op, Part, Program, Size
+from rtp_sim.schedule.ir import DTYPE_BYTES, Action, Buffer, Holding, Op, Part, Program, Size
 
 
 class Builder:
@@ -30,11 +31,13 @@ class Builder:
     def buffer(
         self, name: str, category: str, dtype: str, numel: Size, *,
         part: Part | None = None, persistent: bool = False, live_in: bool = False, live_out: bool = False,
+        holds: Sequence[Holding] = (), slice_of: str = "",
     ) -> str:  # fmt: skip
         """Declares a buffer and returns its name; `persistent` is live_in and live_out. Declaring again is free."""
         if name not in self._buffers:
             live_in, live_out = live_in or persistent, live_out or persistent
-            self._buffers[name] = Buffer(name, category, dtype, numel, part, live_in, live_out)
+            flat = tuple(holds), slice_of
+            self._buffers[name] = Buffer(name, category, dtype, numel, part, live_in, live_out, *flat)
             if live_in:
                 self._filled.add(name)
         return name

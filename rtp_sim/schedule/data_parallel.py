@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rtp_sim.model.layers import Layer
-from rtp_sim.schedule.ir import Compute, Part, Size
+from rtp_sim.schedule.ir import Compute, Holding, Part, Size
 from rtp_sim.schedule.step import OptimizerShare, Step
 
 
@@ -22,6 +22,12 @@ class Ready:
     name: str
     numel: Size
     part: Part | None
+    split: str
+
+    @property
+    def holding(self) -> Holding:
+        """Whose gradient it is, as buffers say it."""
+        return Holding(self.name, self.split)
 
     @property
     def most(self) -> int:
@@ -44,11 +50,11 @@ class DataParallel:
         """Whether gradients are reduced in each micro-batch instead of only in the last."""
         return self.mode == "zero2" and self.n > 1
 
-    def ready(self, layer: Layer, numel: Size | None = None, part: Part | None = None) -> None:
+    def ready(self, layer: Layer, numel: Size | None = None, part: Part | None = None, split: str = "") -> None:
         """The gradient of a layer's own weights is finished for this micro-batch."""
         if layer.owned_numel == 0:
             return
-        item = Ready(layer.name, layer.op.numel() if numel is None else numel, part)
+        item = Ready(layer.name, layer.op.numel() if numel is None else numel, part, split)
         self._all[layer.name] = item
         self._bucket.append(item)
         options = self.step.options
@@ -80,7 +86,7 @@ class DataParallel:
             self._copy_out()
             step.optimizer(
                 [
-                    OptimizerShare(i.name, i.numel, (f"g.{i.name}",), (f"w.{i.name}",), i.part)
+                    OptimizerShare(i.name, i.numel, (f"g.{i.name}",), (f"w.{i.name}",), (i.holding,), part=i.part)
                     for i in self._all.values()
                 ]
             )
@@ -89,7 +95,8 @@ class DataParallel:
         for k, bucket in enumerate(self._buckets):
             weights = tuple(f"w.{i.name}" for i in bucket)
             grads = tuple(f"g.{i.name}" for i in bucket) if self.mode == "zero1" else (f"g.shard{k}",)
-            shares.append(OptimizerShare(f"bucket{k}", self._shard(bucket), grads, weights))
+            holds = tuple(i.holding for i in bucket)
+            shares.append(OptimizerShare(f"bucket{k}", self._shard(bucket), grads, weights, holds, self.group))
         step.optimizer(shares)
         for k, bucket in enumerate(self._buckets):
             weights = tuple(f"w.{i.name}" for i in bucket)
@@ -106,7 +113,7 @@ class DataParallel:
         source = grads = tuple(f"g.{i.name}" for i in bucket)
         name = f"m{step.micro}.reduce.{k}"
         if self.copy:
-            source = (self._copy_in(k, total, source, f"{name}.copy_in"),)
+            source = (self._copy_in(k, bucket, total, f"{name}.copy_in"),)
         if self.mode == "ddp":
             step.collective("all_reduce", self.group, self.group, name, total, source, source, dtype)
             return
@@ -116,20 +123,22 @@ class DataParallel:
             reads = tuple(dict.fromkeys((*source, *grads)))
             step.collective("reduce_scatter", self.group, self.group, name, padded, reads, grads, dtype)
             return
-        shard = step.b.buffer(f"g.shard{k}", "gradients", dtype, self._shard(bucket))
+        holds, numel = tuple(i.holding for i in bucket), self._shard(bucket)
+        shard = step.b.buffer(f"g.shard{k}", "gradients", dtype, numel, holds=holds, slice_of=self.group)
         if step.b.fresh(shard):
             step.collective("reduce_scatter", self.group, self.group, name, padded, source, (shard,), dtype)
             return
-        arrived = step.b.buffer(f"g.arrived{k}", "communication", dtype, self._shard(bucket))
+        arrived = step.b.buffer(f"g.arrived{k}", "communication", dtype, numel, holds=holds, slice_of=self.group)
         step.collective("reduce_scatter", self.group, self.group, name, padded, source, (arrived,), dtype)
-        add = Compute("add", dtype, (("numel", self._shard(bucket)),))
+        add = Compute("add", dtype, (("numel", numel),))
         step.b.op(f"{name}.add", "compute", add, (shard, arrived), (shard,))
 
-    def _copy_in(self, k: int, numel: int, grads: tuple[str, ...], name: str) -> str:
+    def _copy_in(self, k: int, items: list[Ready], numel: int, name: str) -> str:
         """torch DDP keeps its buckets for the whole run beside the gradients (gradient_as_bucket_view=False)."""
         step, dtype = self.step, self.step.policy.gradient_dtype
-        keep = self.mode == "ddp"
-        bucket = step.b.buffer(f"bucket{k}", "communication", dtype, numel, persistent=keep)
+        keep, grads = self.mode == "ddp", tuple(f"g.{i.name}" for i in items)
+        holds = tuple(i.holding for i in items)
+        bucket = step.b.buffer(f"bucket{k}", "communication", dtype, numel, persistent=keep, holds=holds)
         if not keep:
             step.b.drop(bucket)
         # A kept bucket is updated, not made anew: its memory is held through the whole step.
@@ -152,4 +161,5 @@ def keep_gradients(step: Step) -> None:
     for layer in step.network.layers():
         if layer.owned_numel:
             numel, dtype = layer.op.numel(), step.policy.gradient_dtype
-            step.b.buffer(f"g.{layer.name}", "gradients", dtype, numel, persistent=True)
+            holds = (Holding(layer.name),)
+            step.b.buffer(f"g.{layer.name}", "gradients", dtype, numel, persistent=True, holds=holds)

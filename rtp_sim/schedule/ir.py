@@ -41,12 +41,23 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
+class Holding:
+    """Parameters of `layer` that lie in a buffer: all of them, or the shard along `split` (a word of layers.py)."""
+
+    layer: str
+    split: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Buffer:
     """Storage of a rank. `numel` elements of `dtype`; a tuple of sizes is indexed by the shard `part` names.
 
     Without `live_in` it holds nothing at the start of the step, without `live_out` nothing is kept at its end. In
     between, its memory is held from each fresh write (one by an op that does not also read it) to the last op that
     reads or updates what was written.
+
+    What an interpreter needs of flat buffers: `holds` lists whose parameters (or their gradients, or states) lie in it
+    one after another; with `slice_of`, a group, only this rank's equal share of that sequence, padded at its end.
     """
 
     name: str
@@ -56,6 +67,8 @@ class Buffer:
     part: Part | None = None
     live_in: bool = False
     live_out: bool = False
+    holds: tuple[Holding, ...] = ()
+    slice_of: str = ""
 
     def size_bytes(self, shard: int = 0) -> int:
         """Bytes of the buffer when the shard it is sized by has index `shard`."""
@@ -64,10 +77,19 @@ class Buffer:
 
 
 @dataclass(frozen=True, slots=True)
+class Site:
+    """Which kernel of a model an op launches: it belongs to call number `call` of `layer`, split along `split`."""
+
+    layer: str
+    call: int
+    split: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Compute:
     """One kernel launch. `variants`, one entry per shard index, replaces `dims` where the shards are uneven.
 
-    The op's `reads` and `writes` are the kernel's operands in the order that `model/kernels.py` states.
+    `site` says which kernel of the model it is; from it follow the roles of the op's `reads` and `writes`.
     """
 
     kernel: str
@@ -75,6 +97,7 @@ class Compute:
     dims: Dims
     part: Part | None = None
     variants: tuple[Dims, ...] | None = None
+    site: Site | None = None
 
     def dims_at(self, shard: int) -> Dims:
         """The kernel's sizes when the shard it works on has index `shard`."""

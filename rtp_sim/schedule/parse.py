@@ -20,6 +20,7 @@ from rtp_sim.schedule.ir import (
     Compute,
     Dims,
     Group,
+    Holding,
     Hop,
     Op,
     Part,
@@ -28,6 +29,7 @@ from rtp_sim.schedule.ir import (
     Schedule,
     Send,
     Shift,
+    Site,
     Size,
 )
 
@@ -38,6 +40,7 @@ _KINDS = ("shift", "send", "recv", *COLLECTIVES)
 KEYWORDS = frozenset({
     *_KINDS, "schedule", "world", "meta", "group", "dims", "instance", "program", "ranks", "buffer", "part",
     "live-in", "live-out", "variants", "hop", "chunk", "root", "tag", "after", "blocks-host",
+    "holds", "slice", "of", "at", "split",
 })  # fmt: skip
 """Words that name things only in double quotes."""
 
@@ -289,7 +292,13 @@ class _Draft:
         category = line.name("a category such as weights")
         dtype = line.name("a data type such as fp16")
         numel, part = line.size("a number of elements"), line.part()
-        buffers[name] = Buffer(name, category, dtype, numel, part, line.accept("live-in"), line.accept("live-out"))
+        live_in, live_out = line.accept("live-in"), line.accept("live-out")
+        holds = _read_holds(line) if line.accept("holds") else ()
+        slice_of = ""
+        if line.accept("slice"):
+            line.expect("of")
+            slice_of = line.name("a group")
+        buffers[name] = Buffer(name, category, dtype, numel, part, live_in, live_out, holds, slice_of)
 
 
 def _fresh(line: _Line, what: str, known: Iterable[str]) -> str:
@@ -336,7 +345,8 @@ def _read_action(line: _Line) -> Action:
         if not line.sees("["):
             raise line.error(f"'[' behind the kernel {kernel!r} (or instead of it one of {', '.join(_KINDS)})")
         dims, dtype, part = line.dims(), line.name("a data type such as fp16"), line.part()
-        return Compute(kernel, dtype, dims, part, _read_variants(line) if line.accept("variants") else None)
+        site = _read_site(line) if line.accept("at") else None
+        return Compute(kernel, dtype, dims, part, _read_variants(line) if line.accept("variants") else None, site)
     line.advance()
     group = line.name("a group")
     if kind == "shift":
@@ -350,6 +360,19 @@ def _read_action(line: _Line) -> Action:
     offset, size_bytes = line.offset(), line.whole("bytes")
     line.expect("tag")
     return (Send if kind == "send" else Recv)(group, offset, size_bytes, line.name("a tag"))
+
+
+def _read_site(line: _Line) -> Site:
+    layer, call = line.name("a layer"), line.whole("the number of its call")
+    return Site(layer, call, line.name("how it is split") if line.accept("split") else "")
+
+
+def _read_holds(line: _Line) -> tuple[Holding, ...]:
+    holds: list[Holding] = []
+    while not holds or line.accept(","):
+        layer = line.name("a layer")
+        holds.append(Holding(layer, line.name("how it is split") if line.accept("split") else ""))
+    return tuple(holds)
 
 
 def _read_variants(line: _Line) -> tuple[Dims, ...]:

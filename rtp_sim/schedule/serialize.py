@@ -24,6 +24,7 @@ from rtp_sim.schedule.ir import (
     Compute,
     Dims,
     Group,
+    Holding,
     Hop,
     Op,
     Part,
@@ -32,6 +33,7 @@ from rtp_sim.schedule.ir import (
     Schedule,
     Send,
     Shift,
+    Site,
     Size,
 )
 from rtp_sim.schedule.text import Meta, meta_text
@@ -116,7 +118,9 @@ def _buffer_dict(buffer: Buffer) -> Record:
         "dtype": buffer.dtype,
         "numel": _size_json(buffer.numel),
     }
-    return record | _part_dict(buffer.part) | _set(live_in=buffer.live_in, live_out=buffer.live_out)
+    holds = [[h.layer, h.split] if h.split else [h.layer] for h in buffer.holds]
+    flags = _set(live_in=buffer.live_in, live_out=buffer.live_out, holds=holds, slice_of=buffer.slice_of)
+    return record | _part_dict(buffer.part) | flags
 
 
 def _op_dict(op: Op) -> Record:
@@ -127,10 +131,10 @@ def _op_dict(op: Op) -> Record:
 
 def _action_dict(action: Action) -> Record:
     match action:
-        case Compute(kernel, dtype, dims, part, variants):
+        case Compute(kernel, dtype, dims, part, variants, site):
             record: Record = {"kind": "compute", "kernel": kernel, "dtype": dtype, "dims": _dims_json(dims)}
             shards = {} if variants is None else {"variants": [_dims_json(v) for v in variants]}
-            return record | _part_dict(part) | shards
+            return record | _part_dict(part) | _site_dict(site) | shards
         case Shift(group, hops, chunk_bytes):
             steps = [
                 {"offset": list(h.offset), "size_bytes": _size_json(h.size_bytes)} | _part_dict(h.part) for h in hops
@@ -157,6 +161,10 @@ def _set(**fields: Json) -> Record:
 
 def _part_dict(part: Part | None) -> Record:
     return {} if part is None else {"part": {"group": part.group, "offset": list(part.offset)}}
+
+
+def _site_dict(site: Site | None) -> Record:
+    return {} if site is None else {"site": {"layer": site.layer, "call": site.call} | _set(split=site.split)}
 
 
 def _size_json(size: Size) -> Json:
@@ -282,6 +290,8 @@ def _buffer(place: str, value: Json) -> Buffer:
         part=reader.get("part", _part, None),
         live_in=reader.get("live_in", _flag, False),
         live_out=reader.get("live_out", _flag, False),
+        holds=reader.get("holds", _list_of(_holding), ()),
+        slice_of=reader.get("slice_of", _text, ""),
     )
     reader.finish()
     return buffer
@@ -312,6 +322,7 @@ def _read_action(reader: _Reader) -> Action:
             dims=reader.need("dims", _dims),
             part=reader.get("part", _part, None),
             variants=reader.get("variants", _list_of(_dims), None),
+            site=reader.get("site", _site, None),
         )
     if kind == "shift":
         return Shift(
@@ -349,6 +360,20 @@ def _part(place: str, value: Json) -> Part:
     part = Part(reader.need("group", _text), reader.need("offset", _wholes))
     reader.finish()
     return part
+
+
+def _site(place: str, value: Json) -> Site:
+    reader = _Reader(place, value)
+    site = Site(reader.need("layer", _text), reader.need("call", _whole), reader.get("split", _text, ""))
+    reader.finish()
+    return site
+
+
+def _holding(place: str, value: Json) -> Holding:
+    names = _texts(place, value)
+    if not 1 <= len(names) <= 2:
+        raise _wrong(place, value, "a layer, or a layer and how it is split")
+    return Holding(*names)
 
 
 def _dims(place: str, value: Json) -> Dims:

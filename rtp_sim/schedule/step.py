@@ -15,7 +15,7 @@ from rtp_sim.model.layers import Attention, Call, Extent, Layer
 from rtp_sim.model.network import Block, Network
 from rtp_sim.model.training import TrainingSpec
 from rtp_sim.schedule.builder import Builder
-from rtp_sim.schedule.ir import Collective, Compute, Dims, Group, Part, Size
+from rtp_sim.schedule.ir import Collective, Compute, Dims, Group, Holding, Part, Site, Size
 from rtp_sim.schedule.options import Options
 from rtp_sim.schedule.sharding import ShardedLayer, Sharding, lower
 
@@ -45,12 +45,17 @@ ALL = Work()
 
 @dataclass(frozen=True, slots=True)
 class OptimizerShare:
-    """Parameters that a rank updates: their state is kept in `opt.<name>`; `numel` by shard where uneven."""
+    """Parameters that a rank updates: their state is kept in `opt.<name>`; `numel` by shard where uneven.
+
+    `holds` says whose they are; with `slice_of` the rank updates only its slice of them (ir.Buffer).
+    """
 
     name: str
     numel: Size
     grads: tuple[str, ...]
     weights: tuple[str, ...]
+    holds: tuple[Holding, ...]
+    slice_of: str = ""
     part: Part | None = None
 
 
@@ -126,18 +131,19 @@ class Step:
         """Members of a group; 1 if it does not exist."""
         return self.groups[group].size if group in self.groups else 1
 
-    def weight(self, layer: Layer, numel: Size | None = None, part: Part | None = None) -> str:
-        """The persistent weight buffer `w.L`; `numel` defaults to the whole layer's parameters. A layer that shares
-        weights must come after their owner."""
+    def weight(self, layer: Layer, numel: Size | None = None, part: Part | None = None, split: str = "") -> str:
+        """The persistent weight buffer `w.L`; `numel` defaults to the whole layer's parameters, else `split` says
+        which shard of them it is. A layer that shares weights must come after their owner."""
         numel = layer.op.numel() if numel is None else numel
-        return self.b.buffer(
-            f"w.{layer.weight_name}", "weights", self.policy.weight_dtype, numel, part=part, persistent=True
-        )
+        name, holds = layer.weight_name, [Holding(layer.weight_name, split)]
+        dtype = self.policy.weight_dtype
+        return self.b.buffer(f"w.{name}", "weights", dtype, numel, part=part, persistent=True, holds=holds)
 
-    def gradient(self, layer: Layer, numel: Size | None = None, part: Part | None = None) -> str:
+    def gradient(self, layer: Layer, numel: Size | None = None, part: Part | None = None, split: str = "") -> str:
         """The gradient buffer `g.L`: filled in the backward pass, gone after the optimizer step."""
         numel = layer.op.numel() if numel is None else numel
-        return self.b.buffer(f"g.{layer.weight_name}", "gradients", self.policy.gradient_dtype, numel, part=part)
+        name, holds = layer.weight_name, [Holding(layer.weight_name, split)]
+        return self.b.buffer(f"g.{name}", "gradients", self.policy.gradient_dtype, numel, part=part, holds=holds)
 
     def _local(self, layer: Layer, name: str, lowered: ShardedLayer, work: Work, grad: bool = False) -> str:
         """Declares (once) and names the buffer of a local tensor of `layer`, or of its gradient."""
@@ -182,8 +188,8 @@ class Step:
             reads.append(work.weight or self.weight(layer))
         if "y" in call.outputs and work.sub > 0:
             reads.append(writes[0])
-        self._compute(f"{layer.name}.{work.tag or 'F'}{_sub(work)}.{i}.{call.kernel}", lowered, i, call.kernel, work,
-                      tuple(reads), tuple(writes))  # fmt: skip
+        phase = f"{work.tag or 'F'}{_sub(work)}"
+        self._compute(layer, phase, lowered, i, call.kernel, work, tuple(reads), tuple(writes))
 
     def _operand(self, layer: Layer, name: str, lowered: ShardedLayer, work: Work) -> str:
         """The buffer of a call's operand: an input of the layer, its output, or a local tensor."""
@@ -195,13 +201,15 @@ class Step:
         return self._local(layer, name, lowered, work)
 
     def _compute(
-        self, name: str, lowered: ShardedLayer, call: int, kernel: str, work: Work,
+        self, layer: Layer, name: str, lowered: ShardedLayer, call: int, kernel: str, work: Work,
         reads: tuple[str, ...], writes: tuple[str, ...],
     ) -> int:  # fmt: skip
         dims, variants = lowered.dims[call]
         part = work.sharding.part if work.sharding is not None else None
-        action = Compute(kernel, self.policy.compute_dtype, dims, part, variants)
-        return self.b.op(f"m{self.micro}.{name}", "compute", action, reads, writes, after=work.after)
+        site = Site(layer.name, call, work.sharding.kind if work.sharding is not None else "")
+        action = Compute(kernel, self.policy.compute_dtype, dims, part, variants, site)
+        name = f"m{self.micro}.{layer.name}.{name}.{call}.{kernel}"
+        return self.b.op(name, "compute", action, reads, writes, after=work.after)
 
     # ---- backward
 
@@ -253,8 +261,8 @@ class Step:
             writes.append(grad)
             if not self.b.fresh(grad):
                 reads.append(grad)
-        self._compute(f"{layer.name}.B{_sub(work)}.{i}.{rule.kernel}", lowered, i, rule.kernel, work,
-                      tuple(dict.fromkeys(reads)), tuple(writes))  # fmt: skip
+        unique = tuple(dict.fromkeys(reads))
+        self._compute(layer, f"B{_sub(work)}", lowered, i, rule.kernel, work, unique, tuple(writes))
         if on_input_grad is not None:
             for name, buffer in zip(wanted, writes, strict=False):
                 if name.startswith("x"):
@@ -345,12 +353,17 @@ class Step:
 
     def optimizer(self, shares: Sequence[OptimizerShare]) -> None:
         """One fused optimizer step over everything this rank updates."""
-        per_parameter, states = self.training.optimizer_bytes_per_parameter(), []
+        per_parameter = self.training.optimizer_bytes_per_parameter()
+        states: list[str] = []
         for s in shares:
-            if per_parameter:
-                size: Size = tuple(n * per_parameter for n in s.numel) if isinstance(s.numel, tuple) else (
-                    s.numel * per_parameter)  # fmt: skip
-                states.append(self.b.buffer(f"opt.{s.name}", "optimizer", "uint8", size, part=s.part, persistent=True))
+            numel = s.numel
+            size = tuple(n * per_parameter for n in numel) if isinstance(numel, tuple) else numel * per_parameter
+            states.append(
+                self.b.buffer(
+                    f"opt.{s.name}", "optimizer", "uint8", size, part=s.part, persistent=True, holds=s.holds,
+                    slice_of=s.slice_of,
+                )
+            )  # fmt: skip
         dims, variants = _optimizer_dims([s.numel for s in shares], self._optimizer_traffic())
         part = next((s.part for s in shares if isinstance(s.numel, tuple)), None)
         action = Compute("optimizer", self.policy.weight_dtype, dims, part, variants)

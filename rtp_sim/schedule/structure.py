@@ -123,7 +123,8 @@ def _buffer_problems(scope: _Scope, key: str, buffer: Buffer) -> Problems:
         yield f"category {buffer.category!r} is unknown; expected one of {', '.join(CATEGORIES)}"
     yield from _dtype_problems(buffer.dtype)
     yield from _part_problems(scope, buffer.part)
-    yield from _size_problems(scope, "numel", buffer.numel, buffer.part)
+    # The state of an optimizer that keeps none is a buffer of no elements.
+    yield from _size_problems(scope, "numel", buffer.numel, buffer.part, least=int(buffer.category != "optimizer"))
 
 
 def _op_problems(scope: _Scope, place: int, op: Op, same_name: int) -> Problems:
@@ -261,17 +262,17 @@ def _offset_problems(scope: _Scope, group: str, offset: tuple[int, ...]) -> Prob
         yield f"offset {list(offset)} has {len(offset)} entries; group {group!r} has {dimensions}"
 
 
-def _size_problems(scope: _Scope, what: str, size: Size, part: Part | None) -> Problems:
-    """A plain size is positive; of sizes by shard some may be zero (fewer experts than ranks), not all."""
+def _size_problems(scope: _Scope, what: str, size: Size, part: Part | None, least: int = 1) -> Problems:
+    """A plain size is at least `least`; of sizes by shard some may be zero (fewer experts than ranks), not all."""
     if isinstance(size, int):
-        if size < 1:
-            yield f"{what} is {size}; expected at least 1"
+        if size < least:
+            yield f"{what} is {size}; expected at least {least}"
         return
     if part is None:
         yield f"{what} has one number per shard but no part to choose one; expected a part such as rtp[+0]"
     elif (group := scope.group(part.group)) and len(size) != group.size:
         yield f"{what} has {len(size)} numbers; group {group.name!r} has {group.size} shards"
-    if min(size, default=0) < 0 or not any(size):
+    if min(size, default=0) < 0 or (least and not any(size)):
         yield f"{what} is {size}; expected no negative number and at least one that is positive"
 
 

@@ -10,12 +10,13 @@ One line, one thing; `#` starts a comment; indentation is free. The grammar, by 
     program all ranks 0-3
       buffer w.a weights fp16 (10, 10, 10, 9) part rtp[+0] live-in live-out
       buffer y activations fp16 4096
+      buffer g.a gradients fp16 100 holds h0.norm, h0.attn split heads slice of dp
       %0 compute l0.f0 linear[m=8 k=4 n=3] fp16 part rtp[-1] x, w.a -> y
       %1 ring l0.hop0 shift rtp hop [+1] (20, 20, 20, 18) part rtp[+0] w.a -> w.b after %0 blocks-host
 
 * An op is `%index stream name action operands clauses`; operands are `reads -> writes`, left out where there
   are none.
-* Actions: `kernel[dim=size ...] dtype [part P] [variants [dims] [dims] ...]`; `shift group (hop [offset]
+* Actions: `kernel[dim=size ...] dtype [part P] [at layer call [split kind]] [variants [dims] ...]`; `shift group (hop [offset]
   bytes [part P])... [chunk bytes]`; `all_reduce group bytes dtype [root n]` and the other collectives; `send
   group [offset] bytes tag t` and `recv` alike. Clauses: `after %i %j ...`, `blocks-host`.
 * A size is a number of bytes (buffers: of elements) or one per shard in parentheses; a part `group[offsets]`
@@ -43,6 +44,7 @@ from rtp_sim.schedule.ir import (
     Schedule,
     Send,
     Shift,
+    Site,
     Size,
 )
 from rtp_sim.schedule.parse import KEYWORDS, PLAIN_NAME, Meta, from_text
@@ -91,7 +93,11 @@ def buffer_line(buffer: Buffer) -> str:
     """One buffer in text form, without indentation."""
     line = f"buffer {_name(buffer.name)} {_name(buffer.category)} {_name(buffer.dtype)} {_size(buffer.numel)}"
     line += _part(buffer.part) + " live-in" * buffer.live_in + " live-out" * buffer.live_out
-    return line
+    if buffer.holds:
+        line += " holds " + ", ".join(
+            _name(h.layer) + (f" split {_name(h.split)}" if h.split else "") for h in buffer.holds
+        )
+    return line + (f" slice of {_name(buffer.slice_of)}" if buffer.slice_of else "")
 
 
 def compact_ranks(ranks: Sequence[int]) -> str:
@@ -133,9 +139,9 @@ def meta_text(key: str, value: Meta) -> str:
 
 def _action(action: Action) -> str:
     match action:
-        case Compute(kernel, dtype, dims, part, variants):
+        case Compute(kernel, dtype, dims, part, variants, site):
             shards = "" if variants is None else " variants" + "".join(f" {_dims(v)}" for v in variants)
-            return f"{_name(kernel)}{_dims(dims)} {_name(dtype)}{_part(part)}{shards}"
+            return f"{_name(kernel)}{_dims(dims)} {_name(dtype)}{_part(part)}{_site(site)}{shards}"
         case Shift(group, hops, chunk_bytes):
             steps = "".join(f" hop {_offset(h.offset)} {_size(h.size_bytes)}{_part(h.part)}" for h in hops)
             return f"shift {_name(group)}{steps}" + ("" if chunk_bytes is None else f" chunk {chunk_bytes}")
@@ -172,6 +178,12 @@ def _offset(offset: tuple[int, ...]) -> str:
 
 def _part(part: Part | None) -> str:
     return "" if part is None else f" part {_name(part.group)}{_offset(part.offset)}"
+
+
+def _site(site: Site | None) -> str:
+    if site is None:
+        return ""
+    return f" at {_name(site.layer)} {site.call}" + (f" split {_name(site.split)}" if site.split else "")
 
 
 def _dims(dims: Dims) -> str:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rtp_sim.model.layers import Layer
 from rtp_sim.model.network import Block
-from rtp_sim.schedule.ir import Compute
+from rtp_sim.schedule.ir import Compute, Holding
 from rtp_sim.schedule.step import OptimizerShare, Step, Work
 
 GROUP = "dp"
@@ -23,6 +24,7 @@ class Unit:
     name: str
     numel: int
     shard: int
+    holds: tuple[Holding, ...]
 
 
 def fsdp(step: Step) -> None:
@@ -44,8 +46,8 @@ def fsdp(step: Step) -> None:
                 pass
             if order[i] not in order[:i]:
                 _reduce(step, order[i])
-    unique = dict.fromkeys(order)
-    step.optimizer([OptimizerShare(u.name, u.shard, (f"g.{u.name}",), (f"w.{u.name}",)) for u in unique if u.numel])
+    owned = [u for u in dict.fromkeys(order) if u.numel]
+    step.optimizer([OptimizerShare(u.name, u.shard, (f"g.{u.name}",), (f"w.{u.name}",), u.holds, GROUP) for u in owned])
 
 
 def _units(step: Step) -> dict[str, Unit]:
@@ -57,25 +59,34 @@ def _units(step: Step) -> dict[str, Unit]:
             return "model"
         return "root" if any(x.name in shared or x.shares for x in block.layers) else block.name
 
-    numel: dict[str, int] = {}
+    owners: dict[str, list[Layer]] = {}
     for block in step.network.blocks:
-        numel[key(block)] = numel.get(key(block), 0) + sum(x.owned_numel for x in block.layers)
-    n = step.group_size(GROUP)
-    units = {name: Unit(name, count, -(-count // n)) for name, count in numel.items()}
+        owners.setdefault(key(block), []).extend(x for x in block.layers if x.owned_numel)
+    n, units = step.group_size(GROUP), {}
+    for name, layers in owners.items():
+        count = sum(x.owned_numel for x in layers)
+        units[name] = Unit(name, count, -(-count // n), tuple(Holding(x.name) for x in layers))
     for u in units.values():
         if u.numel:
-            step.b.buffer(f"w.{u.name}", "weights", step.policy.weight_dtype, u.shard, persistent=True)
+            _sharded(step, u, f"w.{u.name}", "weights", step.policy.weight_dtype, persistent=True)
     return {block.name: units[key(block)] for block in step.network.blocks}
+
+
+def _sharded(step: Step, unit: Unit, name: str, category: str, dtype: str, persistent: bool = False) -> str:
+    """Declares a buffer for this rank's share of the unit."""
+    share = unit.shard
+    return step.b.buffer(name, category, dtype, share, persistent=persistent, holds=unit.holds, slice_of=GROUP)
 
 
 def _work(step: Step, unit: Unit) -> Work:
     """Where the unit's layers find whole weights and leave whole gradients; the shards themselves in a group of one."""
     if step.group_size(GROUP) == 1 or not unit.numel:
-        step.b.buffer(f"g.{unit.name}", "gradients", step.policy.gradient_dtype, unit.shard)
+        _sharded(step, unit, f"g.{unit.name}", "gradients", step.policy.gradient_dtype)
         return Work(weight=f"w.{unit.name}", grad=f"g.{unit.name}")
     padded = unit.shard * step.group_size(GROUP)
-    weight = step.b.buffer(f"full.{unit.name}", "communication", step.policy.weight_dtype, padded)
-    grad = step.b.buffer(f"gfull.{unit.name}", "communication", step.policy.gradient_dtype, padded)
+    policy, holds = step.policy, unit.holds
+    weight = step.b.buffer(f"full.{unit.name}", "communication", policy.weight_dtype, padded, holds=holds)
+    grad = step.b.buffer(f"gfull.{unit.name}", "communication", policy.gradient_dtype, padded, holds=holds)
     return Work(weight=weight, grad=grad)
 
 
@@ -96,10 +107,10 @@ def _reduce(step: Step, unit: Unit) -> None:
     if not unit.numel or step.group_size(GROUP) == 1:
         return
     dtype, padded = step.policy.gradient_dtype, unit.shard * step.group_size(GROUP)
-    shard = step.b.buffer(f"g.{unit.name}", "gradients", dtype, unit.shard)
+    shard = _sharded(step, unit, f"g.{unit.name}", "gradients", dtype)
     name, source = f"m{step.micro}.reduce.{unit.name}", f"gfull.{unit.name}"
     first = step.b.fresh(shard)
-    target = shard if first else step.b.buffer(f"g.arrived.{unit.name}", "communication", dtype, unit.shard)
+    target = shard if first else _sharded(step, unit, f"g.arrived.{unit.name}", "communication", dtype)
     step.collective("reduce_scatter", GROUP, "fsdp", name, padded, (source,), (target,), dtype)
     step.b.drop(source)
     if not first:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from rtp_sim.model.layers import Layer
 from rtp_sim.schedule.data_parallel import DataParallel
-from rtp_sim.schedule.ir import Compute, Hop, Part, Shift, Size
+from rtp_sim.schedule.ir import Compute, Holding, Hop, Part, Shift, Size
 from rtp_sim.schedule.sharding import Sharding, even, rotation_kind, shard_numel
 from rtp_sim.schedule.step import Step, Work
 
@@ -60,13 +60,13 @@ class Ring:
             return None
         kind = "vocab" if layer.shares else kind
         numel, name, step = even(shard_numel(layer.op, kind, self.n)), layer.weight_name, self.step
-        most = numel if isinstance(numel, int) else max(numel)
-        step.b.buffer(f"w.{name}", "weights", step.policy.weight_dtype, most, persistent=True)
-        step.b.buffer(f"g.{name}", "gradients", step.policy.gradient_dtype, most)
+        most, holds = numel if isinstance(numel, int) else max(numel), [Holding(name, kind)]
+        step.b.buffer(f"w.{name}", "weights", step.policy.weight_dtype, most, persistent=True, holds=holds)
+        step.b.buffer(f"g.{name}", "gradients", step.policy.gradient_dtype, most, holds=holds)
         if self.in_place:
             return Unit(layer, kind, numel, (f"w.{name}",), (f"g.{name}",))
-        step.b.buffer(f"w.{name}.in", "weights", step.policy.weight_dtype, most)
-        step.b.buffer(f"g.{name}.in", "gradients", step.policy.gradient_dtype, most)
+        step.b.buffer(f"w.{name}.in", "weights", step.policy.weight_dtype, most, holds=holds)
+        step.b.buffer(f"g.{name}.in", "gradients", step.policy.gradient_dtype, most, holds=holds)
         return Unit(layer, kind, numel, (f"w.{name}", f"w.{name}.in"), (f"g.{name}", f"g.{name}.in"))
 
     def held(self, unit: Unit) -> str:
@@ -202,7 +202,7 @@ class _GradientRing:
         b, home = self.step.b, self.unit.grad_slots[0]
         if not b.fresh(home):
             like = b.declared(home)
-            self.kept = b.buffer(f"{home}.kept", "gradients", like.dtype, like.numel)
+            self.kept = b.buffer(f"{home}.kept", "gradients", like.dtype, like.numel, holds=like.holds)
             self._kernel("copy", (home,), (self.kept,), "keep")
         for slot in self.unit.grad_slots:
             b.drop(slot)
@@ -221,7 +221,8 @@ class _GradientRing:
         if not self.hide or k == 0:
             return self.current()
         like = self.step.b.declared(self.current())
-        local = self.step.b.buffer(f"g.{self.unit.layer.weight_name}.local", "gradients", like.dtype, like.numel)
+        name = f"g.{self.unit.layer.weight_name}.local"
+        local = self.step.b.buffer(name, "gradients", like.dtype, like.numel, holds=like.holds)
         self.step.b.drop(local)
         return local
 
@@ -291,7 +292,8 @@ def _rotate(step: Step, ring: Ring) -> None:
 def _ready(step: Step, ring: Ring, sync: DataParallel, layer: Layer) -> None:
     unit = ring.unit(layer)
     if unit is not None and layer.owned_numel:
-        sync.ready(layer, unit.numel, ring.part((0,) * len(ring.dims)) if isinstance(unit.numel, tuple) else None)
+        part = ring.part((0,) * len(ring.dims)) if isinstance(unit.numel, tuple) else None
+        sync.ready(layer, unit.numel, part, unit.kind)
 
 
 def _reduce_replicated(step: Step, ring: Ring, sync: DataParallel) -> None:

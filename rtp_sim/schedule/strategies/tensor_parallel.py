@@ -41,7 +41,7 @@ def _run(step: Step, tensor: _Tensor) -> None:
             for layer in reversed(block.layers):
                 tensor.backward(layer)
                 if (last or sync.every_microbatch) and not tensor.partial_gradient(layer):
-                    sync.ready(layer, *tensor.shard(layer))
+                    sync.ready(layer, *tensor.shard(layer), tensor.split(layer))
         if last or sync.every_microbatch:
             tensor.reduce_partial_gradients(sync)
         if not last and sync.every_microbatch:
@@ -98,10 +98,14 @@ class _Tensor:
         return Work(sharding, 0, self._weight(layer), self._grad(layer), tag=tag)
 
     def _weight(self, layer: Layer) -> str:
-        return self.step.weight(layer, *self.shard(layer))
+        return self.step.weight(layer, *self.shard(layer), self.split(layer))
 
     def _grad(self, layer: Layer) -> str:
-        return self.step.gradient(layer, *self.shard(layer))
+        return self.step.gradient(layer, *self.shard(layer), self.split(layer))
+
+    def split(self, layer: Layer) -> str:
+        """Along what this rank's weights are a shard; "" if it has them all."""
+        return self.kind(layer) if self.n > 1 else ""
 
     def _by_rows(self, layer: Layer) -> bool:
         """Whether sequence parallelism leaves this layer its share of the tokens."""
