@@ -21,7 +21,7 @@ CASES = json.loads((Path(__file__).parent / "data" / "simgrid" / "flows.json").r
 TOLERANCE = 1e-7
 """Of a flow's time, beside 1 ns. We round an end up, by less than 1 ns, and a rate down, by less than 1 byte/s each
 time a link fills; with 14 flows of weight 3 on 1e9 bytes/s none is below 2.4e7, so that is less than 4.2e-8 each time.
-What one flow loses others win, so it does not add up: 1.2e-8 is the largest seen in 1,800 more sets."""
+What one flow loses others win, so it hardly adds up: 1.1e-8 is the largest seen in 1,800 more sets."""
 
 
 @dataclass
