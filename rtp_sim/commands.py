@@ -84,7 +84,9 @@ def simulate(a: Namespace) -> int:
     if a.trace:
         from rtp_sim.report.trace import write_chrome_trace
 
-        write_chrome_trace(result.timeline, a.trace, memory=result.memory)
+        ranks = _traced_ranks(result.timeline)
+        memory = {rank: result.memory[result.timeline.representative_of[rank]] for rank in ranks}
+        write_chrome_trace(result.timeline, a.trace, ranks=ranks, memory=memory)
         _progress(a, f"wrote {a.trace}")
     _write_files(a, prepared.request, [outcome], prepared.cluster)
     return 0 if result.metrics.fits else 1
@@ -149,6 +151,19 @@ def models_show(a: Namespace) -> int:
     rows.append(("Parameters", "total", f"{model.parameter_count():,}", "", ""))
     _print_rows_of_numbers(a, rows)
     return 0
+
+
+TRACED_RANKS = 8
+
+
+def _traced_ranks(timeline: Timeline) -> list[int]:
+    """The represented ranks, and partners of the first of them up to eight in all, so that messages have two ends."""
+    ranks = dict.fromkeys(sorted(timeline.ranks))
+    for group in timeline.schedule.groups.values():
+        for rank in group.instances[group.place[min(ranks)][0]] if min(ranks) in group.place else ():
+            if len(ranks) < TRACED_RANKS:
+                ranks[rank] = None
+    return sorted(ranks)
 
 
 def _known_strategies(names: Sequence[str]) -> None:

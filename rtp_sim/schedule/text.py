@@ -16,9 +16,10 @@ One line, one thing; `#` starts a comment; indentation is free. The grammar, by 
 
 * An op is `%index stream name action operands clauses`; operands are `reads -> writes`, left out where there
   are none.
-* Actions: `kernel[dim=size ...] dtype [part P] [at layer call [split kind]] [variants [dims] ...]`; `shift group (hop [offset]
-  bytes [part P])... [chunk bytes]`; `all_reduce group bytes dtype [root n]` and the other collectives; `send
-  group [offset] bytes tag t` and `recv` alike. Clauses: `after %i %j ...`, `blocks-host`.
+* Actions: `kernel[dim=size ...] dtype [part P] [at layer call [split kind]] [variants [dims] [dims] ...]`;
+  `shift group (hop [offset] bytes [part P])... [chunk bytes]`; `all_reduce group bytes dtype [root n]` and the
+  other collectives; `send group [offset] bytes tag t` and `recv` alike. Clauses: `after %i %j ...`,
+  `blocks-host`.
 * A size is a number of bytes (buffers: of elements) or one per shard in parentheses; a part `group[offsets]`
   names the shard by its offset from the rank's own position. Names that are not plain words are JSON strings.
 * Ranks are lists of numbers, ranges `0-7` and strided ranges `0-12:4`.
