@@ -1,12 +1,14 @@
 """The command line: arguments in, a call into `commands`, an exit code out.
 
-Exit codes: 0 answered; 1 worked, and the answer is no (nothing fits into memory); 2 bad input, told in one message.
+Exit codes: 0 answered; 1 worked, and the answer is no (nothing fits into memory, a prediction is out of tolerance);
+2 bad input, told in one message.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import math
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -35,6 +37,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = parser().parse_args(argv)
         # Imported here, so that --help and a mistyped flag answer at once.
+        if arguments.run in ("diff", "validate"):
+            from rtp_sim import commands_validate
+
+            return int(getattr(commands_validate, arguments.run)(arguments))
+        if arguments.run == "calibrate":
+            from rtp_sim import commands_calibrate
+
+            return commands_calibrate.calibrate(arguments)
         from rtp_sim import commands
 
         run = getattr(commands, arguments.run)
@@ -59,6 +69,10 @@ def parser() -> argparse.ArgumentParser:
     _compare(commands.add_parser("compare", help="several strategies for one model on one cluster"))
     _simulate(commands.add_parser("simulate", help="one strategy, with trace and report"))
     _schedule(commands.add_parser("schedule", help="print or save the program of a rank"))
+    _diff(commands.add_parser("diff", help="a predicted against a measured timeline"))
+    _validate(commands.add_parser("validate", help="a measured run against its prediction"))
+    _run(commands.add_parser("run", help="one strategy on real processes of this machine (extra: torch)"))
+    _calibrate(commands.add_parser("calibrate", help="measure this machine and write its cluster profile"))
     _catalogue(commands.add_parser("hardware", help="device and cluster profiles"), "hardware")
     _catalogue(commands.add_parser("models", help="model presets"), "models")
     return top
@@ -147,6 +161,79 @@ def _schedule(p: argparse.ArgumentParser) -> None:
                    help="listing for people; text and json hold the whole schedule")  # fmt: skip
 
 
+def _diff(p: argparse.ArgumentParser) -> None:
+    p.set_defaults(run="diff")
+    p.epilog = "Errors are predicted less measured: positive where the prediction is too slow."
+    p.add_argument("predicted", metavar="PREDICTED.json", help="a timeline, as rtp-sim validate --predicted writes it")
+    p.add_argument(
+        "measured", metavar="MEASURED.json", help="a timeline of the same schedule, as rtp-sim run leaves it"
+    )
+    _difference(p)
+
+
+def _validate(p: argparse.ArgumentParser) -> None:
+    p.set_defaults(run="validate")
+    p.epilog = (
+        "Exit code 1 if the median step time or the peak memory is off by more than the tolerance, or the bytes or "
+        "messages sent are not those of the schedule."
+    )
+    p.add_argument("directory", metavar="RUN", help="what rtp-sim run -o RUN left")
+    p.add_argument("--profile", required=True, metavar="NAME|FILE", help="cluster profile of the machine it ran on")
+    p.add_argument("--nodes", type=_count, metavar="N", help="number of nodes (1)")
+    p.add_argument("--tolerance", type=_fraction, default=0.15, metavar="X", help="largest relative error (0.15)")
+    p.add_argument("--engine", choices=("simpy", "longest-path"), default="simpy")
+    p.add_argument("--predicted", metavar="FILE.json", help="write the predicted timeline")
+    _difference(p)
+
+
+def _difference(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--quiet", action="store_true", help="no progress on stderr")
+    p.add_argument("--format", choices=("table", "json"), default="table")
+    p.add_argument("--worst", type=_count, default=10, metavar="N", help="list the N worst ops (10)")
+    p.add_argument("--report", metavar="FILE.html", help="write a self-contained report")
+
+
+def _run(p: argparse.ArgumentParser) -> None:
+    p.set_defaults(run="run_schedule")
+    p.epilog = "Without --global-batch every replica does one micro-batch. Exit code 1: the run failed, or the check."
+    _workload(p)
+    p.add_argument("--strategy", required=True, metavar="NAME")
+    _options(p)
+    group = p.add_argument_group("processes")
+    group.add_argument("--nproc-per-node", type=_count, metavar="N", help="ranks (default: the product of the degrees)")
+    group.add_argument("--as-nodes", type=_count, default=1, metavar="N", help="lay out as if on N nodes")
+    group.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    group.add_argument("--backend", choices=("auto", "gloo", "nccl"), default="auto")
+    group.add_argument("--threads", type=_count, default=1, metavar="N", help="threads a rank computes with (1)")
+    group.add_argument("--pin", action="store_true", help="keep each rank on one core: less noise where cores are few")
+    group.add_argument("--port", type=_count, metavar="N", help="where the ranks meet (default: a free one)")
+    group.add_argument("--timeout", type=float, default=60.0, metavar="S", help="end a run that stands still (60)")
+    group = p.add_argument_group("steps and output")
+    group.add_argument("--steps", type=_count, default=10, metavar="N", help="measured steps (10)")
+    group.add_argument("--warmup", type=int, default=2, metavar="N", help="steps before them (2)")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="of parameters and data")
+    group.add_argument("--check", action="store_true", help="compare the first step with dense training")
+    group.add_argument("--fp64", action="store_true", help="double precision throughout, to compare results")
+    group.add_argument("--save-tensors", action="store_true", help="keep the ranks' weights after the last step")
+    group.add_argument("-o", "--output", required=True, metavar="DIR", help="run directory")
+    group.add_argument("--prepare", action="store_true", help="only write the run directory, for torchrun")
+    group.add_argument("--format", choices=("table", "json"), default="table")
+    group.add_argument("--quiet", action="store_true", help="no progress on stderr")
+
+
+def _calibrate(p: argparse.ArgumentParser) -> None:
+    p.set_defaults(run="calibrate")
+    p.epilog = "Writes FILE.toml, FILE-device.toml and FILE.calibration.json. Leave the machine alone meanwhile."
+    p.add_argument("-o", "--output", required=True, metavar="FILE.toml", help="the cluster profile to write")
+    p.add_argument("--nproc", type=_count, default=2, metavar="N", help="ranks on this machine (2)")
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    p.add_argument("--threads", type=_count, default=1, metavar="N", help="threads each CPU rank computes with (1)")
+    p.add_argument("--pin", action="store_true", help="keep each rank on one core")
+    p.add_argument("--quick", action="store_true", help="few sizes and repetitions: seconds instead of minutes")
+    p.add_argument("--timeout", type=float, default=120.0, metavar="S", help="how long a rank may stand still (120)")
+    p.add_argument("--quiet", action="store_true", help="no progress on stderr")
+
+
 def _catalogue(p: argparse.ArgumentParser, what: str) -> None:
     actions = p.add_subparsers(title="actions", required=True, metavar="list|show", parser_class=_Parser)
     lister = actions.add_parser("list", help=f"all {what}")
@@ -156,6 +243,16 @@ def _catalogue(p: argparse.ArgumentParser, what: str) -> None:
     shower.add_argument("name")
     for sub in (lister, shower):
         sub.add_argument("--format", choices=("table", "json"), default="table")
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a fraction of 1 such as 0.15")
+    return value
 
 
 def _count(text: str) -> int:

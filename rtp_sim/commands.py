@@ -118,6 +118,24 @@ def schedule(a: Namespace) -> int:
     return 0
 
 
+def run_schedule(a: Namespace) -> int:
+    """`rtp-sim run`: the schedule on real processes. Exit code 1 if the run fails or does not hold its check."""
+    # Imported here: nothing else needs the executor.
+    from rtp_sim.commands_run import execute
+
+    _known_strategies([a.strategy])
+    _check_degrees(a)
+    ranks = a.nproc_per_node or (a.rtp or a.tp or 1) * (a.dp or 1)
+    if ranks % a.as_nodes:
+        raise InputError(
+            f"--as-nodes {a.as_nodes} does not divide {ranks} processes; expected a divisor, for example 1"
+        )
+    # A schedule needs ranks, not a machine: how many there are and how they lie on nodes.
+    a.cluster = f"generic:a100-sxm-80gb,gpus={ranks // a.as_nodes},nics=1,nic=200Gb/s"
+    a.gpus, a.nodes = None, a.as_nodes
+    return execute(a, prepare(_request(a, a.strategy)))
+
+
 def hardware_list(a: Namespace) -> int:
     """`rtp-sim hardware list`."""
     _print_names(a, {"clusters": list_clusters(), "devices": list_devices()})

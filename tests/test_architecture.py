@@ -33,9 +33,31 @@ MAY_IMPORT = {
     "engine": BASE | {"timeline", "engine.costs"},
     "metrics": BASE | {"timeline", "engine"},
     "experiment": BASE | {"model", "hardware", "schedule", "timeline", "cost", "engine", "metrics"},
-    "report": BASE | {"hardware", "schedule", "timeline", "engine", "metrics", "experiment"},
-    "commands": BASE | {"model", "hardware", "schedule", "timeline", "engine", "metrics", "experiment", "report"},
-    "cli": {"", "errors", "model", "commands"},
+    "validation": BASE
+    | {"model", "hardware", "schedule", "timeline", "timeline_file", "cost", "engine", "metrics", "experiment"},
+    "report": BASE | {"hardware", "schedule", "timeline", "engine", "metrics", "experiment", "validation"},
+    "timeline_file": BASE | {"schedule", "timeline"},
+    "commands": BASE
+    | {"model", "hardware", "schedule", "timeline", "engine", "metrics", "experiment", "report", "commands_run"},
+    "commands_run": BASE | {"model", "schedule", "timeline", "experiment", "report", "executor"},
+    "commands_validate": BASE | {"hardware", "timeline", "timeline_file", "validation", "report"},
+    "cli": {"", "errors", "model", "commands", "commands_validate", "commands_calibrate"},
+    "executor": BASE | {"model", "schedule", "timeline", "timeline_file"},
+    "executor.calibrate": BASE | {"model", "executor"},
+    # What turns times into parameters and checks them runs where the simulator is, not on the ranks.
+    "executor.calibrate.fit": BASE | {"model", "hardware", "cost", "executor.calibrate"},
+    "executor.calibrate.residuals": BASE | {"model", "hardware", "cost", "engine", "executor.calibrate"},
+    "executor.calibrate.write": BASE
+    | {"hardware", "executor.calibrate", "executor.calibrate.fit", "executor.calibrate.residuals"},
+    "commands_calibrate": BASE
+    | {
+        "experiment",
+        "hardware",
+        "executor.calibrate",
+        "executor.calibrate.fit",
+        "executor.calibrate.residuals",
+        "executor.calibrate.write",
+    },
     "__main__": {"cli"},
     "": set(),
 }
@@ -43,15 +65,17 @@ MAY_IMPORT = {
 # library -> the modules that may import it.
 CONFINED = {
     "simpy": {"rtp_sim.engine.simulate"},
-    "torch": set(),
+    "torch": {module for module in FILES if module.startswith("rtp_sim.executor.") and module.count(".") == 2}
+    | {f"rtp_sim.executor.calibrate.{name}" for name in ("host", "kernels", "probe", "transfers", "worker")},
     "networkx": {"rtp_sim.hardware.topology", "rtp_sim.hardware.picture"},
     "pydantic": {
         "rtp_sim.hardware.files",
         "rtp_sim.model.huggingface",
         "rtp_sim.model.json_file",
         "rtp_sim.model.network_file",
+        "rtp_sim.validation.runs",
     },
-    "rich": {"rtp_sim.commands", "rtp_sim.report.tables"},
+    "rich": {"rtp_sim.commands", "rtp_sim.commands_run", "rtp_sim.report.tables", "rtp_sim.report.diff_tables"},
     "matplotlib": {"rtp_sim.report.plots"},
 }
 NO_LIBRARIES = ("rtp_sim.schedule.ir", "rtp_sim.schedule.serialize", "rtp_sim.schedule.text")
@@ -121,6 +145,21 @@ import {module}
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["machine", "reference", "dense", "batches", "distributed"])
+def test_schedules_run_where_there_is_nothing_but_torch(name: str):
+    """What executes imports neither the simulator's libraries nor the rooms that need them."""
+    code = f"""
+import sys
+for name in ("simpy", "pydantic", "rich", "matplotlib"):
+    sys.modules[name] = None
+import rtp_sim.executor.{name}
+rooms = ("hardware", "cost", "engine", "report", "experiment")
+print([m for m in sys.modules for room in rooms if m.startswith("rtp_sim." + room)])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
 
 
 def test_the_document_names_every_room():

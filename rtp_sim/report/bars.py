@@ -15,18 +15,21 @@ LEFT = 190
 RIGHT = 120
 HEIGHT = 24
 PITCH = 40
+PAIR_PITCH = HEIGHT + 2
 CHARACTER_WIDTH = 7.2
 NAMES = {"communication": "exposed communication"}
 
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """One bar: its labels, its (role, value) segments, and the text at its end."""
+    """One bar: its labels, its (role, value) segments, and the text at its end. A bar that is `paired` lies close
+    below the one before it and shares its label."""
 
     label: str
     detail: str
     segments: tuple[tuple[str, float], ...]
     end_text: str
+    paired: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,7 @@ def time_bars(rows: Sequence[StepMetrics]) -> str:
         for m in rows
     ]
     unit_s, unit = time_unit(max((m.step_time_s for m in rows), default=0.0))
-    return _chart("Step time by strategy", bars, Scale(unit_s, f"step time ({unit})", NAMES))
+    return chart("Step time by strategy", bars, Scale(unit_s, f"step time ({unit})", NAMES))
 
 
 def _time_segments(m: StepMetrics) -> tuple[tuple[str, float], ...]:
@@ -74,12 +77,14 @@ def memory_bars(rows: Sequence[StepMetrics], device_memory_bytes: int | None) ->
     unit_bytes, unit = size_unit(max([m.peak_memory_bytes for m in rows] + [device_memory_bytes or 0]))
     label = f"peak memory per rank ({unit})"
     limit_text = "" if device_memory_bytes is None else f"device memory {format_bytes(device_memory_bytes)}"
-    return _chart("Peak memory by strategy", bars, Scale(unit_bytes, label, {}, device_memory_bytes, limit_text))
+    return chart("Peak memory by strategy", bars, Scale(unit_bytes, label, {}, device_memory_bytes, limit_text))
 
 
-def _chart(title: str, bars: Sequence[Bar], scale: Scale) -> str:
+def chart(title: str, bars: Sequence[Bar], scale: Scale) -> str:
+    """The chart with its key, as HTML."""
     top = 26 if scale.limit is not None else 8
-    bottom = top + len(bars) * PITCH
+    pitches = [PAIR_PITCH if bar.paired else PITCH for bar in bars]
+    bottom = top + sum(pitches)
     maximum = max([sum(v for _, v in bar.segments) for bar in bars] + [scale.limit or 0.0])
     per_unit = (WIDTH - LEFT - RIGHT) / maximum if maximum > 0 else 0.0
     parts = []
@@ -87,8 +92,10 @@ def _chart(title: str, bars: Sequence[Bar], scale: Scale) -> str:
         x = LEFT + position * per_unit
         parts += [line("grid", x, top, x, bottom), text("tick", x, bottom + 16, label, "middle")]
     parts.append(text("axis", (LEFT + WIDTH - RIGHT) / 2, bottom + 36, scale.axis_label, "middle"))
-    for i, bar in enumerate(bars):
-        parts += _bar(bar, per_unit, top + i * PITCH + (PITCH - HEIGHT) / 2, scale)
+    lower = float(top)
+    for bar, pitch in zip(bars, pitches, strict=True):
+        lower += pitch
+        parts += _bar(bar, per_unit, lower - HEIGHT - (PITCH - HEIGHT) / 2, scale)
     if scale.limit is not None:
         x = LEFT + scale.limit * per_unit
         parts.append(line("limit", x, top - 6, x, bottom))
@@ -102,7 +109,9 @@ def _chart(title: str, bars: Sequence[Bar], scale: Scale) -> str:
 
 def _bar(bar: Bar, per_unit: float, y: float, scale: Scale) -> list[str]:
     middle = y + HEIGHT / 2 + 4
-    parts = [text("label", LEFT - 10, middle - (6 if bar.detail else 0), bar.label, "end")]
+    parts = []
+    if not bar.paired:
+        parts.append(text("label", LEFT - 10, middle - (6 if bar.detail else 0), bar.label, "end"))
     if bar.detail:
         parts.append(text("detail", LEFT - 10, middle + 8, bar.detail, "end"))
     x, total = float(LEFT), sum(value for _, value in bar.segments)

@@ -24,7 +24,7 @@ from rtp_sim.report.format import format_bytes, format_seconds, format_shares
 from rtp_sim.report.palette import css_variables
 from rtp_sim.report.svg import key
 from rtp_sim.report.tables import COLUMNS, best_value, fits_text
-from rtp_sim.report.timeline_data import timeline_data
+from rtp_sim.report.timeline_data import Json, timeline_data
 from rtp_sim.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -33,6 +33,15 @@ if TYPE_CHECKING:
 InputRow = tuple[str, str, str, str, str]
 """Section, name, value with unit, kind of provenance (measured, vendor, assumed ...), source."""
 
+TIME_NOTE = (
+    "On the rank that ends last. Communication that runs beside compute is not shown. The bubble is waiting for "
+    "dependencies, partners or the host."
+)
+MEMORY_NOTE = "On the rank with the highest peak, by what holds the memory at that moment."
+METRICS_NOTE = (
+    "Best value of each column, among what fits, in bold. Bytes and messages count what one rank sends under ring "
+    "algorithms."
+)
 BADGES = frozenset({"measured", "vendor", "assumed"})
 
 
@@ -52,9 +61,13 @@ def write_report(
     `device_memory_bytes` draws the line of what a rank may use. InputError without rows, or if the file
     cannot be written.
     """
-    page = report_html(title, rows, timelines, memory, inputs, provenance, device_memory_bytes)
+    write_page(path, report_html(title, rows, timelines, memory, inputs, provenance, device_memory_bytes))
+
+
+def write_page(path: str | PathLike[str], text: str) -> None:
+    """Write a page's text to a file. InputError if that is not possible."""
     try:
-        Path(path).write_text(page, encoding="utf-8", newline="\n")
+        Path(path).write_text(text, encoding="utf-8", newline="\n")
     except OSError as error:
         raise InputError(f"cannot write the report to {str(path)!r}: {error.strerror}") from error
 
@@ -71,23 +84,33 @@ def report_html(
     """The page as text."""
     if not rows:
         raise InputError("a report needs at least one row of metrics; none was given")
-    strategies = [timeline_data(name, timeline) for name, timeline in timelines.items()]
+    memory_chart, table = memory_bars(rows, device_memory_bytes), _metrics_table(rows, device_memory_bytes)
+    sections = (
+        section("time", "Where the step's time goes", f"{note(TIME_NOTE)}<figure>{time_bars(rows)}</figure>"),
+        section("memory", "Peak memory", f"{note(MEMORY_NOTE)}<figure>{memory_chart}</figure>"),
+        _memory_section(memory, timelines, device_memory_bytes),
+        timeline_section("Timeline of representative ranks", list(timelines)),
+        section("metrics", "All metrics", note(METRICS_NOTE) + scroll("metrics", table)),
+        inputs_section(inputs),
+        _provenance_section(provenance),
+    )
+    drawn = [timeline_data(name, timeline) for name, timeline in timelines.items()]
+    return page(title, headline(rows), "\n".join(sections), drawn)
+
+
+def page(title: str, answer: str, body: str, timelines: Sequence[Json]) -> str:
+    """The page around `body`, which is HTML, below the `answer` in a sentence. `timelines` is what the canvas of a
+    timeline section offers to draw."""
     return Template(_resource("report.html")).substitute(
         title=escape(title),
-        headline=escape(headline(rows)),
+        headline=escape(answer),
         light=css_variables(dark=False),
         dark=css_variables(dark=True),
         css=_resource("report.css"),
         js=_resource("report.js"),
-        time_bars=time_bars(rows),
-        memory_bars=memory_bars(rows, device_memory_bytes),
-        memory_section=_memory_section(memory, timelines, device_memory_bytes),
-        timeline_section=_timeline_section(list(timelines)),
-        metrics_table=_metrics_table(rows, device_memory_bytes),
-        inputs_section=_inputs_section(inputs),
-        provenance_section=_provenance_section(provenance),
+        body=body,
         # "<" cannot appear raw: it could end the script element that holds the data.
-        data=json.dumps(strategies, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c"),
+        data=json.dumps(timelines, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c"),
     )
 
 
@@ -124,7 +147,7 @@ def _memory_section(
         chart = memory_areas(name, profile, end_ns, device_memory_bytes)
         panels.append(f'<figure data-memory-panel="{i}"><h3>{escape(name)}</h3>{chart}{_largest(profile)}</figure>')
     choice = _choice("memory-choice", list(memory))
-    return _section("over-time", "Memory over the step", f'<div class="controls">{choice}</div>{"".join(panels)}')
+    return section("over-time", "Memory over the step", f'<div class="controls">{choice}</div>{"".join(panels)}')
 
 
 def _largest(profile: MemoryProfile, count: int = 8) -> str:
@@ -137,7 +160,8 @@ def _largest(profile: MemoryProfile, count: int = 8) -> str:
     return f'<details class="note"><summary>{summary}</summary><dl>{items}</dl></details>'
 
 
-def _timeline_section(names: Sequence[str]) -> str:
+def timeline_section(title: str, names: Sequence[str], chosen: str = "Strategy") -> str:
+    """The canvas with its controls; `names` are those of the page's timelines, `chosen` says what they are."""
     if not names:
         return ""
     buttons = "".join(
@@ -151,14 +175,14 @@ def _timeline_section(names: Sequence[str]) -> str:
     body = (
         '<p class="note" id="timeline-help">Wheel or + and − zoom, dragging or the arrow keys move, 0 shows '
         "the whole step. Point at a span for its op.</p>"
-        f'<div class="controls">{_choice("timeline-choice", names)}<span>{buttons}</span>'
+        f'<div class="controls">{_choice("timeline-choice", names, chosen)}<span>{buttons}</span>'
         f"{key(['compute', 'communication'], {})}</div>"
         '<div id="timeline"><canvas id="timeline-canvas" role="img" tabindex="0" aria-label="Timeline" '
         'aria-describedby="timeline-help timeline-status"></canvas></div>'
         '<p class="note" id="timeline-status"></p><p class="note" id="timeline-note"></p>'
         '<div id="tip" role="status" hidden></div>'
     )
-    return _section("timeline", "Timeline of representative ranks", body)
+    return section("timeline", title, body)
 
 
 def _metrics_table(rows: Sequence[StepMetrics], device_memory_bytes: int | None) -> str:
@@ -180,17 +204,17 @@ def _metrics_table(rows: Sequence[StepMetrics], device_memory_bytes: int | None)
     return f'<table id="metrics"><thead><tr>{titles}{tail}</tr></thead><tbody>{"".join(body)}</tbody></table>'
 
 
-def _inputs_section(inputs: Sequence[InputRow]) -> str:
+def inputs_section(inputs: Sequence[InputRow]) -> str:
+    """The inputs with where each comes from, one table per section; empty without any."""
     if not inputs:
         return ""
-    note = "Where each number comes from: measured on such hardware, from the vendor, or assumed."
-    parts = [f'<p class="note">{note}</p>']
+    parts = [note("Where each number comes from: measured on such hardware, from the vendor, or assumed.")]
     head = "".join(f'<th scope="col">{name}</th>' for name in ("input", "value", "from", "source"))
-    for section in dict.fromkeys(row[0] for row in inputs):
-        body = "".join(_input_row(row) for row in inputs if row[0] == section)
+    for title in dict.fromkeys(row[0] for row in inputs):
+        body = "".join(_input_row(row) for row in inputs if row[0] == title)
         table = f'<table class="inputs"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-        parts.append(f'<h3>{escape(section)}</h3><div class="scroll">{table}</div>')
-    return _section("inputs", "Inputs", "".join(parts))
+        parts.append(f'<h3>{escape(title)}</h3><div class="scroll">{table}</div>')
+    return section("inputs", "Inputs", "".join(parts))
 
 
 def _input_row(row: InputRow) -> str:
@@ -204,17 +228,28 @@ def _provenance_section(provenance: Mapping[str, str]) -> str:
     if not provenance:
         return ""
     items = "".join(f"<dt>{escape(str(name))}</dt><dd>{escape(str(value))}</dd>" for name, value in provenance.items())
-    return _section("provenance", "How this report came about", f"<dl>{items}</dl>")
+    return section("provenance", "How this report came about", f"<dl>{items}</dl>")
 
 
-def _choice(element_id: str, names: Sequence[str]) -> str:
+def _choice(element_id: str, names: Sequence[str], chosen: str = "Strategy") -> str:
     options = "".join(f'<option value="{i}">{escape(name)}</option>' for i, name in enumerate(names))
-    return f'<label for="{element_id}">Strategy</label><select id="{element_id}">{options}</select>'
+    return f'<label for="{element_id}">{escape(chosen)}</label><select id="{element_id}">{options}</select>'
 
 
-def _section(name: str, title: str, body: str) -> str:
+def section(name: str, title: str, body: str) -> str:
+    """A part of the page with its heading; `body` is HTML."""
     heading = f'<h2 id="{name}-heading">{escape(title)}</h2>'
     return f'<section aria-labelledby="{name}-heading">{heading}{body}</section>'
+
+
+def scroll(name: str, table: str) -> str:
+    """A table in a frame of its own that scrolls, named by the heading of section `name`."""
+    return f'<div class="scroll" tabindex="0" role="region" aria-labelledby="{name}-heading">{table}</div>'
+
+
+def note(text: str) -> str:
+    """A paragraph in small print."""
+    return f'<p class="note">{escape(text)}</p>'
 
 
 def _resource(name: str) -> str:

@@ -1,8 +1,8 @@
 """The colours of every chart: one colour, one meaning, in all of them.
 
 The hues are those of Okabe and Ito's palette for colour-blind readers (jfly.uni-koeln.de/color), chosen so
-that neighbours in a stack differ in lightness too. Each role has a value for light and for dark
-backgrounds.
+that neighbours in a stack differ in lightness too, as predicted (violet) and measured (ink) do. Each role
+has a value for light and for dark backgrounds.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ ROLES: dict[str, tuple[str, str]] = {
     "optimizer": ("#cc79a7", "#d98fb8"),
     "activations": ("#56b4e9", "#7cc8f2"),
     "workspace": ("#7a8390", "#98a2ae"),
+    "predicted": ("#9575cd", "#b39ddb"),
+    "measured": ("#1b1f24", "#e6e9ed"),
 }
 """Role -> (colour on light, colour on dark). "communication" is time spent sending, and its buffers."""
 

@@ -21,7 +21,7 @@ def colour(role: str) -> str:
 
 def ink(role: str) -> str:
     """The CSS class of text that is legible on a role's colour."""
-    return "on-compute" if role == "compute" else "on-light"
+    return "on-compute" if role in ("compute", "measured") else "on-light"
 
 
 def text(css: str, x: float, y: float, content: str, anchor: str = "start") -> str:
@@ -43,6 +43,12 @@ def box(css: str, x: float, y: float, width: float, height: float, role: str, ti
 def area(css: str, path: str, role: str, tip: str) -> str:
     """A filled path with a tooltip."""
     return f'<path class="{css}" d="{path}" fill="{colour(role)}"><title>{escape(tip)}</title></path>'
+
+
+def dot(css: str, x: float, y: float, radius: float, role: str, tip: str) -> str:
+    """A filled circle with a tooltip."""
+    place = f'cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}"'
+    return f'<circle class="{css}" {place} fill="{colour(role)}"><title>{escape(tip)}</title></circle>'
 
 
 def key(roles: Sequence[str], names: Mapping[str, str]) -> str:

@@ -1,0 +1,96 @@
+"""What `rtp-sim run` does: a checked schedule into a run directory, its workers started and watched, the result shown.
+
+Imports no torch: that is for the workers, and a machine that only simulates need not have it.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from rtp_sim.executor.collect import collect
+from rtp_sim.executor.launcher import RunFailed, launch
+from rtp_sim.executor.request import RunRequest
+from rtp_sim.executor.rundir import RunDirectory
+from rtp_sim.experiment import Prepared
+from rtp_sim.report.format import format_bytes, format_count, format_percent, format_seconds
+from rtp_sim.report.tables import print_table, write_json
+from rtp_sim.schedule.checks import check
+
+Result = dict[str, Any]
+
+
+def execute(a: Namespace, prepared: Prepared) -> int:
+    """Runs the prepared schedule on processes of this machine. Exit code 1 if the run fails or --check does not hold;
+    InputError for a set-up that cannot work."""
+    schedule = prepared.schedule
+    request = RunRequest(
+        network=prepared.network, training=prepared.training, steps=a.steps, warmup=a.warmup, seed=a.seed,
+        device=a.device, backend=a.backend, timeout_s=a.timeout, threads=a.threads, check=a.check, pin=a.pin,
+        float_dtype="fp64" if a.fp64 else "", save_tensors=a.save_tensors,
+    )  # fmt: skip
+    check(schedule)
+    run = RunDirectory(Path(a.output))
+    run.prepare(schedule, request)
+    if a.prepare:
+        print(f"torchrun --nproc-per-node {schedule.world_size} -m rtp_sim.executor {a.output}")
+        return 0
+
+    def report(message: str) -> None:
+        if not a.quiet:
+            print(f"rtp-sim: {schedule.name}: {message}", file=sys.stderr)
+
+    failure = None
+    try:
+        launch(run, schedule, request, a.port, report)
+    except RunFailed as error:
+        failure = str(error)
+    result = collect(run, schedule, request, failure)
+    if a.format == "json":
+        write_json(result)
+    else:
+        print_table(_table(result))
+    if failure is not None:
+        print(f"rtp-sim: the run failed: {failure} (logs: {run.path / 'ranks'})", file=sys.stderr)
+        return 1
+    held = result["check"] is None or result["check"]["passed"]
+    if not held:
+        print(f"rtp-sim: --check: the first step differs from dense training: {result['check']}", file=sys.stderr)
+    return 0 if held else 1
+
+
+def _table(result: Result) -> Table:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    for title, text in _rows(result):
+        table.add_row(title, Text(text))
+    return table
+
+
+def _rows(result: Result) -> Iterator[tuple[str, str]]:
+    yield "strategy", f"{result['strategy']} {result['layout']}".rstrip()
+    yield "ranks", f"{result['world_size']} ({result['device']}, {result['backend']})"
+    measured = result["step_times_ns"]
+    yield "steps measured", str(len(measured))
+    if measured:
+        median_s = result["median_step_time_ns"] / 1e9
+        yield "step, median", format_seconds(median_s)
+        yield "step, least to most", f"{format_seconds(min(measured) / 1e9)} to {format_seconds(max(measured) / 1e9)}"
+        if result["step_time_cv"] is not None:
+            yield "spread (std / mean)", format_percent(result["step_time_cv"])
+        yield "tokens/s", format_count(result["tokens"] / median_s)
+    if result["loss"]:
+        yield "loss, first to last", f"{result['loss'][0]:.6f} to {result['loss'][-1]:.6f}"
+        yield "sent per rank", format_bytes(max(result["bytes_sent"]))
+        yield "messages per rank", format_count(max(result["messages"]))
+        yield "peak memory", format_bytes(max(result["peak_memory_bytes"]))
+    if result["check"] is not None:
+        found = result["check"]
+        yield "check", f"{'ok' if found['passed'] else 'FAILED'} (largest error {found['largest_error']:.1e})"

@@ -1,0 +1,37 @@
+"""Random batches of a network's inputs, the same for the same seed."""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+
+from rtp_sim.errors import InputError
+from rtp_sim.model.layers import CrossEntropy, Embedding
+from rtp_sim.model.network import Input, Network
+
+
+def random_batch(
+    network: Network, micro_batch: int, micros: int, replica: int = 0, step: int = 0, seed: int = 0
+) -> list[dict[str, torch.Tensor]]:
+    """Inputs of `micros` micro-batches of `micro_batch` samples: ids within the vocabulary that reads them, numbers
+    from the normal distribution. InputError if no embedding or loss reads an id tensor."""
+    found = []
+    for micro in range(micros):
+        generator = torch.Generator().manual_seed(zlib.crc32(repr((seed, step, replica, micro)).encode()))
+        found.append({i.name: _random(network, i, micro_batch, generator) for i in network.inputs})
+    return found
+
+
+def _random(network: Network, tensor: Input, micro_batch: int, generator: torch.Generator) -> torch.Tensor:
+    numel = tensor.numel_per_sample * micro_batch
+    if tensor.dtype != "int64":
+        return torch.randn(numel, generator=generator, dtype=torch.float64)
+    return torch.randint(0, _vocabulary(network, tensor.name), (numel,), generator=generator)
+
+
+def _vocabulary(network: Network, name: str) -> int:
+    for layer in network.layers():
+        if name in layer.inputs and isinstance(layer.op, Embedding | CrossEntropy):
+            return layer.op.vocab
+    raise InputError(f"network {network.name}: nothing reads the ids {name!r}; expected an embedding or a loss")

@@ -1,0 +1,179 @@
+"""What each rank of a calibration does, in order, and how the ranks' results become one set of measurements."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from rtp_sim.errors import InputError
+from rtp_sim.executor.calibrate import host, kernels, transfers
+from rtp_sim.executor.calibrate.launch import Rank, host_cores, run_ranks
+from rtp_sim.executor.calibrate.probe import Probe, machine_ns, run_probe
+from rtp_sim.executor.calibrate.samples import Facts, HostSample, KernelSample, Measurements
+from rtp_sim.executor.environment import calm_gloo_threads, keep_freed_memory
+from rtp_sim.schedule.ir import Dims
+
+Say = Callable[[str], None]
+PASSES = 4
+"""How often everything is gone through: a burst of other programs' load then touches a part of each size's times, and
+the medians stand, where otherwise it would take all times of one size."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to measure. `device` is cpu or cuda; `threads` are those that each CPU rank computes with."""
+
+    device: str
+    ranks: int
+    threads: int = 1
+    pin: bool = False
+    quick: bool = False
+    timeout_s: float = 120.0
+    probe: Probe | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    kernels: list[KernelSample]
+    transfers: list[transfers.RankTimes]
+    host: HostSample
+    facts: Facts
+    own_core_s: float
+
+
+def measure(plan: Plan, say: Say) -> Measurements:
+    """All measurements on `plan.ranks` processes. InputError if one fails or dies."""
+    own, busy, start = time.process_time(), host.busy_core_s(), time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        rendezvous = Path(folder) / "rendezvous"
+        results: list[_Result] = run_ranks(
+            rank_job, (plan, str(rendezvous)), plan.ranks, plan.timeout_s, say, pin=plan.pin
+        )
+    own_core_s = time.process_time() - own + sum(result.own_core_s for result in results)
+    foreign = None
+    if busy is not None:
+        cores, took_s = len(host_cores()), time.monotonic() - start
+        foreign = round(max(0.0, (host.busy_core_s() or busy) - busy - own_core_s) / (took_s * cores), 3)
+    facts = dict(results[0].facts) | {"quick": plan.quick, "foreign_load": foreign}
+    return Measurements(
+        plan.device, plan.ranks, merged([result.kernels for result in results]),
+        tuple(transfers.combined([result.transfers for result in results], shared_clock=plan.device == "cpu")),
+        _merged_hosts([result.host for result in results]), facts,
+    )  # fmt: skip
+
+
+def check_device(device: str, ranks: int) -> None:
+    """InputError where there is no CUDA device for every rank."""
+    if device != "cuda":
+        return
+    if not torch.cuda.is_available():
+        raise InputError("--device cuda: torch finds no CUDA device here; expected one, or --device cpu")
+    if ranks > torch.cuda.device_count():
+        raise InputError(
+            f"--nproc {ranks}: torch finds {torch.cuda.device_count()} CUDA devices; expected a rank for each at most"
+        )
+
+
+def rank_job(rank: Rank, argument: tuple[Plan, str]) -> _Result:
+    """One rank: kernels while all cores are busy, then the host, then transfers."""
+    plan, rendezvous = argument
+    device = _prepare(plan, rank, rendezvous)
+    say = rank.say if rank.rank == 0 else _nothing
+    reserved = host.reserved_bytes(device)
+    # More ranks than cores would time each other's turns: the simulator shares the cores by itself.
+    passes = 1 if plan.quick else PASSES
+    computes = device.type == "cuda" or rank.rank < rank.cores
+    measured: list[KernelSample] = []
+    issue: list[int] = []
+    if computes:
+        cases = kernels.cuda_cases(plan.quick) if device.type == "cuda" else kernels.cpu_cases(plan.quick)
+        cases = [kernels.tiny_case(), *cases]
+        budget_s = 0.06 if plan.quick else 0.6 / passes
+        measured = list(merged([kernels.measure(cases, device, budget_s, rank.wait, say) for _ in range(passes)]))
+        measured, issue = _in_steps(plan, device, measured)
+    else:
+        for _ in range(passes * (1 + len(kernels.cpu_cases(plan.quick)))):
+            rank.wait()
+    rank.wait()
+    moved: list[transfers.RankTimes] = []
+    if plan.ranks > 1:
+        moved = transfers.joined([transfers.measure(device, plan.quick, say) for _ in range(passes)])
+    alone, beside = host.overlap_times(device, plan.ranks, 8 if plan.quick else 30)
+    sample = HostSample(
+        tuple(issue), host.memory_bytes(device, plan.ranks), reserved, host.compute_units(device), tuple(alone),
+        tuple(beside),
+    )  # fmt: skip
+    facts = host.facts(device, plan.pin)
+    rank.wait()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    # All of the process: torch was imported before this function.
+    return _Result(measured, moved, sample, facts, time.process_time())
+
+
+def _in_steps(plan: Plan, device: torch.device, alone: list[KernelSample]) -> tuple[list[KernelSample], list[int]]:
+    """The kernels as the executor runs them, and what issuing an op costs. On a CPU each kernel measured alone takes as
+    much longer as the machine adds in a step."""
+    if plan.probe is None:
+        return alone, [0]
+    times = run_probe(plan.probe, device, 8 if plan.quick else 30)
+    if device.type == "cuda":
+        return alone, list(times.issue_ns)
+    added = machine_ns(plan.probe, times, device, 20 if plan.quick else 100)
+    return [*(replace(s, times_ns=tuple(t + added for t in s.times_ns)) for s in alone), *times.samples], list(
+        times.issue_ns
+    )
+
+
+def merged(ranks: Sequence[Sequence[KernelSample]]) -> tuple[KernelSample, ...]:
+    """One sample per kernel and size, with the times of all ranks that measured it."""
+    times: dict[tuple[str, str, Dims], list[int]] = {}
+    for sample in (sample for samples in ranks for sample in samples):
+        times.setdefault((sample.kernel, sample.dtype, sample.dims), []).extend(sample.times_ns)
+    return tuple(KernelSample(*key, tuple(all_times)) for key, all_times in times.items())
+
+
+def _merged_hosts(hosts: Sequence[HostSample]) -> HostSample:
+    first = hosts[0]
+    return HostSample(
+        tuple(t for h in hosts for t in h.issue_ns), first.memory_bytes, max(h.reserved_bytes for h in hosts),
+        first.compute_units, tuple(t for h in hosts for t in h.alone_ns), tuple(t for h in hosts for t in h.beside_ns),
+    )  # fmt: skip
+
+
+def _prepare(plan: Plan, rank: Rank, rendezvous: str) -> torch.device:
+    """Threads, memory, device and process group, as the executor's workers have them."""
+    keep_freed_memory()
+    torch.manual_seed(rank.rank)
+    torch.set_num_threads(plan.threads)
+    device = torch.device("cuda", rank.rank) if plan.device == "cuda" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.zeros(1, device=device)
+    if plan.ranks > 1:
+        _on_loopback()
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", init_method=f"file://{rendezvous}", rank=rank.rank,
+            world_size=plan.ranks, timeout=datetime.timedelta(seconds=plan.timeout_s),
+        )  # fmt: skip
+        calm_gloo_threads()
+    return device
+
+
+def _on_loopback() -> None:
+    """gloo otherwise looks for an interface by the host's name, which need not resolve."""
+    if any(name == "lo" for _, name in socket.if_nameindex()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+
+def _nothing(_: str) -> None:
+    return None

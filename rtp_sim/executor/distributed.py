@@ -1,0 +1,153 @@
+"""One rank's program on a machine without streams: the interpreter of a schedule over torch.distributed.
+
+The host goes through the program in order. It computes where it stands; a communication op it hands to the thread of
+the op's stream (lanes.py) and goes on, until an op comes that needs the result. What the IR says of streams holds: an
+op starts after the one before it on its stream and after those in its `after`. In one thing the host is stricter: it
+hands on a communication op only when the data to send is there, because cutting it out is the host's work, and so is
+putting in place what has arrived: only the host touches the machine.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from rtp_sim.executor.clocks import now_ns
+from rtp_sim.executor.communicate import Traffic, collective, exchange
+from rtp_sim.executor.groups import Groups
+from rtp_sim.executor.lanes import Board, Job, Lane
+from rtp_sim.executor.machine import Machine
+from rtp_sim.executor.progress import Progress
+from rtp_sim.schedule.ir import Collective, Compute, Op, Program, Recv, Schedule, Send
+from rtp_sim.timeline import TimesNs
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """One step of one rank on its own clock: start and end of the step, of every op (`ops[0]`, `ops[1]`, by index),
+    and what was sent."""
+
+    start_ns: int
+    end_ns: int
+    ops: TimesNs
+    sent: Traffic
+
+
+class Interpreter(Protocol):
+    """Runs one rank's program, step by step."""
+
+    def run_step(self) -> StepTimes:
+        """One step from start to end."""
+
+
+class HostInterpreter:
+    """The interpreter for CPUs. `progress` is told about every op."""
+
+    def __init__(self, schedule: Schedule, rank: int, machine: Machine, groups: Groups, progress: Progress) -> None:
+        self._machine, self._groups, self._progress = machine, groups, progress
+        self._program = schedule.program(rank)
+        self._tags = transfer_tags(schedule)
+        self._waits = ordered_after(self._program)
+        self._data = touched_after(self._program)
+        streams = dict.fromkeys(op.stream for op in self._program.ops if communicates(op))
+        self._lanes = {stream: Lane(i, stream, progress) for i, stream in enumerate(streams)}
+        self._unfinished: dict[int, Movement] = {}
+
+    def run_step(self) -> StepTimes:
+        """One step. CommunicationError, naming the op, if a partner is gone or late."""
+        ops = self._program.ops
+        done = {op.index: threading.Event() for op in ops if communicates(op)}
+        board = Board(np.zeros((2, len(ops)), dtype=np.int64), done)
+        for lane in self._lanes.values():
+            lane.traffic = Traffic()
+        start_ns = now_ns()
+        for op in ops:
+            self._progress.at(op.index)
+            if communicates(op):
+                self._settle(board, self._data[op.index])
+                moves = movement(op, self._machine, self._groups, self._tags)
+                self._unfinished[op.index] = moves
+                self._lanes[op.stream].put(Job(op, moves.start, self._waits[op.index], board))
+                self._settle(board, (op.index,) if op.blocks_host else ())
+            else:
+                self._settle(board, self._waits[op.index] | self._data[op.index])
+                board.times[0, op.index] = now_ns()
+                self._machine.run(op)
+                board.times[1, op.index] = now_ns()
+        self._settle(board, self._unfinished.keys())
+        sent = sum((lane.traffic for lane in self._lanes.values()), Traffic())
+        return StepTimes(start_ns, now_ns(), board.times, sent)
+
+    def _settle(self, board: Board, needed: Collection[int]) -> None:
+        """Waits for these communication ops; puts into place what they, and others done meanwhile, have brought."""
+        board.wait(needed)
+        for i in [i for i in self._unfinished if i in needed or board.done[i].is_set()]:
+            self._unfinished.pop(i).finish()
+
+
+@dataclass(frozen=True)
+class Movement:
+    """A communication op whose tensors have been taken from the machine: `start` moves them and comes back when they
+    are there, `finish` puts them into place."""
+
+    start: Callable[[], Traffic]
+    finish: Callable[[], None]
+
+
+def movement(op: Op, machine: Machine, groups: Groups, tags: Mapping[str, int]) -> Movement:
+    """Takes the tensors of a communication op from the machine."""
+    group, action = groups.group(op), op.action
+    if isinstance(action, Collective):
+        parcel = machine.parcel(op)
+        return Movement(lambda: collective(parcel, group), lambda: machine.finish(op, parcel))
+    transfers = machine.transfers(op)
+    tag = tags[action.tag] if isinstance(action, Send | Recv) else 0
+    return Movement(lambda: exchange(transfers, group, machine.rank, tag), lambda: machine.finish(op))
+
+
+# ---- what follows from the program alone
+
+
+def communicates(op: Op) -> bool:
+    """Whether the op moves data between ranks."""
+    return not isinstance(op.action, Compute)
+
+
+def transfer_tags(schedule: Schedule) -> dict[str, int]:
+    """A number for each tag of sends and receives, the same on every rank."""
+    actions = (op.action for program in schedule.programs for op in program.ops)
+    tags = dict.fromkeys(a.tag for a in actions if isinstance(a, Send | Recv))
+    return {tag: number for number, tag in enumerate(tags)}
+
+
+def ordered_after(program: Program) -> list[frozenset[int]]:
+    """For each op the communication ops that must be done before it starts: in its `after`, or before it on its
+    stream. What others already wait for may be missing, as in `after`."""
+    last: dict[str, int] = {}
+    found = []
+    for op in program.ops:
+        before = {*op.after, *([last[op.stream]] if op.stream in last else [])}
+        found.append(frozenset(i for i in before if communicates(program.ops[i])))
+        last[op.stream] = op.index
+    return found
+
+
+def touched_after(program: Program) -> list[frozenset[int]]:
+    """For each op the communication ops whose result it uses or overwrites, or that still read what it overwrites."""
+    writer: dict[str, int] = {}
+    readers: dict[str, set[int]] = {}
+    found = []
+    for op in program.ops:
+        before = {writer[b] for b in (*op.reads, *op.writes) if b in writer}
+        for b in op.writes:
+            before |= readers.get(b, set())
+        found.append(frozenset(i for i in before if communicates(program.ops[i])))
+        for b in op.reads:
+            readers.setdefault(b, set()).add(op.index)
+        for b in op.writes:
+            writer[b], readers[b] = op.index, set()
+    return found

@@ -1,0 +1,379 @@
+"""`Machine`: one rank that carries out the ops of its program on torch tensors.
+
+An interpreter walks the program and calls, per op, `run` for a kernel; for communication `transfers` (shifts, sends,
+receives) or `parcel` (collectives) when the op starts, moves the data, and calls `finish` when they are there. How data
+move, and what runs at the same time, is the interpreter's business; what is computed is the machine's.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+
+import torch
+
+from rtp_sim.errors import InputError, ScheduleError
+from rtp_sim.executor import loss
+from rtp_sim.executor.dtypes import torch_dtype
+from rtp_sim.executor.exchange import Parcel, Transfer
+from rtp_sim.executor.kernels import KERNELS
+from rtp_sim.executor.launch import Columns, Launch, Made, Result, Route
+from rtp_sim.executor.optimizer import DEFAULTS, Hyper, State, new_state, update
+from rtp_sim.executor.packing import unpacked
+from rtp_sim.executor.parameters import (
+    Parameters,
+    Share,
+    buffer_content,
+    executed_network,
+    owners,
+    place_of,
+    unfused_parameters,
+    weight_shares,
+)
+from rtp_sim.executor.parcels import STATISTICS, Wire, deliver, laid_out, make_parcel, sources, spread
+from rtp_sim.executor.plan import Plan, plan
+from rtp_sim.executor.shares import OptimizerWork, local_numel, optimizer_work
+from rtp_sim.executor.storage import Storage, last_uses
+from rtp_sim.model.layers import Experts, Extent, Layer, Split
+from rtp_sim.model.network import Network
+from rtp_sim.model.training import TrainingSpec
+from rtp_sim.schedule.ir import DTYPE_BYTES, Collective, Compute, Holding, Op, Recv, Schedule, Send, Shift
+
+Batch = Sequence[Mapping[str, torch.Tensor]]
+"""Per micro-batch (or evaluation pass) the network's input tensors by name."""
+
+
+class Machine:
+    """Rank `rank` of `schedule`, on `device`.
+
+    `parameters` are full tensors (of `network`; its MLPs are unfused here if the schedule's are). `float_dtype`
+    replaces every floating-point dtype, for exactness tests. `dropout` is the probability that dropout layers use,
+    `seed` what their masks derive from. With `keep_gradients` the gradients that the optimizer sees are kept in
+    `gradients`. InputError if network and schedule do not fit.
+    """
+
+    def __init__(
+        self, schedule: Schedule, rank: int, network: Network, training: TrainingSpec, parameters: Parameters,
+        device: torch.device | str = "cpu", float_dtype: torch.dtype | None = None, *, hyper: Hyper = DEFAULTS,
+        dropout: float = 0.0, seed: int = 0, keep_gradients: bool = False,
+    ) -> None:  # fmt: skip
+        self.schedule, self.rank, self.training, self.hyper = schedule, rank, training, hyper
+        self.network = executed_network(schedule, network)
+        if parameters.keys() != owners(self.network).keys():
+            parameters = unfused_parameters(network, parameters)
+        self.device, self.float_dtype = torch.device(device), float_dtype
+        self.dropout, self.seed, self.keep_gradients = dropout, seed, keep_gradients
+        self.program = schedule.program(rank)
+        self.storage = Storage(self.program)
+        self.states: dict[str, State] = {}
+        self.gradients: list[Share] = []
+        self.step = 0
+        self._layers: dict[str, Layer] = {layer.name: layer for layer in self.network.layers()}
+        self._place = place_of(schedule, rank)
+        self._wire = Wire(schedule, rank, self.storage)
+        self._last_uses = last_uses(self.program)
+        self._extent = Extent(training.micro_batch, self.network.seq)
+        self._plans: dict[int, Plan] = {}
+        self._routes: dict[tuple[str, str, int], dict[str, Route]] = {}
+        # Gradients that backward passes start from instead of 1, by micro-batch.
+        self._starts: dict[int, torch.Tensor] = {}
+        self._fill(parameters)
+
+    # ---- content
+
+    def _fill(self, parameters: Parameters) -> None:
+        """Weights, optimizer states and whatever else the step finds at its start."""
+        full: dict[str, torch.Tensor] = {}
+        for b in self.program.buffers.values():
+            if b.category == "weights" and b.live_in:
+                full[b.name] = buffer_content(self.schedule, self.network, self.rank, b, parameters).to(self.device)
+        for op in self.program.ops:
+            if isinstance(op.action, Compute) and op.action.kernel == "optimizer":
+                for work in optimizer_work(self.schedule, self.rank, op, self._parameter_count):
+                    size = work.weights.stop - work.weights.start
+                    weights = work.weights.part(full, 0, size) if size else torch.zeros(0, device=self.device)
+                    self.states[work.state.name] = new_state(self.training, weights, self.float_dtype)
+        for name, content in full.items():
+            self.storage.put(name, content.to(self.dtype(name)))
+        self.storage.add_bytes("optimizer", sum(s.size_bytes for s in self.states.values()))
+
+    def start_step(self, batch: Batch) -> None:
+        """Loads the step's inputs and zeroes what is collected anew in each step; `batch[i]` is micro-batch i.
+
+        InputError if a tensor is missing or has another size than the schedule's buffer.
+        """
+        self.step += 1
+        self._routes.clear()
+        self._starts.clear()
+        if self.keep_gradients:
+            self.gradients = []
+        inputs = {i.name for i in self.network.inputs}
+        for b in self.program.buffers.values():
+            if not b.live_in or b.category in ("weights", "optimizer"):
+                continue
+            micro, _, name = b.name.partition("/")
+            if name in inputs:
+                self._load(b.name, name, batch, int(micro[1:]))
+            else:
+                self.storage.put(b.name, self._zeros(b.name))
+        for name, b in self.program.buffers.items():
+            if b.live_in and b.category == "weights" and name not in self.storage:
+                raise ScheduleError(f"weights {name!r} are not where the step expects them: the schedule leaves them "
+                                    f"elsewhere, so it can run once only")  # fmt: skip
+        self.storage.reset_peak()
+
+    def _load(self, buffer: str, name: str, batch: Batch, micro: int) -> None:
+        if micro >= len(batch) or name not in batch[micro]:
+            expected = ", ".join(i.name for i in self.network.inputs)
+            raise InputError(f"batch: no tensor {name!r} for micro-batch {micro}; expected {expected} for each of them")
+        given, numel = batch[micro][name].reshape(-1), self._numel(buffer)
+        if given.numel() != numel:
+            raise InputError(f"batch: {name!r} of micro-batch {micro} has {given.numel()} elements, expected {numel}")
+        self.storage.put(buffer, given.to(self.device, self.dtype(buffer), copy=True))
+        start = f"d.{self.network.blocks[-1].layers[-1].output}"
+        if start in batch[micro]:
+            self._starts[micro] = batch[micro][start].reshape(-1).to(self.device)
+
+    def dtype(self, buffer: str) -> torch.dtype:
+        """The torch dtype of a buffer."""
+        return torch_dtype(self.program.buffers[buffer].dtype, self.float_dtype)
+
+    def _numel(self, buffer: str) -> int:
+        return local_numel(self.schedule, self.rank, self.program.buffers[buffer])
+
+    def _zeros(self, buffer: str) -> torch.Tensor:
+        return torch.zeros(self._numel(buffer), dtype=self.dtype(buffer), device=self.device)
+
+    def losses(self) -> list[float]:
+        """The rank's loss of each micro-batch (or pass) of the step; of split tokens its part of it."""
+        name = self.network.blocks[-1].layers[-1].output
+        found = [b for b in self.program.buffers if b.partition("/")[2] == name and b in self.storage]
+        return [float(self.storage[b].double().sum()) for b in found]
+
+    def weights(self) -> list[Share]:
+        """The weights the rank keeps, with their meaning; `assembled` makes full tensors of all ranks'."""
+        return weight_shares(self.schedule, self.network, self.rank, self.storage)
+
+    # ---- kernels
+
+    def run(self, op: Op) -> None:
+        """Carries out a compute op."""
+        action = op.action
+        assert isinstance(action, Compute)
+        if action.site is not None:
+            self._launch(op, action)
+        elif action.kernel == "optimizer":
+            self._optimize(op)
+        elif action.kernel == "copy":
+            self._copy(op)
+        elif action.kernel == "add":
+            self._add(op)
+        elif action.kernel == "zero":
+            for name in op.writes:
+                self.storage.put(name, self._zeros(name))
+        else:
+            raise ScheduleError(f"{op.name}: kernel {action.kernel} has no site, so its operands have no meaning")
+        self._release(op)
+
+    def _launch(self, op: Op, action: Compute) -> None:
+        plan = self._plan(op)
+        launch = self._prepare(plan)
+        self._store(plan, KERNELS[action.kernel](launch))
+
+    def _plan(self, op: Op) -> Plan:
+        if op.index not in self._plans:
+            self._plans[op.index] = plan(op, self.schedule, self.rank, self.network, self._layers)
+        return self._plans[op.index]
+
+    def _prepare(self, plan: Plan) -> Launch:
+        roles, storage = plan.roles, self.storage
+        dy = None if roles.dy is None else storage[roles.dy]
+        if roles.backward and dy is None and roles.call.kernel != "cross_entropy":
+            dy = self._start_gradient(roles.layer, plan.micro)
+        return Launch(
+            roles.layer.op, roles.call, plan.split, plan.dims, self._extent,
+            {i: storage[b] for i, b in roles.x.items()}, {i: storage[b] for i, b in roles.y.items() if roles.backward},
+            {} if roles.w is None else self._parameters(roles.w, roles.layer, plan.split), dy,
+            tuple(roles.dx), self._dropout_seed(plan), self.dropout, self.gradient_scale,
+            self._routes.setdefault((plan.micro, roles.layer.name, plan.shard), {}),
+        )  # fmt: skip
+
+    @cached_property
+    def gradient_scale(self) -> float:
+        """What one micro-batch's loss counts in the step's: the schedule's reductions are sums, the loss is a mean over
+        micro-batches and replicas."""
+        micros = int(self.schedule.meta.get("num_microbatches") or self.training.num_microbatches)
+        return 1.0 / (micros * replicas(self.schedule))
+
+    def _start_gradient(self, layer: Layer, micro: str) -> torch.Tensor:
+        """Where a network ends without a loss: ones, or what the batch gives as "d.<last tensor>"."""
+        given = self._starts.get(int(micro[1:]))
+        like = self.storage[f"{micro}/{layer.output}"]
+        return (torch.ones_like(like) if given is None else given.to(like.dtype)) * self.gradient_scale
+
+    def _dropout_seed(self, plan: Plan) -> int:
+        """The same for a forward and its recomputation, another for every replica, shard, layer and step."""
+        if plan.roles.call.kernel != "dropout":
+            return 0
+        which = (self.seed, self.step, replica_of(self.schedule, self.rank), plan.micro, plan.site, plan.shard)
+        return zlib.crc32(repr(which).encode())
+
+    def _parameters(self, buffer: str, layer: Layer, split: Split) -> dict[str, torch.Tensor]:
+        """Views of the layer's parameters (of the shard that lies there now) in a flat buffer."""
+        weight_split = Split() if split.kind == "rows" else split
+        offset = 0
+        for h in self.program.buffers[buffer].holds:
+            if h.layer == layer.weight_name:
+                return unpacked(layer.op, weight_split, self.storage[buffer], offset)
+            offset += self._parameter_count(h)
+        raise ScheduleError(f"buffer {buffer!r} does not hold the parameters of {layer.weight_name}")
+
+    def _parameter_count(self, holding: Holding) -> int:
+        """Parameters of a holding that the rank has at rest."""
+        return self._layers[holding.layer].op.numel(self._place.split(holding))
+
+    def _store(self, plan: Plan, made: Made) -> None:
+        roles = plan.roles
+        updated, dynamic = roles.updated, isinstance(roles.layer.op, Experts)
+        for i, result in enumerate(made.outputs):
+            self._write(roles.y[i], result, roles.y[i] in updated, dynamic)
+        for i, buffer in roles.dx.items():
+            self._write(buffer, made.dx[i], buffer in updated, dynamic)
+        if roles.dw is not None:
+            if roles.dw not in updated:
+                self.storage.put(roles.dw, self._zeros(roles.dw))
+            views = self._parameters(roles.dw, roles.layer, plan.split)
+            for name, gradient in made.dw.items():
+                views[name].add_(gradient.to(views[name].dtype))
+
+    def _write(self, buffer: str, result: Result, add: bool, dynamic: bool) -> None:
+        """Stores a kernel's result, or adds it to what is there; columns go to their place in the whole tensor."""
+        values, start = result if isinstance(result, Columns) else (result, 0)
+        numel, dtype = self._numel(buffer), self.dtype(buffer)
+        if not add and (values.numel() == numel or dynamic):
+            self.storage.put(buffer, values.reshape(-1).to(dtype))
+            return
+        flat = self.storage[buffer] if add else self.storage.put(buffer, self._zeros(buffer))
+        if values.numel() == flat.numel():
+            flat.add_(values.reshape(-1).to(dtype))
+            return
+        if not isinstance(result, Columns):
+            raise ScheduleError(f"buffer {buffer!r} has {numel} elements, but its kernel makes {values.numel()}")
+        flat.view(values.shape[0], -1)[:, start : start + values.shape[1]] += values.to(dtype)
+
+    # ---- kernels without a layer
+
+    def _add(self, op: Op) -> None:
+        """Adds what the op reads."""
+        first, *others = (self.storage[name] for name in op.reads)
+        (target,) = op.writes
+        if target in op.reads:
+            first, others = self.storage[target], [self.storage[n] for n in op.reads if n != target]
+        else:
+            first = self.storage.put(target, first.clone())
+        for other in others:
+            first.add_(other.to(first.dtype))
+
+    def _copy(self, op: Op) -> None:
+        """What the op reads, end to end, to what it writes, end to end."""
+        flat = laid_out(self.storage, sources(op))
+        for name in op.writes:
+            if name not in op.reads:
+                self.storage.put(name, self._zeros(name))
+        spread(self.storage, op.writes, flat)
+
+    def _optimize(self, op: Op) -> None:
+        for work in optimizer_work(self.schedule, self.rank, op, self._parameter_count):
+            if self.keep_gradients:
+                self.gradients.append(self._gradient_share(work))
+            state = self.states[work.state.name]
+            for start, weights in work.weights.views(self.storage):
+                gradients = work.gradients.part(self.storage, start, start + weights.numel())
+                part = state.part(start, start + weights.numel())
+                update(self.training.optimizer, self.hyper, self.step, weights, gradients, part)
+
+    def _gradient_share(self, work: OptimizerWork) -> Share:
+        """A copy of the gradients of one share, with the places of its parameters in the sequence."""
+        stretch, state = work.gradients, work.state
+        size = stretch.stop - stretch.start
+        content = stretch.part(self.storage, 0, size).clone() if size else torch.zeros(0)
+        names = work.weights.buffers
+        if state.slice_of and not self.program.buffers[names[0]].slice_of:
+            # In a sequence of buffers each takes the room of its largest shard.
+            widths = tuple(self._numel(name) for name in names)
+        else:
+            widths = tuple(self._parameter_count(h) for h in state.holds)
+        return Share(state.holds, widths, state.slice_of, content)
+
+    # ---- communication
+
+    def parcel(self, op: Op) -> Parcel:
+        """The rank's part of a collective, when the op starts."""
+        action = op.action
+        assert isinstance(action, Collective)
+        what = op.name.rpartition(".")[2]
+        if not (op.reads[0].endswith(".statistics") and what in STATISTICS):
+            return make_parcel(self._wire, op)
+        rows = self.storage[op.reads[0]].view(3, -1)
+        if what == "sum":
+            loss.rebased(rows, self.storage[op.reads[0].replace(".statistics", ".log_probs")])
+        row = rows[STATISTICS[what]]
+        members = self._wire.members(action.group)
+        return Parcel(action.kind, members, row, row, row.numel(), "max" if what == "max" else "sum")
+
+    def transfers(self, op: Op) -> list[Transfer]:
+        """What a shift, send or receive moves, when the op starts; empty where there is no partner."""
+        action = op.action
+        if isinstance(action, Shift):
+            return [self._hop(op, action, j) for j in range(len(action.hops))]
+        assert isinstance(action, Send | Recv)
+        peer = self.schedule.groups[action.group].neighbour(self.rank, action.offset)
+        if peer is None:
+            return []
+        nothing = torch.zeros(0, device=self.device)
+        if isinstance(action, Send):
+            return [Transfer(peer, peer, laid_out(self.storage, op.reads), nothing)]
+        return [Transfer(peer, peer, nothing, self.storage.put(op.writes[0], self._zeros(op.writes[0])))]
+
+    def _hop(self, op: Op, shift: Shift, j: int) -> Transfer:
+        group, hop = self.schedule.groups[shift.group], shift.hops[j]
+        to, source = group.peer(self.rank, hop.offset), group.peer(self.rank, hop.offset, -1)
+        out, into = op.reads[j], op.writes[j]
+        itemsize = DTYPE_BYTES[self.program.buffers[out].dtype]
+        sent = hop.bytes_at(self.schedule.shard_index(self.rank, hop.part)) // itemsize
+        received = hop.bytes_at(self.schedule.shard_index(source, hop.part)) // itemsize
+        send = self.storage[out][:sent]
+        if out != into:
+            return Transfer(to, source, send, self.storage.put(into, self._zeros(into))[:received])
+        assert shift.chunk_bytes is not None
+        chunk = shift.chunk_bytes * send.element_size() // itemsize
+        bounce = torch.empty(chunk, dtype=torch.uint8, device=self.device)
+        self.storage.put(op.writes[len(shift.hops)], bounce)
+        return Transfer(to, source, send, self.storage[into][:received], bounce)
+
+    def finish(self, op: Op, parcel: Parcel | None = None) -> None:
+        """Ends a communication op whose data are there; of a collective, `parcel` with what was received."""
+        if parcel is not None and not op.reads[0].endswith(".statistics"):
+            deliver(self._wire, op, parcel)
+        elif parcel is not None and op.name.endswith(".target"):
+            statistics = op.reads[0]
+            y = f"{statistics.partition('/')[0]}/{self.network.blocks[-1].layers[-1].output}"
+            self.storage[y].copy_(loss.mean_loss(self.storage[statistics].view(3, -1)))
+        self._release(op)
+
+    def _release(self, op: Op) -> None:
+        for name in self._last_uses.get(op.index, ()):
+            self.storage.drop(name)
+
+
+def replicas(schedule: Schedule) -> int:
+    """Ranks that work on micro-batches of their own: those of a tensor-parallel group share them."""
+    return schedule.world_size // (schedule.groups["tp"].size if "tp" in schedule.groups else 1)
+
+
+def replica_of(schedule: Schedule, rank: int) -> int:
+    """Which replica's micro-batches the rank works on."""
+    if "tp" not in schedule.groups:
+        return rank
+    return schedule.groups["dp"].position(rank) if "dp" in schedule.groups else 0

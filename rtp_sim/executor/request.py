@@ -1,0 +1,125 @@
+"""`RunRequest`: what a worker needs beside the schedule, and its JSON form (`request.json`).
+
+The network is written out layer by layer, because a worker has neither pydantic nor the readers of model files. A
+layer op is its class name in layers.py and its fields. Standard library only.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rtp_sim.errors import InputError
+from rtp_sim.model import layers
+from rtp_sim.model.layers import Layer, LayerOp
+from rtp_sim.model.network import Block, Input, Network
+from rtp_sim.model.training import TrainingSpec
+
+SCHEMA = "rtp-sim/request/1"
+DEVICES = ("cpu", "cuda")
+BACKENDS = ("auto", "gloo", "nccl")
+FLOATS = ("", "fp64")
+
+Json = Any  # what json.loads returns
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """How to run a schedule.
+
+    The timeline comes from `steps` measured steps after `warmup` others. `timeout_s` is how long a rank may stand
+    still. `threads` are the threads that each rank computes with. With `float_dtype` "fp64" every float buffer is
+    double precision (to compare results, not times). `check` compares the first step with dense training;
+    `save_tensors` keeps the weights and gradients of the last step beside the results. With `pin` a rank stays on one
+    core.
+    """
+
+    network: Network
+    training: TrainingSpec
+    steps: int = 10
+    warmup: int = 2
+    seed: int = 0
+    device: str = "cpu"
+    backend: str = "auto"
+    timeout_s: float = 60.0
+    threads: int = 1
+    float_dtype: str = ""
+    check: bool = False
+    save_tensors: bool = False
+    pin: bool = False
+
+    def __post_init__(self) -> None:
+        """InputError naming the field that makes no sense."""
+        for field, least in (("steps", 1), ("warmup", 0), ("threads", 1)):
+            value = getattr(self, field)
+            if type(value) is not int or value < least:
+                raise InputError(f"run: {field} is {value!r}; expected a whole number of at least {least}")
+        if isinstance(self.timeout_s, bool) or not isinstance(self.timeout_s, int | float) or not self.timeout_s > 0:
+            raise InputError(f"run: timeout is {self.timeout_s!r}; expected seconds, for example 60")
+        for field, choices in (("device", DEVICES), ("backend", BACKENDS), ("float_dtype", FLOATS)):
+            if getattr(self, field) not in choices:
+                known = ", ".join(repr(c) for c in choices)
+                raise InputError(f"run: {field} is {getattr(self, field)!r}; expected one of {known}")
+        if self.check and self.warmup < 1:
+            raise InputError("run: the check takes place in the first warm-up step; expected warmup of at least 1")
+        if self.device == "cpu" and self.backend == "nccl":
+            raise InputError("run: backend nccl moves data between GPUs; with device cpu expected gloo")
+        if self.device == "cuda" and self.backend == "gloo":
+            raise InputError("run: backend gloo cannot send from GPU memory; with device cuda expected nccl")
+
+    @property
+    def real_backend(self) -> str:
+        """The backend that "auto" stands for: nccl on GPUs, else gloo."""
+        return self.backend if self.backend != "auto" else "nccl" if self.device == "cuda" else "gloo"
+
+
+def to_json(request: RunRequest) -> str:
+    """The request as indented JSON, the same bytes for the same request."""
+    plain = {key: value for key, value in vars(request).items() if key not in ("network", "training")}
+    document = {"schema": SCHEMA} | plain
+    document |= {"training": asdict(request.training), "network": _network_dict(request.network)}
+    return json.dumps(document, indent=1) + "\n"
+
+
+def from_json(text: str) -> RunRequest:
+    """The request stored in `text`. InputError if it holds none."""
+    try:
+        data = json.loads(text)
+        if data["schema"] != SCHEMA:
+            raise InputError(f"request JSON: schema is {data['schema']!r}; expected {SCHEMA!r}")
+        network, training = _network(data["network"]), TrainingSpec(**data["training"])
+        plain = {key: value for key, value in data.items() if key not in ("schema", "network", "training")}
+        return RunRequest(network, training, **plain)
+    except json.JSONDecodeError as error:
+        raise InputError(f"request JSON: line {error.lineno}, column {error.colno}: {error.msg}") from None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"request JSON: {error}; expected what `rtp-sim run` writes") from None
+
+
+def _network_dict(network: Network) -> Json:
+    blocks = [
+        {"name": b.name, "recomputable": b.recomputable, "layers": [_layer_dict(x) for x in b.layers]}
+        for b in network.blocks
+    ]
+    inputs = [asdict(i) for i in network.inputs]
+    return {"name": network.name, "seq": network.seq, "inputs": inputs, "blocks": blocks}
+
+
+def _layer_dict(layer: Layer) -> Json:
+    record = {"name": layer.name, "op": type(layer.op).__name__, **asdict(layer.op)}  # type: ignore[call-overload]
+    return {"layer": record, "inputs": list(layer.inputs), "output": layer.output, "shares": layer.shares}
+
+
+def _network(data: Json) -> Network:
+    blocks = tuple(Block(b["name"], tuple(_layer(x) for x in b["layers"]), b["recomputable"]) for b in data["blocks"])
+    return Network(data["name"], data["seq"], tuple(Input(**i) for i in data["inputs"]), blocks)
+
+
+def _layer(data: Json) -> Layer:
+    record = dict(data["layer"])
+    name, kind = record.pop("name"), record.pop("op")
+    made = getattr(layers, kind, None)
+    if not (isinstance(made, type) and issubclass(made, LayerOp)):
+        raise InputError(f"request JSON: layer {name!r} is a {kind!r}; expected a layer op of this version")
+    return Layer(name, made(**record), tuple(data["inputs"]), data["output"], data["shares"])

@@ -1,0 +1,285 @@
+"""The worker of one rank: joins the others, makes the rank's machine, runs the steps, leaves times and results.
+
+A worker that fails says why in its directory and ends at once, without waiting for anybody: exit code 2 for a set-up
+that cannot work, 1 for everything else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import platform
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rtp_sim.errors import InputError
+from rtp_sim.executor.environment import (
+    Environment,
+    calm_gloo_threads,
+    die_with_parent,
+    keep_freed_memory,
+    pin_to_core,
+    read_environment,
+    require_device,
+)
+from rtp_sim.executor.launcher import START_UP_S
+from rtp_sim.executor.progress import Progress
+from rtp_sim.executor.request import RunRequest
+from rtp_sim.executor.rundir import Record, RunDirectory
+from rtp_sim.schedule.ir import Compute, Schedule
+
+if TYPE_CHECKING:
+    from rtp_sim.executor.clocks import Clock
+    from rtp_sim.executor.distributed import Interpreter, StepTimes
+    from rtp_sim.executor.groups import Groups
+    from rtp_sim.executor.machine import Batch, Machine
+
+LAUNCHER_GRACE_S = 10.0
+"""How much longer than our launcher torch waits: the launcher knows better who is to blame."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Entry point of a worker; returns the exit code, or ends the process where it fails after the start."""
+    if len(arguments) != 1:
+        print("usage: python -m rtp_sim.executor RUN_DIRECTORY (under rtp-sim run or torchrun)", file=sys.stderr)
+        return 2
+    run = RunDirectory(Path(arguments[0]))
+    try:
+        environment = read_environment()
+        if environment.watched:
+            die_with_parent()
+        schedule, request = run.load()
+        _require_world(schedule, environment)
+    except InputError as error:
+        # Every rank finds the same; once is enough.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"rtp-sim: {error}", file=sys.stderr)
+        return 2
+    run.clear_rank(environment.rank)
+    progress = Progress(run.of_rank(environment.rank, "progress"))
+    try:
+        Worker(run, schedule, request, environment, progress).work()
+    except BaseException as error:
+        _fail(run, environment, error)
+    # Not even torch's own threads may keep a finished worker.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _require_world(schedule: Schedule, environment: Environment) -> None:
+    if environment.world_size != schedule.world_size:
+        raise InputError(
+            f"the schedule is for {schedule.world_size} ranks, but {environment.world_size} processes were started "
+            f"(WORLD_SIZE); expected --nproc-per-node {schedule.world_size}"
+        )
+
+
+def _fail(run: RunDirectory, environment: Environment, error: BaseException) -> None:
+    """Says why and ends the process at once: torch would wait for its partners."""
+    from rtp_sim.executor.lanes import CommunicationError
+
+    kind = "error"
+    if isinstance(error, InputError):
+        kind = "set-up"
+    elif isinstance(error, CommunicationError):
+        kind = "communication"
+    message = str(error) if isinstance(error, InputError | CommunicationError) else f"{type(error).__name__}: {error}"
+    record = {"rank": environment.rank, "kind": kind, "message": message, "time_ns": time.monotonic_ns()}
+    with contextlib.suppress(OSError):
+        run.write_rank(environment.rank, "error.json", record)
+    if kind != "set-up":
+        traceback.print_exception(error)
+    elif environment.rank == 0 or not environment.watched:
+        print(f"rtp-sim: {message}", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(2 if kind == "set-up" else 1)
+
+
+class Worker:
+    """One rank's run from joining the others to its results."""
+
+    def __init__(
+        self, run: RunDirectory, schedule: Schedule, request: RunRequest, environment: Environment, progress: Progress
+    ) -> None:
+        self.run, self.schedule, self.request, self.progress = run, schedule, request, progress
+        self.environment, self.rank = environment, environment.rank
+
+    def work(self) -> None:
+        """All of it. Raises what goes wrong."""
+        keep_freed_memory()
+        if self.request.pin:
+            pin_to_core(self.environment.local_rank)
+        require_device(self.request, self.environment)
+        self.progress.enter("joining the group")
+        groups = self._join()
+        clock = self._align(groups)
+        self.progress.enter("preparing")
+        machine = self._machine()
+        interpreter = self._interpreter(machine, groups)
+        record = self._description(clock)
+        self.run.write_rank(self.rank, "rank.json", record)
+        check = self._steps(machine, interpreter, groups, clock)
+        self.progress.enter("writing results")
+        if self.request.save_tensors:
+            _save_tensors(machine, self.run.of_rank(self.rank, "tensors.pt"))
+        self.run.write_rank(self.rank, "rank.json", record | {"check": check})
+        self._finish(groups)
+
+    # ---- joining
+
+    def _join(self) -> Groups:
+        """The process groups; InputError where another program has our port."""
+        import torch
+        import torch.distributed as dist
+
+        from rtp_sim.executor.groups import make_groups
+
+        torch.set_num_threads(self.request.threads)
+        if self.request.device == "cuda":
+            torch.cuda.set_device(self.environment.local_rank)
+        patience = timedelta(seconds=max(self.request.timeout_s, START_UP_S))
+        try:
+            dist.init_process_group(self.request.real_backend, timeout=patience)
+        except (RuntimeError, ValueError) as error:
+            if "address already in use" in str(error).lower() or "EADDRINUSE" in str(error):
+                where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+                raise InputError(f"port in use: the ranks cannot meet at {where}; expected a free port") from None
+            raise
+        timeout_s = self.request.timeout_s + (LAUNCHER_GRACE_S if self.environment.watched else 0)
+        groups = make_groups(self.schedule, self.rank, self.request.real_backend, timeout_s)
+        if self.request.pin:
+            calm_gloo_threads()
+        return groups
+
+    def _align(self, groups: Groups) -> Clock:
+        from rtp_sim.executor.clocks import align
+
+        return align(groups.control)
+
+    # ---- preparing
+
+    def _machine(self) -> Machine:
+        import torch
+
+        from rtp_sim.executor.machine import Machine
+        from rtp_sim.executor.parameters import initial_parameters
+
+        request = self.request
+        device = "cpu" if request.device == "cpu" else f"cuda:{self.environment.local_rank}"
+        return Machine(
+            self.schedule, self.rank, request.network, request.training,
+            initial_parameters(request.network, request.seed), device,
+            torch.float64 if request.float_dtype == "fp64" else None, seed=request.seed,
+            keep_gradients=request.save_tensors,
+        )  # fmt: skip
+
+    def _interpreter(self, machine: Machine, groups: Groups) -> Interpreter:
+        if self.request.device == "cuda":
+            from rtp_sim.executor.streams import StreamInterpreter
+
+            return StreamInterpreter(self.schedule, self.rank, machine, groups, self.progress)
+        from rtp_sim.executor.distributed import HostInterpreter
+
+        return HostInterpreter(self.schedule, self.rank, machine, groups, self.progress)
+
+    def _batch(self, replica: int, step: int) -> Batch:
+        from rtp_sim.executor.batches import random_batch
+
+        request = self.request
+        micros = int(self.schedule.meta.get("num_microbatches") or request.training.num_microbatches)
+        return random_batch(request.network, request.training.micro_batch, micros, replica, step, request.seed)
+
+    def _description(self, clock: Clock) -> Record:
+        import torch
+
+        gpu = torch.cuda.get_device_name() if self.request.device == "cuda" else None
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+        return {
+            "rank": self.rank, "host": platform.node(), "pid": os.getpid(), "clock_offset_ns": clock.offset_ns,
+            "clock_error_ns": clock.error_ns, "torch": torch.__version__, "gpu": gpu, "usable_cores": cores,
+            "threads": torch.get_num_threads(), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
+        }  # fmt: skip
+
+    # ---- steps
+
+    def _steps(self, machine: Machine, interpreter: Interpreter, groups: Groups, clock: Clock) -> Record | None:
+        """All steps; returns what the check found (rank 0 of a run with a check)."""
+        from rtp_sim.executor.clocks import start_together
+        from rtp_sim.executor.machine import replica_of
+
+        found = None
+        replica, rows = replica_of(self.schedule, self.rank), _loss_parts(self.schedule)
+        for step in range(self.request.warmup + self.request.steps):
+            self.progress.enter("between steps", step)
+            checked = self.request.check and step == 0
+            machine.keep_gradients = checked or self.request.save_tensors
+            machine.start_step(self._batch(replica, step))
+            start_together(groups.control, clock)
+            self.progress.enter("step", step)
+            times = interpreter.run_step()
+            losses = machine.losses()
+            loss = sum(losses) * rows / len(losses) if losses else math.nan
+            self.run.append_step(self.rank, self._step_record(step, times, loss, machine), times.ops)
+            if checked:
+                self.progress.enter("checking")
+                found = self._check(machine, loss, groups)
+                machine.gradients = []
+        return found
+
+    def _step_record(self, step: int, times: StepTimes, loss: float, machine: Machine) -> Record:
+        return {
+            "step": step,
+            "warmup": step < self.request.warmup,
+            "start_ns": times.start_ns,
+            "end_ns": times.end_ns,
+            "loss": loss if math.isfinite(loss) else None,
+            "bytes_sent": times.sent.size_bytes,
+            "messages": times.sent.messages,
+            "peak_memory_bytes": machine.storage.peak_bytes,
+            "memory_by_category": machine.storage.peak_by_category,
+        }
+
+    def _check(self, machine: Machine, loss: float, groups: Groups) -> Record | None:
+        """Compares loss and gradients of the step just done with dense training, on rank 0."""
+        from rtp_sim.executor.compare import compare_with_dense
+        from rtp_sim.executor.machine import replicas
+
+        batches = [self._batch(replica, 0) for replica in range(replicas(self.schedule))]
+        return compare_with_dense(machine, self.request, loss, batches, groups.control)
+
+    def _finish(self, groups: Groups) -> None:
+        """Waits for the others, then under torchrun rank 0 makes the results that our launcher would make."""
+        import torch.distributed as dist
+
+        dist.barrier(group=groups.control)
+        if self.rank == 0 and not self.environment.watched:
+            from rtp_sim.executor.collect import collect
+
+            collect(self.run, self.schedule, self.request)
+            print(f"rtp-sim: wrote {self.run.result} and {self.run.measured}", file=sys.stderr)
+        dist.barrier(group=groups.control)
+        self.progress.enter("done")
+
+
+def _loss_parts(schedule: Schedule) -> int:
+    """By what a rank's loss must be multiplied so that the mean over the ranks is the training loss: where tokens are
+    split over a tensor-parallel group each rank has its part of a mean, and the parts add up."""
+    for op in schedule.programs[0].ops:
+        action = op.action
+        if isinstance(action, Compute) and action.kernel == "cross_entropy" and action.site is not None:
+            return schedule.groups["tp"].size if action.site.split == "rows" else 1
+    return 1
+
+
+def _save_tensors(machine: Machine, path: Path) -> None:
+    """The rank's weights, and the gradients of its last step, as shares that `parameters.assembled` puts together."""
+    import torch
+
+    torch.save({"weights": machine.weights(), "gradients": machine.gradients}, path)

@@ -1,0 +1,142 @@
+"""Runs of the executor for the tests: run directories, workers that do many of them, and what is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from strategy_helpers import build, gpt2_tiny
+
+from rtp_sim.executor.launcher import LAUNCHER_PID, free_port
+from rtp_sim.executor.request import RunRequest
+from rtp_sim.executor.rundir import RunDirectory
+from rtp_sim.model.network import Network
+from rtp_sim.model.training import TrainingSpec
+from rtp_sim.schedule.ir import Schedule
+
+ROOT = Path(__file__).parent.parent
+PATIENCE_S = 100
+
+
+@dataclass(frozen=True)
+class Case:
+    """A strategy to run: `n` ranks of its axis, times `dp`; `options` are words of Options."""
+
+    name: str
+    strategy: str
+    n: int
+    dp: int = 1
+    dims: tuple[int, ...] = ()
+    micros: int = 1
+    optimizer: str = "adamw"
+    options: tuple[tuple[str, object], ...] = ()
+
+    @property
+    def network(self) -> Network:
+        """Two blocks of width 64, 4 heads, vocabulary 256, tied embeddings, 8 tokens."""
+        return gpt2_tiny()
+
+    @property
+    def training(self) -> TrainingSpec:
+        """Two sequences per micro-batch, fp32 throughout."""
+        return TrainingSpec(2, 8, num_microbatches=self.micros, precision="fp32", optimizer=self.optimizer)
+
+    def schedule(self) -> Schedule:
+        """The schedule of the case."""
+        return build(self.strategy, self.network, self.n, self.training, dp=self.dp, dims=self.dims,
+                     **dict(self.options))  # fmt: skip
+
+
+def prepared(path: Path, case: Case, **request: object) -> RunDirectory:
+    """A run directory of the case."""
+    run = RunDirectory(path)
+    run.prepare(case.schedule(), RunRequest(case.network, case.training, **request))  # type: ignore[arg-type]
+    return run
+
+
+def work_off(jobs: list[dict[str, object]], ranks: int, path: Path) -> None:
+    """Does the jobs on `ranks` processes, which are gone afterwards whatever happens."""
+    listing = path / f"jobs{ranks}.json"
+    listing.write_text(json.dumps(jobs), encoding="utf-8")
+    common = os.environ | {
+        "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1",
+        "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo",
+        "PYTHONPATH": str(ROOT), LAUNCHER_PID: str(os.getpid()),
+    }  # fmt: skip
+    logs = [path / f"jobs{ranks}.{rank}.log" for rank in range(ranks)]
+    workers = []
+    try:
+        for rank, log in enumerate(logs):
+            own = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            command = [sys.executable, str(ROOT / "tests" / "executor_many.py"), str(listing)]
+            with log.open("wb") as file:
+                workers.append(subprocess.Popen(command, env=own, stdout=file, stderr=subprocess.STDOUT))
+        end = time.monotonic() + PATIENCE_S
+        codes = [worker.wait(max(end - time.monotonic(), 0.1)) for worker in workers]
+        assert codes == [0] * ranks, "\n".join(log.read_text(encoding="utf-8") for log in logs)
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+
+
+def command_line(*arguments: object) -> list[str]:
+    """`rtp-sim run` with a small model."""
+    words = ["run", "--model", "gpt2-tiny", "--seq-len", "8", "--precision", "fp32", "--quiet"]
+    return [sys.executable, "-m", "rtp_sim", *words, *(str(a) for a in arguments)]
+
+
+def started(*arguments: object, **environment: str) -> subprocess.Popen[str]:
+    """`rtp-sim run` in the background."""
+    return subprocess.Popen(
+        command_line(*arguments), cwd=ROOT, env=os.environ | environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def wait_for_step(run: Path, rank: int, step: int, process: subprocess.Popen[str]) -> int:
+    """Waits until the rank has finished that many steps; returns the pid of its worker."""
+    end = time.monotonic() + PATIENCE_S
+    lines = run / "ranks" / str(rank) / "steps.jsonl"
+    while time.monotonic() < end and process.poll() is None:
+        if lines.exists() and len(lines.read_text(encoding="utf-8").splitlines()) > step:
+            record = json.loads((run / "ranks" / str(rank) / "rank.json").read_text(encoding="utf-8"))
+            return int(record["pid"])
+        time.sleep(0.05)
+    raise AssertionError(
+        f"the run came to no step {step}: {process.communicate()[1] if process.poll() else 'too slow'}"
+    )
+
+
+def pids_of(run: Path) -> list[int]:
+    """The processes that still work on the run directory, zombies left out."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+            state = (entry / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+        except OSError:
+            continue
+        if b"rtp_sim.executor" in words and str(run).encode() in words and state != "Z":
+            found.append(int(entry.name))
+    return found
+
+
+def gone(run: Path, within_s: float = 5.0) -> bool:
+    """Whether no process works on the run directory any more, or none does within a while; kills what is left."""
+    end = time.monotonic() + within_s
+    while time.monotonic() < end:
+        if not pids_of(run):
+            return True
+        time.sleep(0.05)
+    for pid in pids_of(run):
+        os.kill(pid, signal.SIGKILL)
+    return False

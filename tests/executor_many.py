@@ -1,0 +1,101 @@
+"""A worker process of the executor's tests: does several jobs one after another, because starting torch takes longest.
+
+    python executor_many.py JOBS.json
+
+A job is {"run": directory} for a run, with "shift_ns" to have rank 1 read another clock on another machine, or
+{"moves": file} for exchanges and collectives with values that the test knows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from rtp_sim.executor import clocks, distributed, lanes
+from rtp_sim.executor.communicate import collective, exchange
+from rtp_sim.executor.environment import die_with_parent, read_environment
+from rtp_sim.executor.exchange import Parcel, Transfer
+from rtp_sim.executor.progress import Progress
+from rtp_sim.executor.rundir import RunDirectory
+from rtp_sim.executor.worker import Worker
+
+
+def run(job: dict[str, object], rank: int) -> None:
+    directory = RunDirectory(Path(str(job["run"])))
+    schedule, request = directory.load()
+    shift_ns = int(str(job.get("shift_ns", 0)))
+    real_now, real_machine = clocks.now_ns, clocks.machine_id
+    if shift_ns:
+        clocks.machine_id = lambda: f"machine {rank}"
+        clocks.now_ns = distributed.now_ns = lanes.now_ns = lambda: real_now() + shift_ns * rank
+    directory.clear_rank(rank)
+    Worker(directory, schedule, request, read_environment(), Progress(directory.of_rank(rank, "progress"))).work()
+    clocks.now_ns = distributed.now_ns = lanes.now_ns = real_now
+    clocks.machine_id = real_machine
+
+
+def moves(job: dict[str, object], rank: int) -> None:
+    """Every kind of movement among 3 ranks; rank r starts with numbers made of r."""
+    group = dist.new_group([2, 0, 1], timeout=timedelta(seconds=60), backend="gloo", sort_ranks=False)
+    position = [2, 0, 1].index(rank)
+    to, source = [2, 0, 1][(position + 1) % 3], [2, 0, 1][(position - 1) % 3]
+    found: dict[str, object] = {"position": position, "to": to, "source": source}
+    mine = torch.arange(6, dtype=torch.float32) + 10 * rank
+    nothing = torch.zeros(0)
+
+    arrived = torch.zeros(6)
+    sent = exchange([Transfer(to, source, mine, arrived)], group, rank)
+    found["shift"] = arrived.tolist(), sent.size_bytes, sent.messages
+
+    # Shards of 4 + rank elements in a buffer of 6, through a bounce buffer of 2 elements.
+    content = mine.clone()
+    bounce = torch.zeros(8, dtype=torch.uint8)
+    sent = exchange([Transfer(to, source, content[: 4 + rank], content[: 4 + source], bounce)], group, rank)
+    found["in place"] = content.tolist(), sent.size_bytes, sent.messages
+
+    one, two = torch.zeros(6), torch.zeros(2)
+    sent = exchange([Transfer(to, source, mine, one), Transfer(source, to, mine[:2], two)], group, rank)
+    found["two hops"] = [*one.tolist(), *two.tolist()], sent.size_bytes, sent.messages
+
+    alone = torch.zeros(6)
+    sent = exchange([Transfer(rank, rank, mine, alone)], group, rank)
+    found["to itself"] = alone.tolist(), sent.size_bytes, sent.messages
+
+    # Along a line, first to last position.
+    if position > 0:
+        exchange([Transfer(source, source, nothing, arrived)], group, rank, tag=7)
+    if position < 2:
+        exchange([Transfer(to, to, mine * 2, nothing)], group, rank, tag=7)
+    found["line"] = arrived.tolist()
+
+    for kind, reduction in (("all_reduce", "sum"), ("all_reduce", "max"), ("broadcast", "sum"), ("reduce", "sum")):
+        flat = mine.clone()
+        sent = collective(Parcel(kind, (2, 0, 1), flat, flat, 6, reduction, root=1), group)
+        found[f"{kind} {reduction}"] = flat.tolist(), sent.size_bytes, sent.messages
+    for kind, before, after in (("all_gather", 6, 18), ("reduce_scatter", 6, 2), ("all_to_all", 6, 6)):
+        received = torch.zeros(after)
+        sent = collective(Parcel(kind, (2, 0, 1), mine[:before], received, max(before, after)), group)
+        found[kind] = received.tolist(), sent.size_bytes, sent.messages
+    Path(f"{job['moves']}.{rank}").write_text(json.dumps(found), encoding="utf-8")
+
+
+def main() -> None:
+    die_with_parent()
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    # One meeting for all jobs; each then makes its own process groups.
+    dist.init_process_group = lambda *_, **__: None
+    for job in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+        (run if "run" in job else moves)(job, dist.get_rank())
+        dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,294 @@
+"""Schedules on real gloo processes against the reference interpreter, the simulator's counts, and values by hand.
+
+Each case runs twice in the same processes: in double precision for two steps, whose losses, gradients and weights must
+be those of the reference interpreter (a single process, no torch.distributed), and in the precision of the schedule, of
+which traffic, memory and timeline are looked at.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from executor_helpers import Case, prepared, work_off
+from schedule_helpers import Row, kernel, program, shift
+from strategy_helpers import FlatCost
+
+from rtp_sim.engine.longest_path import longest_path
+from rtp_sim.engine.memory import memory_profiles
+from rtp_sim.executor.batches import random_batch
+from rtp_sim.executor.collect import collect
+from rtp_sim.executor.compare import gradient_errors
+from rtp_sim.executor.distributed import ordered_after, touched_after
+from rtp_sim.executor.machine import replicas
+from rtp_sim.executor.parameters import Parameters, Share, assembled, initial_parameters
+from rtp_sim.executor.reference import ReferenceResult, run_reference
+from rtp_sim.executor.rundir import Record, RunDirectory
+from rtp_sim.metrics import communication_totals
+from rtp_sim.schedule.ir import Compute
+from rtp_sim.timeline import Timeline
+from rtp_sim.timeline_file import load_timeline
+
+HIDDEN = (("rtp_hide_gradient_hop", True),)
+CASES = (
+    Case("rtp", "rtp", 4),
+    Case("rtp-hidden-hop", "rtp", 4, options=HIDDEN, optimizer="sgd-momentum"),
+    Case("rtp-inplace", "rtp-inplace", 4, options=(("rtp_chunk_bytes", 1 << 12),)),
+    Case("two-level", "rtp", 4, dims=(2, 2)),
+    Case("rtp-dp", "rtp", 2, dp=2, micros=2),
+    Case("fsdp", "fsdp", 4, micros=2),
+    Case("zero1", "zero1", 4),
+    Case("zero2", "zero2", 4, micros=2),
+    Case("ddp", "ddp", 4),
+    Case("tp", "tp", 4),
+    Case("tp-sp", "tp-sp", 4),
+    # Three ranks: 4 heads, 64 features, 256 words and 16 tokens split unevenly.
+    Case("rtp-uneven", "rtp", 3, micros=2),
+    Case("rtp-inplace-uneven", "rtp-inplace", 3, options=(("rtp_chunk_bytes", 1 << 12),)),
+    Case("fsdp-uneven", "fsdp", 3),
+    Case("tp-sp-uneven", "tp-sp", 3),
+    Case("rtp-pair", "rtp", 2, options=HIDDEN),
+    Case("zero1-pair", "zero1", 2),
+)
+STEPS = 2
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All runs, on three sets of processes."""
+    torch.set_num_threads(1)  # for the reference: its tensors are small, and cores are few
+    path = tmp_path_factory.mktemp("runs")
+    for ranks in (2, 3, 4):
+        jobs: list[dict[str, object]] = []
+        for case in (c for c in CASES if c.n * c.dp == ranks):
+            exact = prepared(path / f"{case.name}.exact", case, steps=STEPS, warmup=0, float_dtype="fp64",
+                             save_tensors=True)  # fmt: skip
+            jobs += [{"run": str(exact.path)}, {"run": str(prepared(path / case.name, case, steps=3, warmup=1).path)}]
+        if ranks == 3:
+            jobs.append({"moves": str(path / "moves")})
+        if ranks == 2:
+            shifted = prepared(path / "shifted", CASES[-1], steps=1, warmup=0)
+            jobs.append({"run": str(shifted.path), "shift_ns": 5_000_000_000})
+        work_off(jobs, ranks, path)
+    return path
+
+
+@pytest.fixture(params=CASES, ids=lambda case: case.name)
+def case(request: pytest.FixtureRequest) -> Case:
+    return request.param
+
+
+def result_of(path: Path) -> Record:
+    run = RunDirectory(path)
+    return collect(run, *run.load())
+
+
+def reference(case: Case) -> ReferenceResult:
+    schedule, training = case.schedule(), case.training
+    batches = [
+        [random_batch(case.network, 2, case.micros, replica, step) for replica in range(replicas(schedule))]
+        for step in range(STEPS)
+    ]
+    return run_reference(schedule, case.network, training, initial_parameters(case.network), batches)
+
+
+def saved(path: Path, what: str) -> list[list[Share]]:
+    ranks = sorted((path / "ranks").iterdir(), key=lambda p: int(p.name))
+    return [torch.load(rank / "tensors.pt", weights_only=False)[what] for rank in ranks]
+
+
+def assert_close(ours: Parameters, expected: Parameters, atol: float = 1e-12) -> None:
+    assert ours.keys() == expected.keys()
+    for layer, tensors in expected.items():
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(ours[layer][name], tensor, rtol=1e-10, atol=atol, msg=f"{layer}.{name}")
+
+
+# ---- the same numbers
+
+
+def test_losses_gradients_and_weights_are_those_of_the_reference(runs: Path, case: Case):
+    expected, path = reference(case), runs / f"{case.name}.exact"
+    network = expected.machines[0].network
+    assert result_of(path)["loss"] == pytest.approx(expected.losses, rel=1e-12)
+    assert_close(assembled(case.schedule(), network, saved(path, "gradients")), expected.gradients)
+    # Where a gradient is zero but for rounding (biases of keys), Adam divides one rounding error by another.
+    assert_close(assembled(case.schedule(), network, saved(path, "weights")), expected.parameters, atol=1e-10)
+
+
+# ---- the same traffic, memory and ops
+
+
+def test_bytes_and_messages_are_those_of_the_simulator(runs: Path, case: Case):
+    schedule, result = case.schedule(), result_of(runs / case.name)
+    totals = [communication_totals(schedule, rank) for rank in range(schedule.world_size)]
+    assert result["bytes_sent"] == [size for size, _, _ in totals]
+    assert result["messages"] == [count for _, count, _ in totals]
+
+
+def test_the_timeline_has_the_ops_of_the_schedule_and_keeps_their_order(runs: Path, case: Case):
+    result_of(runs / case.name)
+    timeline, schedule = load_timeline(runs / case.name / "measured.json"), case.schedule()
+    assert timeline.kind == "measured"
+    assert timeline.schedule == schedule
+    for rank in range(schedule.world_size):
+        spans = timeline.spans(rank)
+        assert [span.op for span in spans] == list(schedule.program(rank).ops)
+        assert min(span.start_ns for span in spans) >= 0
+        ends: dict[str, int] = {}
+        for span in spans:
+            assert span.end_ns >= span.start_ns
+            # Ops of one stream follow one another, and those in `after` come before.
+            assert span.start_ns >= ends.get(span.op.stream, 0), span.op.name
+            ends[span.op.stream] = span.end_ns
+            assert all(spans[i].end_ns <= span.start_ns for i in span.op.after), span.op.name
+
+
+def test_a_step_lasts_as_long_as_its_timeline(runs: Path, case: Case):
+    result = result_of(runs / case.name)
+    timeline = load_timeline(runs / case.name / "measured.json")
+    times = result["step_times_ns"]
+    assert len(times) == 3
+    assert result["median_step_time_ns"] == sorted(times)[1] == times[result["timeline_step"] - 1]
+    # The last op ends a little before the interpreter has noticed.
+    assert 0.5 * sorted(times)[1] < timeline.step_time_ns <= sorted(times)[1]
+
+
+def test_communication_overlaps_with_compute_where_the_schedule_lets_it(runs: Path):
+    result_of(runs / "rtp-pair")
+    timeline = load_timeline(runs / "rtp-pair" / "measured.json")
+    assert overlaps(timeline) > 0
+    result_of(runs / "rtp-inplace")
+    assert overlaps(load_timeline(runs / "rtp-inplace" / "measured.json")) == 0
+
+
+def overlaps(timeline: Timeline) -> int:
+    """Pairs of a kernel and a transfer of rank 0 that were under way at the same time."""
+    spans = timeline.spans(0)
+    kernels = [s for s in spans if isinstance(s.op.action, Compute)]
+    others = [s for s in spans if not isinstance(s.op.action, Compute)]
+    return sum(a.start_ns < b.end_ns and b.start_ns < a.end_ns for a in kernels for b in others)
+
+
+def test_memory_without_overlap_is_that_of_the_simulator(runs: Path):
+    """In place nothing runs at the same time, so what is held does not depend on times."""
+    schedule = next(c for c in CASES if c.name == "rtp-inplace").schedule()
+    predicted = longest_path(schedule, FlatCost({}, 1, 1), fold=False)
+    profiles = memory_profiles(schedule, predicted.ranks)
+    result = result_of(runs / "rtp-inplace")
+    assert result["peak_memory_bytes"] == [profiles[rank].peak_bytes for rank in range(4)]
+    assert [sum(held.values()) for held in result["memory_by_category"]] == result["peak_memory_bytes"]
+
+
+# ---- clocks
+
+
+def test_clocks_of_different_machines_are_brought_together(runs: Path):
+    """Rank 1's clock is 5 s ahead and says that it is another machine's."""
+    result = result_of(runs / "shifted")
+    first, second = result["ranks"]
+    assert (first["clock_offset_ns"], first["clock_error_ns"]) == (0, 0)
+    assert 0 < second["clock_error_ns"] < 50_000_000
+    assert abs(second["clock_offset_ns"] - 5_000_000_000) <= second["clock_error_ns"]
+    timeline = load_timeline(runs / "shifted" / "measured.json")
+    assert timeline.step_time_ns < 4_000_000_000
+    assert timeline.meta["clock_offset_ns.1"] == second["clock_offset_ns"]
+
+
+def test_ranks_of_one_machine_share_its_clock(runs: Path):
+    result = result_of(runs / "ddp")
+    assert [r["clock_offset_ns"] for r in result["ranks"]] == [0] * 4
+    assert result["clock_error_ns"] == 0
+
+
+# ---- movements by hand: rank r has 10 r + (0 .. 5); in the group's ring rank 2 comes first, then 0, then 1
+
+
+@pytest.fixture(scope="module")
+def moved(runs: Path) -> list[dict[str, list[object]]]:
+    return [json.loads(Path(f"{runs}/moves.{rank}").read_text(encoding="utf-8")) for rank in range(3)]
+
+
+def row(rank: int, numel: int = 6, first: int = 0) -> list[int]:
+    return [10 * rank + i for i in range(first, first + numel)]
+
+
+BEFORE = {0: 2, 1: 0, 2: 1}
+
+
+@pytest.mark.parametrize("rank", range(3))
+class TestMovements:
+    def test_the_ring_keeps_its_order(self, moved, rank: int):
+        assert (moved[rank]["position"], moved[rank]["source"]) == ([1, 2, 0][rank], BEFORE[rank])
+
+    def test_a_shift_sends_one_message(self, moved, rank: int):
+        assert moved[rank]["shift"] == [row(BEFORE[rank]), 24, 1]
+
+    def test_shards_of_different_size_go_through_a_small_buffer(self, moved, rank: int):
+        source = BEFORE[rank]
+        content = row(source, 4 + source) + row(rank, 2 - source, 4 + source)
+        assert moved[rank]["in place"] == [content, 4 * (4 + rank), [2, 3, 3][rank]]
+
+    def test_two_hops_at_once(self, moved, rank: int):
+        after = {v: k for k, v in BEFORE.items()}[rank]
+        assert moved[rank]["two hops"] == [row(BEFORE[rank]) + row(after, 2), 32, 2]
+
+    def test_a_hop_to_itself_sends_nothing(self, moved, rank: int):
+        assert moved[rank]["to itself"] == [row(rank), 0, 0]
+
+    def test_sends_along_a_line_do_not_wrap_around(self, moved, rank: int):
+        source = BEFORE[rank]
+        assert moved[rank]["line"] == (row(source) if rank == 2 else [2 * x for x in row(source)])
+
+    def test_all_reduce(self, moved, rank: int):
+        assert moved[rank]["all_reduce sum"] == [[30 + 3 * i for i in range(6)], 32, 4]
+        assert moved[rank]["all_reduce max"] == [row(2), 32, 4]
+
+    def test_roots_are_positions(self, moved, rank: int):
+        assert moved[rank]["broadcast sum"] == [row(0), 24, 1]
+        if rank == 0:
+            assert moved[rank]["reduce sum"] == [[30 + 3 * i for i in range(6)], 24, 1]
+
+    def test_pieces_lie_in_order_of_position(self, moved, rank: int):
+        position = [1, 2, 0][rank]
+        assert moved[rank]["all_gather"] == [row(2) + row(0) + row(1), 48, 2]
+        assert moved[rank]["reduce_scatter"] == [[30 + 6 * position, 33 + 6 * position], 16, 2]
+        assert moved[rank]["all_to_all"] == [[x for r in (2, 0, 1) for x in row(r, 2, 2 * position)], 16, 2]
+
+
+# ---- what an op waits for
+
+
+ROWS = (
+    Row("a", "compute", kernel(), "x", "y"),
+    Row("hop1", "ring", shift(), "y", "in1"),
+    Row("b", "compute", kernel(), "x", "z"),
+    Row("hop2", "ring", shift(), "z", "in2"),
+    Row("c", "compute", kernel(), "in1", "y"),
+    Row("d", "compute", kernel(), "in2", "out"),
+)
+
+
+def test_ops_wait_for_transfers_on_their_stream_and_in_their_after():
+    assert [sorted(needed) for needed in ordered_after(program("p", ROWS))] == [[], [], [], [1], [1], [3]]
+
+
+def test_ops_wait_for_transfers_whose_buffers_they_touch():
+    # c overwrites y, which hop1 sends; hop2 has no buffer in common with hop1.
+    assert [sorted(needed) for needed in touched_after(program("p", ROWS))] == [[], [], [], [], [1], [3]]
+
+
+def test_times_are_whole_ns(runs: Path):
+    result_of(runs / "tp")
+    timeline = load_timeline(runs / "tp" / "measured.json")
+    assert all(t.start_ns.dtype == np.int64 for t in timeline.ranks.values())
+
+
+def test_a_gradient_that_is_no_number_counts_as_wrong():
+    expected = {"a": {"weight": torch.tensor([3.0, 4.0])}, "b": {"bias": torch.tensor([1.0])}}
+    ours = {"a": {"weight": torch.tensor([3.0, 4.5])}, "b": {"bias": torch.tensor([float("nan")])}}
+    # |(0, 0.5)| / |(3, 4)| = 0.1
+    assert gradient_errors(ours, expected) == {"a.weight": pytest.approx(0.1), "b.bias": 1e300}

@@ -1,0 +1,224 @@
+"""`rtp-sim run` as a user meets it: its results, torchrun, and set-ups that cannot work."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from executor_helpers import ROOT, Case, command_line, free_port, gone, prepared
+from strategy_helpers import bert_tiny, gpt2_tiny, image_network, llama_tiny, moe_tiny
+
+from rtp_sim.errors import InputError
+from rtp_sim.executor import request as requests
+from rtp_sim.executor.progress import Progress, read_place
+from rtp_sim.executor.request import RunRequest
+from rtp_sim.executor.rundir import RunDirectory
+from rtp_sim.schedule.serialize import from_json
+from rtp_sim.timeline_file import load_timeline
+
+CASE = Case("rtp", "rtp", 2)
+
+
+def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command_line(*arguments), cwd=ROOT, env=os.environ | environment, capture_output=True, text=True,
+        timeout=100, check=False,
+    )  # fmt: skip
+
+
+def worker(path: Path, **variables: object) -> subprocess.CompletedProcess[str]:
+    """One worker by hand, with torchrun's variables."""
+    known = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    named = {key: str(value) for key, value in (known | variables).items() if value is not None}
+    base = {key: value for key, value in os.environ.items() if key not in known}
+    return subprocess.run(
+        [sys.executable, "-m", "rtp_sim.executor", str(path)], cwd=ROOT, env=base | named,
+        capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+
+
+# ---- a run
+
+
+def test_one_command_runs_checks_and_reports(tmp_path: Path):
+    path = tmp_path / "run"
+    done = run("--strategy", "rtp", "--rtp", 2, "--steps", 4, "--warmup", 1, "--check", "--format", "json", "-o", path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result == json.loads((path / "result.json").read_text(encoding="utf-8"))
+    assert result["schema"] == "rtp-sim/run/1"
+    assert (result["strategy"], result["world_size"], result["backend"]) == ("rtp", 2, "gloo")
+    assert (len(result["step_times_ns"]), len(result["warmup_step_times_ns"]), len(result["loss"])) == (4, 1, 5)
+    # The loss of random words is near that of guessing, log 256 = 5.5.
+    assert all(4.5 < loss < 7.5 for loss in result["loss"])
+    assert result["check"]["passed"]
+    assert result["check"]["compared"] > 20
+    assert result["check"]["largest_error"] < 1e-4
+    assert result["threads"] == 1
+    assert [r["OMP_NUM_THREADS"] for r in result["ranks"]] == ["1", "1"]
+    assert result["versions"]["torch"]
+    timeline = load_timeline(path / "measured.json")
+    assert timeline.schedule == from_json((path / "schedule.json").read_text(encoding="utf-8"))
+    assert timeline.meta["engine"] == "executor"
+    assert gone(path, within_s=0.5)
+
+
+def test_torchrun_starts_the_same_workers(tmp_path: Path):
+    path = tmp_path / "run"
+    told = run("--strategy", "ddp", "--nproc-per-node", 2, "--steps", 2, "--warmup", 0, "--prepare", "-o", path)
+    assert told.returncode == 0, told.stderr
+    words = told.stdout.split()
+    assert words == ["torchrun", "--nproc-per-node", "2", "-m", "rtp_sim.executor", str(path)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--master-port", str(free_port()), *words[1:]]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((path / "result.json").read_text(encoding="utf-8"))
+    assert len(result["step_times_ns"]) == 2
+    assert load_timeline(path / "measured.json").schedule.name == "ddp"
+
+
+def test_another_run_in_the_same_directory_replaces_the_first(tmp_path: Path):
+    first = prepared(tmp_path / "run", CASE)
+    first.write_rank(1, "error.json", {"kind": "error"})
+    first.result.write_text("{}", encoding="utf-8")
+    again = prepared(tmp_path / "run", CASE, steps=3)
+    assert again.load()[1].steps == 3
+    assert again.read_rank(1, "error.json") is None
+    assert not again.result.exists()
+
+
+# ---- set-ups that cannot work: one message, exit code 2
+
+
+def test_a_busy_port(tmp_path: Path):
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        port = busy.getsockname()[1]
+        done = run("--strategy", "ddp", "--nproc-per-node", 2, "--port", port, "-o", tmp_path / "run")
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"rtp-sim: --port {port} cannot be used")
+        assert done.stderr.count("\n") == 1
+        # The same, found out by the worker itself.
+        done = worker(prepared(tmp_path / "other", CASE).path, MASTER_PORT=port)
+        assert done.returncode == 2
+        assert f"port in use: the ranks cannot meet at 127.0.0.1:{port}" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_missing_gpu(tmp_path: Path):
+    done = run("--strategy", "ddp", "--nproc-per-node", 2, "--device", "cuda", "-o", tmp_path / "run",
+               CUDA_VISIBLE_DEVICES="")  # fmt: skip
+    assert (done.returncode, done.stderr) == (
+        2, "rtp-sim: --device cuda: torch finds no usable GPU on this machine; expected one per rank, or cpu\n"
+    )  # fmt: skip
+    assert gone(tmp_path / "run", within_s=0.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--strategy", "ddp", "--backend", "nccl"), "run: backend nccl moves data between GPUs"),
+        (("--strategy", "rtp", "--rtp", 3), "--rtp 3 does not divide 2 GPUs"),
+        (("--strategy", "rtp", "--tp", 2), "strategy rtp has no --tp axis"),
+        (("--strategy", "ddp", "--timeout", 0), "run: timeout is 0.0; expected seconds"),
+        (("--strategy", "ddp", "--check", "--warmup", 0), "the check takes place in the first warm-up step"),
+        (("--strategy", "ddp", "--as-nodes", 3), "--as-nodes 3 does not divide 2 processes"),
+        (("--strategy", "dpp"), "unknown strategy 'dpp': did you mean"),
+    ],
+)
+def test_arguments_that_do_not_fit(tmp_path: Path, arguments: tuple[object, ...], message: str):
+    done = run(*arguments, "--nproc-per-node", 2, "-o", tmp_path / "run")
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_directory_that_cannot_be_used(tmp_path: Path):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(InputError, match="cannot write to the run directory"):
+        prepared(tmp_path / "file", CASE)
+    (tmp_path / "other" / "ranks").mkdir(parents=True)
+    with pytest.raises(InputError, match="is there already, but not from a run"):
+        prepared(tmp_path / "other", CASE)
+
+
+def test_another_number_of_processes_than_ranks(tmp_path: Path):
+    done = worker(prepared(tmp_path / "run", CASE).path, WORLD_SIZE=3)
+    assert (done.returncode, done.stderr) == (
+        2, "rtp-sim: the schedule is for 2 ranks, but 3 processes were started (WORLD_SIZE); "
+        "expected --nproc-per-node 2\n"
+    )  # fmt: skip
+
+
+def test_a_worker_without_torchrun_or_directory(tmp_path: Path):
+    done = worker(prepared(tmp_path / "run", CASE).path, WORLD_SIZE=None)
+    assert done.returncode == 2
+    assert "the variable WORLD_SIZE is not set" in done.stderr
+    done = worker(tmp_path / "nowhere")
+    assert done.returncode == 2
+    assert f"no run directory at {tmp_path / 'nowhere'}" in done.stderr
+
+
+# ---- files
+
+
+@pytest.mark.parametrize("make", [gpt2_tiny, llama_tiny, moe_tiny, bert_tiny, image_network])
+def test_a_request_keeps_the_network(make):
+    network = make()
+    request = RunRequest(network, CASE.training, steps=7, timeout_s=2.5, check=True, float_dtype="fp64")
+    assert requests.from_json(requests.to_json(request)) == request
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(schema="rtp-sim/request/9"), "schema is 'rtp-sim/request/9'"),
+        (lambda d: d.pop("network"), "'network'"),
+        (lambda d: d.update(speed=3), "speed"),
+        (lambda d: d.update(steps=0), "steps is 0; expected a whole number of at least 1"),
+        (lambda d: d["network"]["blocks"][0]["layers"][0]["layer"].update(op="Warp"), "is a 'Warp'"),
+        (lambda d: d["training"].update(precision="fp3"), "precision is 'fp3'"),
+    ],
+)
+def test_a_wrong_request_says_what_is_wrong(change, message: str):
+    document = json.loads(requests.to_json(RunRequest(gpt2_tiny(), CASE.training)))
+    change(document)
+    with pytest.raises(InputError, match=r"request|run|training") as raised:
+        requests.from_json(json.dumps(document))
+    assert message in str(raised.value)
+
+
+def test_finished_steps_are_read_up_to_a_cut(tmp_path: Path):
+    import numpy as np
+
+    directory = RunDirectory(tmp_path)
+    directory.clear_rank(0)
+    for step in range(3):
+        directory.append_step(0, {"step": step}, np.full((2, 5), step, dtype=np.int64))
+    lines = directory.of_rank(0, "steps.jsonl")
+    lines.write_text(lines.read_text(encoding="utf-8")[:-3], encoding="utf-8")
+    records, times = directory.read_steps(0, 5)
+    assert [r["step"] for r in records] == [0, 1]
+    assert times.tolist() == [[[0] * 5] * 2, [[1] * 5] * 2]
+    assert directory.read_steps(1, 5)[0] == []
+
+
+def test_a_place_outlives_its_worker(tmp_path: Path):
+    path = tmp_path / "progress"
+    assert read_place(path) is None
+    progress = Progress(path)
+    progress.enter("step", 4)
+    progress.at(17)
+    progress.in_flight(1, 12)
+    place = read_place(path)
+    assert place is not None
+    assert (place.phase, place.step, place.op, place.in_flight) == ("step", 4, 17, (12,))
+    progress.in_flight(1, -1)
+    progress.enter("done")
+    assert read_place(path).phase == "done"
