@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from rtp_sim import __version__
+from rtp_sim.executor.rendezvous import with_partners
 from rtp_sim.executor.request import RunRequest
 from rtp_sim.executor.rundir import OpTimes, Record, RunDirectory
 from rtp_sim.schedule.ir import Schedule
@@ -66,6 +67,7 @@ def _timeline(
         start_ns, end_ns = rows[k] - _offset_ns(ranks[rank]) - origin_ns
         # A clock read a little early on another machine must not put an op before the step.
         measured[rank] = RankTimes(np.maximum(start_ns, 0), np.maximum(end_ns, 0))
+    measured = with_partners(schedule, measured)
     keys = ("device", "backend", "threads", "torch", "clock_error_ns", "median_step_time_ns", "step_time_cv")
     meta = {"engine": "executor", "host": result["host"]["name"], "step": k} | {key: result[key] for key in keys}
     offsets = {f"clock_offset_ns.{r}": _offset_ns(rank) for r, rank in enumerate(ranks) if _offset_ns(rank)}
