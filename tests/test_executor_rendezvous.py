@@ -21,7 +21,7 @@ def test_starts_move_to_the_partners() -> None:
     raw = {0: ([0, 10, 100], [10, 60, 150]), 1: ([0, 30, 110], [30, 60, 150]), 2: ([0, 50, 120], [50, 60, 150])}
     measured = {r: RankTimes(np.array(s), np.array(e)) for r, (s, e) in raw.items()}
     moved = with_partners(schedule, measured)
-    # Rank 0 exchanges with 1 (ready at 30) and 2 (at 50): it begins with the first. Rank 2 only at 50, when it is ready.
+    # Rank 0 exchanges with 1 (ready at 30) and 2 (at 50): it begins with the first. Rank 2 is ready only at 50.
     assert [int(moved[r].start_ns[1]) for r in range(3)] == [30, 30, 50]
     assert [int(moved[r].start_ns[2]) for r in range(3)] == [120, 120, 120]
     assert [int(moved[r].start_ns[0]) for r in range(3)] == [0, 0, 0]
