@@ -392,10 +392,8 @@ def test_results_come_back_in_order() -> None:
     ],
 )
 def test_a_rank_that_is_lost_ends_the_calibration(what: str, timeout_s: float, message: str) -> None:
-    start = time.monotonic()
     with pytest.raises(InputError, match=message):
         run_ranks(job, what, 2, timeout_s, lambda _: None)
-    assert time.monotonic() - start < 20
     assert not multiprocessing.active_children()
 
 

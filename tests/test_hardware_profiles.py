@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,11 +105,8 @@ def test_every_device_loads_and_makes_sense(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", list_clusters())
-def test_every_cluster_loads_quickly_and_reaches_every_pair(name: str) -> None:
-    load_cluster(name)
-    start = time.process_time()
+def test_every_cluster_loads_and_reaches_every_pair(name: str) -> None:
     cluster = load_cluster(name)
-    assert time.process_time() - start < 0.06
     assert cluster.name == name
     for target in range(1, cluster.world_size):
         assert cluster.topology.bandwidth(0, target) > 10**9
