@@ -6,23 +6,27 @@ import importlib.util
 import sys
 import tempfile
 from argparse import Namespace
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rtp_sim.errors import InputError
-from rtp_sim.executor.calibrate.fit import fit_kernels, fit_transfers, tune
+from rtp_sim.executor.calibrate.fit import fit_kernels, fit_lines, fit_transfers, tune
 from rtp_sim.executor.calibrate.residuals import Residual, residuals
 from rtp_sim.executor.calibrate.samples import Measurements
 from rtp_sim.executor.calibrate.write import Files, Fitted, matmul_efficiency, samples_json, write_profiles
-from rtp_sim.experiment import Request, prepare
+from rtp_sim.experiment import Request, find_network, prepare
 from rtp_sim.hardware.profiles import load_cluster
 from rtp_sim.hardware.spec import Cluster
+from rtp_sim.model.network import Network, transformer_network
+from rtp_sim.model.spec import ModelSpec
 
 if TYPE_CHECKING:
     from rtp_sim.executor.calibrate.probe import Probe
 
-PROBE_MODEL, PROBE_TOKENS = "gpt2-tiny", 32
+ISSUE_MODEL, ISSUE_TOKENS = "gpt2-tiny", 32
+CLOSEST_RANKS = 8
+"""The most ranks that the cpu-local profile, which probes are laid out on, has room for."""
 
 
 def calibrate(a: Namespace) -> int:
@@ -33,7 +37,8 @@ def calibrate(a: Namespace) -> int:
     from rtp_sim.executor.calibrate.worker import Plan, check_device, measure
 
     check_device(a.device, a.nproc)
-    plan = Plan(a.device, a.nproc, a.threads, a.pin, a.quick, a.timeout, probe())
+    plan = Plan(a.device, a.nproc, a.threads, a.pin, a.quick, a.timeout, issue_probe(),
+                probes(a.nproc, a.quick) if a.device == "cpu" else ())  # fmt: skip
     measured = measure(plan, lambda text: None if a.quiet else print(f"rtp-sim: {text}", file=sys.stderr))
     options = {key: getattr(a, key) for key in ("device", "nproc", "threads", "pin", "quick", "timeout")}
     cluster, _, left = write_calibration(files, measured, options)
@@ -80,15 +85,65 @@ def fit(measured: Measurements) -> Fitted:
             attention = device.peak_flops[kernels.attention_dtype].value * device.attention_efficiency.value
         best = {dtype: max(rate, kernels.best_rates[dtype]) for dtype, rate in rates.items()}
         kernels = replace(kernels, rates=rates, best_rates=best, attention_rate=attention)
-    return Fitted(kernels, transfers)
+    return Fitted(kernels, transfers, fit_lines(measured.steps))
 
 
-def probe() -> Probe:
-    """A step of a tiny model on one rank, which shows what the executor adds to kernels."""
+def issue_probe() -> Probe:
+    """A step of a tiny model on one rank, which shows what the executor's host adds to ops."""
+    return _probe(find_network(ISSUE_MODEL, ISSUE_TOKENS), "ddp", 1, 1)
+
+
+def probes(ranks: int, quick: bool) -> tuple[Probe, ...]:
+    """Steps of small GPT and Llama models, whole and sharded over `ranks` ranks, for the times of their kernels."""
+    found = []
+    for shape in QUICK_SHAPES if quick else SHAPES:
+        for strategy in ("ddp", "rtp", "tp-sp") if ranks > 1 and not quick else ("ddp",):
+            found.append(_probe(shape.network(), strategy, ranks, shape.micro_batch))
+    return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Sizes of a probe. Odd ones, so that nothing is calibrated on what people then predict."""
+
+    family: str
+    hidden: int
+    heads: int
+    vocab: int
+    seq: int
+    micro_batch: int
+
+    def network(self) -> Network:
+        """Two blocks of the family."""
+        llama: dict[str, Any] = {
+            "gated_mlp": True, "activation": "silu", "position": "rotary", "norm": "rmsnorm", "tied_embeddings": False,
+            "qkv_bias": False, "out_bias": False, "mlp_bias": False,
+        }  # fmt: skip
+        spec = ModelSpec(
+            f"probe-{self.hidden}", 2, self.hidden, self.heads, vocab_size=self.vocab, max_positions=self.seq,
+            **(llama if self.family == "llama" else {}),
+        )  # fmt: skip
+        return transformer_network(spec, self.seq, "flash")
+
+
+SHAPES = (
+    Shape("gpt", 64, 4, 160, 40, 2), Shape("gpt", 96, 4, 300, 48, 12), Shape("gpt", 96, 2, 400, 160, 24),
+    Shape("gpt", 192, 6, 700, 96, 4), Shape("gpt", 320, 5, 1100, 72, 10), Shape("gpt", 320, 5, 1100, 200, 2),
+    Shape("gpt", 512, 8, 1500, 96, 3), Shape("gpt", 704, 11, 2200, 112, 6),
+    Shape("llama", 96, 4, 300, 48, 6), Shape("llama", 320, 10, 1100, 80, 5), Shape("llama", 576, 8, 1600, 72, 4),
+)  # fmt: skip
+QUICK_SHAPES = (
+    Shape("gpt", 64, 4, 160, 40, 2), Shape("gpt", 96, 4, 300, 48, 6), Shape("gpt", 192, 6, 700, 64, 3),
+    Shape("gpt", 256, 4, 900, 72, 3),
+)  # fmt: skip
+
+
+def _probe(network: Network, strategy: str, ranks: int, micro_batch: int) -> Probe:
     from rtp_sim.executor.calibrate.probe import Probe
 
-    request = Request(PROBE_MODEL, "cpu-local", "ddp", gpus=1, precision="fp32", seq_len=PROBE_TOKENS)
-    step = prepare(request)
+    cluster = load_cluster("cpu-local", 1, ranks) if ranks <= CLOSEST_RANKS else load_cluster("cpu-local", 1, 1)
+    request = Request("", "cpu-local", strategy, micro_batch=micro_batch, precision="fp32")
+    step = prepare(request, cluster, network)
     return Probe(step.schedule, step.network, step.training)
 
 
