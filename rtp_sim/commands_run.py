@@ -32,8 +32,9 @@ def execute(a: Namespace, prepared: Prepared) -> int:
     schedule = prepared.schedule
     request = RunRequest(
         network=prepared.network, training=prepared.training, steps=a.steps, warmup=a.warmup, seed=a.seed,
-        device=a.device, backend=a.backend, timeout_s=a.timeout, threads=a.threads, check=a.check, pin=a.pin,
+        device=a.device, transport=a.transport, timeout_s=a.timeout, threads=a.threads, check=a.check, pin=a.pin,
         float_dtype="fp64" if a.fp64 else "", save_tensors=a.save_tensors,
+        link_latency_ns=a.link_latency, link_bandwidth_bytes_per_s=a.link_bandwidth,
     )  # fmt: skip
     check(schedule)
     run = RunDirectory(Path(a.output))
@@ -76,7 +77,7 @@ def _table(result: Result) -> Table:
 
 def _rows(result: Result) -> Iterator[tuple[str, str]]:
     yield "strategy", f"{result['strategy']} {result['layout']}".rstrip()
-    yield "ranks", f"{result['world_size']} ({result['device']}, {result['backend']})"
+    yield "ranks", f"{result['world_size']} ({result['device']}, {result['transport']})"
     measured = result["step_times_ns"]
     yield "steps measured", str(len(measured))
     if measured:

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 
 ROUNDS = 25
+EARLY_NS = 100_000
+"""How long before its end a precise sleep stops to trust the system's timer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,12 @@ class Clock:
 def now_ns() -> int:
     """The clock that everything is measured with."""
     return time.monotonic_ns()
+
+
+def sleep_until(deadline_ns: int) -> None:
+    """Sleeps until then, no longer: sleeps end late, so the last stretch is slept in short ones."""
+    while (left_ns := deadline_ns - now_ns()) > 0:
+        time.sleep((left_ns - EARLY_NS) / 1e9 if left_ns > 2 * EARLY_NS else 1e-5)
 
 
 def align(control: dist.ProcessGroup) -> Clock:

@@ -68,7 +68,9 @@ def _timeline(
         # A clock read a little early on another machine must not put an op before the step.
         measured[rank] = RankTimes(np.maximum(start_ns, 0), np.maximum(end_ns, 0))
     measured = with_partners(schedule, measured)
-    keys = ("device", "backend", "threads", "torch", "clock_error_ns", "median_step_time_ns", "step_time_cv")
+    keys = (
+        "device", "backend", "transport", "threads", "torch", "clock_error_ns", "median_step_time_ns", "step_time_cv",
+    )  # fmt: skip
     meta = {"engine": "executor", "host": result["host"]["name"], "step": k} | {key: result[key] for key in keys}
     offsets = {f"clock_offset_ns.{r}": _offset_ns(rank) for r, rank in enumerate(ranks) if _offset_ns(rank)}
     return Timeline(schedule, "measured", measured, tuple(range(schedule.world_size)), meta | offsets)
@@ -87,7 +89,8 @@ def _result(
         **{key: schedule.meta.get(key) for key in ("strategy", "layout", "model", "tokens", "precision")},
         "world_size": schedule.world_size,
         "device": request.device,
-        "backend": request.real_backend,
+        "backend": request.backend,
+        "transport": request.real_transport,
         "threads": request.threads,
         "seed": request.seed,
         "warmup": request.warmup,
