@@ -214,6 +214,14 @@ def _run(p: argparse.ArgumentParser) -> None:
     group.add_argument("--pin", action="store_true", help="keep each rank on one core: less noise where cores are few")
     group.add_argument("--port", type=_count, metavar="N", help="where the ranks meet (default: a free one)")
     group.add_argument("--timeout", type=float, default=60.0, metavar="S", help="end a run that stands still (60)")
+    group = p.add_argument_group("ranks that only sleep")
+    group.add_argument(
+        "--stated-times", metavar="NAME|FILE", help="nothing is computed or sent: ops take what this profile predicts"
+    )
+    group.add_argument("--stretch", type=_factor, metavar="X", help="stated times X times as long, as 100 (1)")
+    group.add_argument(
+        "--slow-rank", type=_slow_rank, action="append", metavar="R:X", help="rank R computes X times as long, as 1:1.5"
+    )
     group = p.add_argument_group("steps and output")
     group.add_argument("--steps", type=_count, default=10, metavar="N", help="measured steps (10)")
     group.add_argument("--warmup", type=int, default=2, metavar="N", help="steps before them (2)")
@@ -274,6 +282,23 @@ def _quantity(parse: Callable[[str], int], text: str) -> int:
         return parse(text)
     except InputError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _factor(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0.001 <= value <= 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a factor such as 1.5")
+    return value
+
+
+def _slow_rank(text: str) -> tuple[int, int]:
+    rank, colon, factor = text.partition(":")
+    if not (rank.isdigit() and colon):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a rank and a factor such as 1:1.5")
+    return int(rank), round(_factor(factor) * 1000)
 
 
 def _count(text: str) -> int:

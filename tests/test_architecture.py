@@ -25,25 +25,28 @@ MAY_IMPORT = {
     "units": {"errors"},
     "schedule.ir": set(),
     "link": {"errors"},
+    "stated": BASE,
     "model": BASE,
     "hardware": BASE,
     "schedule": BASE | {"model", "hardware"},
     "timeline": {"schedule.ir"},
     "engine.costs": {"schedule.ir"},
-    "cost": BASE | {"link", "model", "hardware", "engine.costs"},
+    "cost": BASE | {"link", "stated", "model", "hardware", "engine.costs"},
     "engine": BASE | {"timeline", "engine.costs"},
     "metrics": BASE | {"timeline", "engine"},
     "experiment": BASE | {"model", "hardware", "schedule", "timeline", "cost", "engine", "metrics"},
     "validation": BASE
-    | {"link", "model", "hardware", "schedule", "timeline", "timeline_file", "cost", "engine", "metrics", "experiment"},
+    | {"link", "stated", "model", "hardware", "schedule", "timeline", "timeline_file", "cost", "engine", "metrics"}
+    | {"experiment"},
     "report": BASE | {"hardware", "schedule", "timeline", "engine", "metrics", "experiment", "validation"},
     "timeline_file": BASE | {"schedule", "timeline"},
     "commands": BASE
     | {"model", "hardware", "schedule", "timeline", "engine", "metrics", "experiment", "report", "commands_run"},
-    "commands_run": BASE | {"model", "schedule", "timeline", "experiment", "report", "executor"},
+    "commands_run": BASE
+    | {"stated", "model", "hardware", "cost", "schedule", "timeline", "experiment", "report", "executor"},
     "commands_validate": BASE | {"hardware", "timeline", "timeline_file", "validation", "report"},
     "cli": {"", "errors", "units", "model", "commands", "commands_validate", "commands_calibrate"},
-    "executor": BASE | {"link", "model", "schedule", "timeline", "timeline_file"},
+    "executor": BASE | {"link", "stated", "model", "schedule", "timeline", "timeline_file"},
     "executor.calibrate": BASE | {"model", "executor"},
     # What turns times into parameters and checks them runs where the simulator is, not on the ranks.
     "executor.calibrate.fit": BASE | {"model", "hardware", "cost", "executor.calibrate"},

@@ -12,17 +12,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from rtp_sim.executor.clocks import now_ns
 from rtp_sim.executor.lanes import Board, Job, Lane
-from rtp_sim.executor.machine import Machine
 from rtp_sim.executor.progress import Progress
 from rtp_sim.executor.transport import Traffic, Transport
 from rtp_sim.schedule.ir import Collective, Compute, Op, Program, Recv, Schedule, Send
 from rtp_sim.timeline import TimesNs
+
+if TYPE_CHECKING:
+    from rtp_sim.executor.exchange import Parcel, Transfer
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,23 @@ class StepTimes:
     sent: Traffic
 
 
+class Actor(Protocol):
+    """One rank that carries out the ops an interpreter walks through: a `Machine`, or one that only takes the time for
+    it (sleepers.py)."""
+
+    def run(self, op: Op) -> None:
+        """Does a compute op."""
+
+    def parcel(self, op: Op) -> Parcel:
+        """The rank's part of a collective, when the op is issued."""
+
+    def transfers(self, op: Op) -> list[Transfer]:
+        """What a shift, send or receive moves, when the op is issued."""
+
+    def finish(self, op: Op, parcel: Parcel | None = None) -> None:
+        """Ends a communication op whose data are there."""
+
+
 class Interpreter(Protocol):
     """Runs one rank's program, step by step."""
 
@@ -47,7 +66,7 @@ class HostInterpreter:
     """The interpreter for CPUs. `progress` is told about every op."""
 
     def __init__(
-        self, schedule: Schedule, rank: int, machine: Machine, transport: Transport, progress: Progress
+        self, schedule: Schedule, rank: int, machine: Actor, transport: Transport, progress: Progress
     ) -> None:
         self._machine, self._transport, self._progress = machine, transport, progress
         self._program = schedule.program(rank)
@@ -99,7 +118,7 @@ class Movement:
     finish: Callable[[], None]
 
 
-def movement(op: Op, machine: Machine, transport: Transport, tags: Mapping[str, int]) -> Movement:
+def movement(op: Op, machine: Actor, transport: Transport, tags: Mapping[str, int]) -> Movement:
     """Takes the tensors of a communication op from the machine."""
     action = op.action
     if isinstance(action, Collective):

@@ -12,14 +12,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
-import torch
-
 from rtp_sim.executor.clocks import now_ns
 from rtp_sim.executor.memory import LINE_BYTES, Memory, aligned, first_free
 from rtp_sim.schedule.ir import DTYPE_BYTES, Collective, Compute, Op, Program, Recv, Schedule, Send, Shift, Size
 
 Key = tuple[str, ...]
-"""(group, stream), or (group, tag, sender) of a send, with the instance's number as a last word."""
+"""(group, stream, instance's number); of a send (group, "", instance's number, tag, sender)."""
 
 SLOTS = 2
 
@@ -54,12 +52,12 @@ def key_of(schedule: Schedule, rank: int, op: Op) -> Key:
     if isinstance(action, Shift | Collective):
         return action.group, op.stream, instance
     sender = rank if isinstance(action, Send) else group.neighbour(rank, action.offset)
-    return action.group, "", action.tag, str(sender), instance
+    return action.group, "", instance, action.tag, str(sender)
 
 
 def plan_channels(schedule: Schedule, itemsize: int | None) -> tuple[dict[Key, Place], int]:
     """The places of all channels and the bytes they take together. `itemsize` replaces that of floats, where the run
-    computes in another dtype than the schedule says."""
+    computes in another dtype than the schedule says; with 0 there is no room for data, only for meeting."""
     needs: dict[Key, tuple[tuple[int, ...], int, int]] = {}
     for rank in range(schedule.world_size):
         program = schedule.program(rank)
@@ -105,7 +103,7 @@ def _need(program: Program, op: Op, members: int, itemsize: int | None) -> tuple
     target = program.buffers[op.writes[0]]
     if action.kind == "reduce_scatter" and isinstance(target.numel, tuple):
         elements = max(elements, members * _most(target.numel))
-    return 1, elements * max(itemsize or 0, *(DTYPE_BYTES[b.dtype] for b in buffers))
+    return 1, elements * max(DTYPE_BYTES[b.dtype] for b in buffers) if itemsize is None else elements * itemsize
 
 
 def _most(size: Size) -> int:
@@ -118,7 +116,7 @@ def _scaled(size_bytes: int, itemsize: int | None) -> int:
 
 
 class Channel:
-    """A rank's end of a channel. For every op: `begin`, write into `mine`, `meet`, read `theirs`, `end`."""
+    """A rank's end of a channel. For every op: `begin`, write, `meet`, read what others wrote, `end`."""
 
     def __init__(self, memory: Memory, place: Place, rank: int) -> None:
         self.place, self.position = place, place.members.index(rank)
@@ -136,17 +134,10 @@ class Channel:
             self._memory.wait(self._line(p) // 4 + 1, post, self.place.members[p])
         self._memory.stamps[self._line(self.position) // 8 + 1 + self._slot] = ready_ns
 
-    def mine(self, like: torch.Tensor, part: int = 0) -> torch.Tensor:
-        """Where this rank leaves a tensor of that size and dtype."""
-        return self.theirs(self.position, like, part)
-
-    def theirs(self, position: int, like: torch.Tensor, part: int = 0) -> torch.Tensor:
-        """What that member has left, flat, as many elements as `like` has."""
-        size_bytes = like.numel() * like.element_size()
-        assert size_bytes <= self.place.part_bytes
+    def start_of(self, position: int, part: int = 0) -> int:
+        """The byte of the memory at which that member leaves its data for this op."""
         start = self.place.offset + len(self.place.members) * LINE_BYTES + part * self.place.part_bytes
-        start += (SLOTS * position + self._slot) * self.place.slot_bytes
-        return self._memory.bytes[start : start + size_bytes].view(like.dtype)
+        return start + (SLOTS * position + self._slot) * self.place.slot_bytes
 
     def meet(self, partners: Collection[int]) -> Mapping[int, int]:
         """Posts, waits until these members have posted as often; when each was ready (ns), this rank among them."""

@@ -18,10 +18,8 @@ import platform
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-
-import torch
-import torch.distributed as dist
 
 from rtp_sim.errors import InputError
 from rtp_sim.executor.clocks import machine_id, now_ns
@@ -40,32 +38,46 @@ class _Timespec(ctypes.Structure):
 
 
 class Memory:
-    """`size_bytes` of memory shared by the ranks of `control`, all of which must make it together, zero at first.
+    """`size_bytes` of memory shared by `ranks` ranks, all of which must make it together, zero at first.
 
-    `bytes` is all of it as a tensor; `words` and `stamps` the same as 32-bit and 64-bit numbers. The first lines
-    belong to this class. RuntimeError from `wait` if a partner is gone or too late.
+    `share` brings a text from rank 0 to everybody: rank 0 gives it, the others give "". `map` is all of the memory;
+    `words` and `stamps` the same as 32-bit and 64-bit numbers. The first lines belong to this class. RuntimeError from
+    `wait` and `barrier` if a partner is gone or too late.
     """
 
-    def __init__(self, size_bytes: int, control: dist.ProcessGroup, timeout_s: float) -> None:
-        self.timeout_s = timeout_s
-        rank, ranks = dist.get_rank(control), dist.get_world_size(control)
+    def __init__(
+        self, size_bytes: int, rank: int, ranks: int, timeout_s: float, share: Callable[[str], str]
+    ) -> None:  # fmt: skip
+        self.rank, self.ranks, self.timeout_s, self._barriers = rank, ranks, timeout_s, 0
         file = _create(first_free(ranks) + size_bytes) if rank == 0 else None
-        told = [None if file is None else file[1], machine_id()]
-        dist.broadcast_object_list(told, group=control, group_src=0)
-        if told[1] != machine_id():
+        path, _, machine = share(f"{file[1]}\n{machine_id()}" if file is not None else "").partition("\n")
+        if machine != machine_id():
             raise InputError(f"rank {rank} shares no memory with rank 0: it runs on another host; expected gloo there")
-        path = str(told[0])
         handle = file[0] if file is not None else os.open(path, os.O_RDWR)
-        self._map = mmap.mmap(handle, first_free(ranks) + size_bytes)
-        self.words = memoryview(self._map).cast("i")
-        self.stamps = memoryview(self._map).cast("q")
-        self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
-        self._address = self.bytes.data_ptr()
-        self.words[rank] = os.getpid()
-        dist.barrier(group=control)
+        self.map = mmap.mmap(handle, first_free(ranks) + size_bytes)
+        self.words = memoryview(self.map).cast("i")
+        self.stamps = memoryview(self.map).cast("q")
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(self.map))
+        self.words[_line(rank)] = os.getpid()
+        self.barrier()
         os.close(handle)
         if file is not None and not path.startswith("/proc/"):
             os.unlink(path)
+
+    def barrier(self) -> None:
+        """Until all ranks are here."""
+        self._barriers += 1
+        self.announce(_line(self.rank) + 1, self._barriers)
+        for other in range(self.ranks):
+            self.wait(_line(other) + 1, self._barriers, other)
+
+    def note(self, number: int) -> None:
+        """Leaves a number that the others read after the next barrier."""
+        self.stamps[_line(self.rank) // 2 + 1] = number
+
+    def noted(self, rank: int) -> int:
+        """The number that the rank has left."""
+        return self.stamps[_line(rank) // 2 + 1]
 
     def announce(self, word: int, value: int) -> None:
         """Sets a word of this rank's and wakes whoever waits for it."""
@@ -83,7 +95,8 @@ class Memory:
             if words[word] >= least:
                 return
             waited_s = (now_ns() - start_ns) / 1e9
-            if waited_s >= _LOOK_S and not self._lives(rank):
+            # A process that has not yet been here has left no id.
+            if waited_s >= _LOOK_S and self.words[_line(rank)] and not self._lives(rank):
                 raise RuntimeError(f"rank {rank} is gone: its process has ended")
             if waited_s > self.timeout_s:
                 raise RuntimeError(f"rank {rank} did not come within {self.timeout_s:g} s")
@@ -91,15 +104,20 @@ class Memory:
     def _lives(self, rank: int) -> bool:
         """Whether the rank's process is there; a zombie is not."""
         try:
-            stat = Path(f"/proc/{self.words[rank]}/stat").read_text(encoding="utf-8", errors="replace")
+            stat = Path(f"/proc/{self.words[_line(rank)]}/stat").read_text(encoding="utf-8", errors="replace")
         except OSError:
             return not Path("/proc/self/stat").exists()
         return stat.rpartition(")")[2].split()[0] not in "ZX"
 
 
 def first_free(ranks: int) -> int:
-    """Where the memory of others than this class begins: after the process ids of all ranks."""
-    return aligned(4 * ranks)
+    """Where the memory of others than this class begins: after a line for each rank."""
+    return LINE_BYTES * ranks
+
+
+def _line(rank: int) -> int:
+    """The first word of a rank: its process id, then its barriers, then (64 bits) its note."""
+    return rank * LINE_BYTES // 4
 
 
 def aligned(size_bytes: int) -> int:

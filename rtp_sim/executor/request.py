@@ -34,7 +34,8 @@ class RunRequest:
     double precision (to compare results, not times). `check` compares the first step with dense training;
     `save_tensors` keeps the weights and gradients of the last step beside the results. With `pin` a rank stays on one
     core. `transport` moves data by gloo, NCCL, shared memory of this host, or that with an emulated link of
-    `link_latency_ns` and `link_bandwidth_bytes_per_s`.
+    `link_latency_ns` and `link_bandwidth_bytes_per_s`. With `stated` ranks neither compute nor send, but sleep for the
+    times in the run's directory.
     """
 
     network: Network
@@ -52,6 +53,7 @@ class RunRequest:
     pin: bool = False
     link_latency_ns: int = 0
     link_bandwidth_bytes_per_s: int = 0
+    stated: bool = False
 
     def __post_init__(self) -> None:
         """InputError naming the field that makes no sense."""
@@ -71,6 +73,8 @@ class RunRequest:
             raise InputError("run: transport nccl moves data between GPUs; with device cpu expected gloo or shm")
         if self.device == "cuda" and self.transport not in ("auto", "nccl"):
             raise InputError(f"run: transport {self.transport} cannot send from GPU memory; expected nccl with cuda")
+        if self.stated and (self.check or self.save_tensors or self.float_dtype or self.transport != "auto"):
+            raise InputError("run: with stated times nothing is computed or sent: no check, tensors, fp64 or transport")
         if self.transport == "emulated":
             self.link()
         elif self.link_latency_ns or self.link_bandwidth_bytes_per_s:
@@ -78,7 +82,9 @@ class RunRequest:
 
     @property
     def real_transport(self) -> str:
-        """The transport that "auto" stands for: nccl on GPUs, else gloo."""
+        """The transport that "auto" stands for: nccl on GPUs, else gloo; "none" if nothing is sent."""
+        if self.stated:
+            return "none"
         return self.transport if self.transport != "auto" else "nccl" if self.device == "cuda" else "gloo"
 
     @property

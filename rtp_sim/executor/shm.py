@@ -12,6 +12,7 @@ long as the statement says: the stream's thread sleeps, then copies. Streams do 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
 
@@ -39,6 +40,24 @@ class TransferTimes(Protocol):
         """A collective of two or more ranks."""
 
 
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """The data of the op under way on a channel, in the memory `all_bytes`."""
+
+    channel: Channel
+    all_bytes: torch.Tensor
+
+    def mine(self, like: torch.Tensor, part: int = 0) -> torch.Tensor:
+        """Where this rank leaves a tensor of that size and dtype."""
+        return self.theirs(self.channel.position, like, part)
+
+    def theirs(self, position: int, like: torch.Tensor, part: int = 0) -> torch.Tensor:
+        """What that member has left, flat, as many elements as `like` has."""
+        size_bytes, start = like.numel() * like.element_size(), self.channel.start_of(position, part)
+        assert size_bytes <= self.channel.place.part_bytes
+        return self.all_bytes[start : start + size_bytes].view(like.dtype)
+
+
 class SharedMemoryTransport:
     """The transport of `rank`; all ranks of `control` must make theirs together. `itemsize` as in `plan_channels`."""
 
@@ -48,7 +67,9 @@ class SharedMemoryTransport:
     ) -> None:  # fmt: skip
         self._schedule, self._rank, self._times = schedule, rank, times
         places, size_bytes = plan_channels(schedule, itemsize)
-        memory = Memory(size_bytes, control, timeout_s)
+        ranks = dist.get_world_size(control)
+        memory = Memory(size_bytes, rank, ranks, timeout_s, lambda text: _from_rank_0(text, control))
+        self._bytes = torch.frombuffer(memory.map, dtype=torch.uint8)
         self._channels = {key: Channel(memory, p, rank) for key, p in places.items() if rank in p.members}
 
     def exchange(self, op: Op, transfers: Sequence[Transfer], tag: int) -> Traffic:
@@ -62,9 +83,10 @@ class SharedMemoryTransport:
         channel = self._channels[key_of(self._schedule, self._rank, op)]
         position = channel.place.members.index
         partners = {position(r) for _, t in away for r in (t.to, t.source)}
+        slots = Slots(channel, self._bytes)
         channel.begin()
         for part, t in away:
-            channel.mine(t.send, part).copy_(t.send)
+            slots.mine(t.send, part).copy_(t.send)
         ready = channel.meet(partners)
         if self._times is not None:
             chunk_bytes = op.action.chunk_bytes if isinstance(op.action, Shift) else None
@@ -75,7 +97,7 @@ class SharedMemoryTransport:
                 for source, target, size_bytes in flows
             ))  # fmt: skip
         for part, t in away:
-            t.receive.copy_(channel.theirs(position(t.source), t.receive, part))
+            t.receive.copy_(slots.theirs(position(t.source), t.receive, part))
         channel.end(partners)
         return sum((Traffic(t.sent_bytes, t.messages) for _, t in away), Traffic())
 
@@ -93,9 +115,10 @@ class SharedMemoryTransport:
             return Traffic(*parcel.traffic())
         channel = self._channels[key_of(self._schedule, self._rank, op)]
         others = tuple(channel.others())
+        slots = Slots(channel, self._bytes)
         channel.begin()
         if parcel.kind != "broadcast" or channel.position == parcel.root:
-            channel.mine(parcel.send).copy_(parcel.send)
+            slots.mine(parcel.send).copy_(parcel.send)
         ready = channel.meet(others)
         if self._times is not None:
             action = op.action
@@ -103,9 +126,15 @@ class SharedMemoryTransport:
             ranks = collective_ranks(parcel.members, action.root)
             took_ns = self._times.collective_ns(action.kind, ranks, action.size_bytes, action.dtype)
             sleep_until(max(ready.values()) + took_ns)
-        _receive(channel, parcel, others)
+        _receive(slots, parcel, others)
         channel.end(others)
         return Traffic(*parcel.traffic())
+
+
+def _from_rank_0(text: str, control: dist.ProcessGroup) -> str:
+    told = [text]
+    dist.broadcast_object_list(told, group=control, group_src=0)
+    return told[0]
 
 
 def collective_ranks(members: tuple[int, ...], root: int) -> tuple[int, ...]:
@@ -113,46 +142,46 @@ def collective_ranks(members: tuple[int, ...], root: int) -> tuple[int, ...]:
     return members[root:] + members[:root]
 
 
-def _receive(channel: Channel, parcel: Parcel, others: Sequence[int]) -> None:
+def _receive(slots: Slots, parcel: Parcel, others: Sequence[int]) -> None:
     """Fills `parcel.receive` from what all members have left in their slots."""
-    n, position, send, receive = len(parcel.members), channel.position, parcel.send, parcel.receive
+    n, position, send, receive = len(parcel.members), slots.channel.position, parcel.send, parcel.receive
     match parcel.kind:
         case "all_reduce":
-            _all_reduce(channel, parcel, others)
+            _all_reduce(slots, parcel, others)
         case "reduce":
             if position == parcel.root:
-                _add_up(parcel.reduction, [channel.theirs(p, send) for p in range(n)], receive)
+                _add_up(parcel.reduction, [slots.theirs(p, send) for p in range(n)], receive)
         case "reduce_scatter":
-            parts = [channel.theirs(p, send).view(n, -1)[position] for p in range(n)]
+            parts = [slots.theirs(p, send).view(n, -1)[position] for p in range(n)]
             _add_up(parcel.reduction, parts, receive)
         case "broadcast":
             if position != parcel.root:
-                receive.copy_(channel.theirs(parcel.root, receive))
+                receive.copy_(slots.theirs(parcel.root, receive))
         case "all_gather":
             for p in (position, *others):
-                receive.view(n, -1)[p].copy_(send if p == position else channel.theirs(p, send))
+                receive.view(n, -1)[p].copy_(send if p == position else slots.theirs(p, send))
         case "all_to_all":
             for p in (position, *others):
-                receive.view(n, -1)[p].copy_(channel.theirs(p, send).view(n, -1)[position])
+                receive.view(n, -1)[p].copy_(slots.theirs(p, send).view(n, -1)[position])
         case other:
             raise ValueError(f"unknown collective {other!r}")
 
 
-def _all_reduce(channel: Channel, parcel: Parcel, others: Sequence[int]) -> None:
+def _all_reduce(slots: Slots, parcel: Parcel, others: Sequence[int]) -> None:
     n, send, receive = len(parcel.members), parcel.send, parcel.receive
-    slots = [channel.theirs(p, send) for p in range(n)]
+    data, position = [slots.theirs(p, send) for p in range(n)], slots.channel.position
     if n == 2 or send.numel() * send.element_size() <= WHOLE_BYTES:
-        _add_up(parcel.reduction, slots, receive)
+        _add_up(parcel.reduction, data, receive)
         return
     # Each adds up one part and leaves it in its slot, in the place of its own data, which nobody else needs.
     bounds = [send.numel() * p // n for p in range(n + 1)]
     parts = [slice(a, b) for a, b in pairwise(bounds)]
-    own = parts[channel.position]
-    _add_up(parcel.reduction, [slot[own] for slot in slots], receive[own])
-    slots[channel.position][own].copy_(receive[own])
-    channel.meet(others)
+    own = parts[position]
+    _add_up(parcel.reduction, [theirs[own] for theirs in data], receive[own])
+    data[position][own].copy_(receive[own])
+    slots.channel.meet(others)
     for p in others:
-        receive[parts[p]].copy_(slots[p][parts[p]])
+        receive[parts[p]].copy_(data[p][parts[p]])
 
 
 def _add_up(reduction: str, parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:

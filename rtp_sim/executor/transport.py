@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from rtp_sim.executor.exchange import Parcel, Transfer
 from rtp_sim.schedule.ir import Op
+
+if TYPE_CHECKING:
+    from rtp_sim.executor.exchange import Parcel, Transfer
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rtp_sim.errors import InputError
+from rtp_sim.executor import sleepers
 from rtp_sim.executor.environment import (
     Environment,
     calm_gloo_threads,
@@ -67,7 +68,10 @@ def main(arguments: Sequence[str]) -> int:
     run.clear_rank(environment.rank)
     progress = Progress(run.of_rank(environment.rank, "progress"))
     try:
-        Worker(run, schedule, request, environment, progress).work()
+        if request.stated:
+            sleepers.work(run, schedule, request, environment, progress)
+        else:
+            Worker(run, schedule, request, environment, progress).work()
     except BaseException as error:
         _fail(run, environment, error)
     # Not even torch's own threads may keep a finished worker.
