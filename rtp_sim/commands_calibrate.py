@@ -37,10 +37,12 @@ def calibrate(a: Namespace) -> int:
     from rtp_sim.executor.calibrate.worker import Plan, check_device, measure
 
     check_device(a.device, a.nproc)
-    plan = Plan(a.device, a.nproc, a.threads, a.pin, a.quick, a.timeout, issue_probe(),
-                probes(a.nproc, a.quick) if a.device == "cpu" else ())  # fmt: skip
+    plan = Plan(
+        a.device, a.nproc, a.threads, a.pin, a.quick, a.timeout, a.transport, issue_probe(),
+        probes(a.nproc, a.quick) if a.device == "cpu" else (),
+    )  # fmt: skip
     measured = measure(plan, lambda text: None if a.quiet else print(f"rtp-sim: {text}", file=sys.stderr))
-    options = {key: getattr(a, key) for key in ("device", "nproc", "threads", "pin", "quick", "timeout")}
+    options = {key: getattr(a, key) for key in ("device", "nproc", "threads", "pin", "transport", "quick", "timeout")}
     cluster, _, left = write_calibration(files, measured, options)
     print(f"wrote {files.cluster}, {files.device.name} and {files.samples.name}")
     for name, residual in left.items():

@@ -35,6 +35,7 @@ CURVE_GAIN = 0.7
 """A size curve is only kept if it brings the relative error (root mean square) below this share of that without."""
 LEAST_SIZES = 4
 """Sizes of a kernel that a line of its own needs."""
+FASTER_THAN_SEEN = 4.0
 ROUNDS = 40
 REWEIGHTED = 12
 
@@ -329,7 +330,12 @@ def _fit_moves(moves: Sequence[_Move], curve: Mapping[int, float]) -> tuple[Tran
                          strict=True))
         for kind in sorted({move.kind for move in moves if move.collective})
     }  # fmt: skip
-    message_rate, rate = 1e9 / max(x[3], 1e-6), 1e9 / max(x[4], 1e-6)
+    floors = [
+        _least_ns_per_byte(*zip(*((f, m.time_ns) for m, f in zip(moves, flow, strict=True) if m.collective == which),
+                                strict=True))
+        for which in (False, True)
+    ]  # fmt: skip
+    message_rate, rate = (1e9 / max(ns_per_byte, least) for ns_per_byte, least in zip(x[3:], floors, strict=True))
     best = max(message_rate, rate, *(kind.bandwidth_bytes_per_s for kind in kinds.values()))
     fit = TransferFit(
         x[0], message_rate / best, x[1], x[2], best,
@@ -340,7 +346,12 @@ def _fit_moves(moves: Sequence[_Move], curve: Mapping[int, float]) -> tuple[Tran
 
 def _kind(steps: Sequence[int], flow: Sequence[float], times_ns: Sequence[float]) -> KindFit:
     step_ns, ns_per_byte = relative_least_squares([[float(n) for n in steps], flow], times_ns)
-    return KindFit(step_ns, 1e9 / max(ns_per_byte, 1e-6))
+    return KindFit(step_ns, 1e9 / max(ns_per_byte, _least_ns_per_byte(flow, times_ns)))
+
+
+def _least_ns_per_byte(flow: Sequence[float], times_ns: Sequence[float]) -> float:
+    """Where latency hides what bytes cost, they are taken to pass at most this many times faster than was seen."""
+    return min(t / f for f, t in zip(flow, times_ns, strict=True)) / FASTER_THAN_SEEN
 
 
 def _size_curve(moves: Sequence[_Move], fit: TransferFit) -> dict[int, float]:

@@ -19,7 +19,10 @@ from rtp_sim.executor.calibrate import host, kernels, transfers
 from rtp_sim.executor.calibrate.launch import Rank, host_cores, run_ranks
 from rtp_sim.executor.calibrate.probe import WARM_UP, Probe, ProbeTimes, gathered, issue_times, run_probe
 from rtp_sim.executor.calibrate.samples import Facts, HostSample, KernelSample, Measurements
-from rtp_sim.executor.environment import calm_gloo_threads, keep_freed_memory
+from rtp_sim.executor.environment import calm_gloo_threads, keep_freed_memory, sharpen_timers
+from rtp_sim.executor.groups import make_control, make_groups
+from rtp_sim.executor.shm import SharedMemoryTransport
+from rtp_sim.executor.transport import Transport
 from rtp_sim.schedule.ir import Dims
 
 Say = Callable[[str], None]
@@ -32,8 +35,9 @@ PROBE_STEPS = 5
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to measure. `device` is cpu or cuda; `threads` are those that each CPU rank computes with. The step `issue`
-    shows the host's time per op, the `probes` (CPUs only) what kernels take in steps."""
+    """What to measure. `device` is cpu or cuda; `threads` are those that each CPU rank computes with; `transport` (gloo
+    or shm) is what CPU ranks send with. The step `issue` shows the host's time per op, the `probes` (CPUs only) what
+    kernels take in steps."""
 
     device: str
     ranks: int
@@ -41,6 +45,7 @@ class Plan:
     pin: bool = False
     quick: bool = False
     timeout_s: float = 120.0
+    transport: str = "gloo"
     issue: Probe | None = None
     probes: tuple[Probe, ...] = ()
 
@@ -114,18 +119,37 @@ def rank_job(rank: Rank, argument: tuple[Plan, str]) -> _Result:
     rank.wait()
     moved: list[transfers.RankTimes] = []
     if plan.ranks > 1:
-        moved = transfers.joined([transfers.measure(device, plan.quick, say) for _ in range(passes)])
+        with tempfile.TemporaryDirectory() as folder:
+            times_of = _transfer_times(plan, rank, device, Path(folder))
+            found = [transfers.measure(times_of, plan.ranks, plan.quick, say) for _ in range(passes)]
+        moved = transfers.joined(found)
     alone, beside = host.overlap_times(device, plan.ranks, 8 if plan.quick else 30)
     sample = HostSample(
         tuple(issue), host.memory_bytes(device, plan.ranks), reserved, host.compute_units(device), tuple(alone),
         tuple(beside), tuple(communication),
     )  # fmt: skip
-    facts = host.facts(device, plan.pin)
+    facts = dict(host.facts(device, plan.pin))
+    if device.type == "cpu" and plan.ranks > 1:
+        facts["backend"] = plan.transport
     rank.wait()
     if dist.is_initialized():
         dist.destroy_process_group()
     # All of the process: torch was imported before this function.
     return _Result(measured, moved, sample, facts, time.process_time(), steps)
+
+
+def _transfer_times(plan: Plan, rank: Rank, device: torch.device, folder: Path) -> transfers.Measure:
+    """What times transfers: on CPUs the executor's own transport and threads."""
+    if device.type == "cuda":
+        return transfers.DeviceTimes(device)
+    schedule = transfers.transfer_schedule(plan.ranks, plan.quick)
+    transport: Transport
+    if plan.transport == "gloo":
+        transport = make_groups(schedule, rank.rank, "gloo", plan.timeout_s)
+        calm_gloo_threads()
+    else:
+        transport = SharedMemoryTransport(schedule, rank.rank, make_control(plan.timeout_s), plan.timeout_s)
+    return transfers.LaneTimes(transport, schedule, rank.rank, folder)
 
 
 def _probed(plan: Plan, rank: Rank, say: Say) -> list[ProbeTimes]:
@@ -167,6 +191,7 @@ def _merged_hosts(hosts: Sequence[HostSample]) -> HostSample:
 def _prepare(plan: Plan, rank: Rank, rendezvous: str) -> torch.device:
     """Threads, memory, device and process group, as the executor's workers have them."""
     keep_freed_memory()
+    sharpen_timers()
     torch.manual_seed(rank.rank)
     torch.set_num_threads(plan.threads)
     device = torch.device("cuda", rank.rank) if plan.device == "cuda" else torch.device("cpu")
