@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "experiment": BASE | {"model", "hardware", "schedule", "timeline", "cost", "engine", "metrics"},
     "validation": BASE
     | {"link", "stated", "model", "hardware", "schedule", "timeline", "timeline_file", "cost", "engine", "metrics"}
-    | {"experiment"},
+    | {"engine.costs", "experiment"},
     "report": BASE | {"hardware", "schedule", "timeline", "engine", "metrics", "experiment", "validation"},
     "timeline_file": BASE | {"schedule", "timeline"},
     "commands": BASE

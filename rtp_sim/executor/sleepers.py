@@ -43,14 +43,15 @@ class SleepingRank:
         places, _ = plan_channels(schedule, 0)
         self._channels = {key: Channel(memory, p, rank) for key, p in places.items() if rank in p.members}
         self._before = ordered_after(schedule.program(rank))
-        # When the host has come to its present op, communication ops were issued, and have ended.
-        self._host_ns = 0
+        # When the host was done with its last op, and what it has waited for since; when communication ops were issued
+        # and have ended.
+        self._host_ns = self._awaited_ns = 0
         self._issued_ns: dict[int, int] = {}
         self._ended_ns: dict[int, int] = {}
 
     def start_step(self, moment_ns: int) -> None:
         """The step begins at this moment."""
-        self._host_ns = moment_ns
+        self._host_ns = self._awaited_ns = moment_ns
 
     # ---- the host
 
@@ -76,10 +77,13 @@ class SleepingRank:
 
     def finish(self, op: Op, parcel: Parcel | None = None) -> None:
         """The host has waited for the op (or found it done)."""
-        self._host_ns = max(self._host_ns, self._ended_ns[op.index])
+        self._awaited_ns = max(self._awaited_ns, self._ended_ns[op.index])
+        if op.blocks_host:
+            self._host_ns = max(self._host_ns, self._ended_ns[op.index])
 
     def _issue(self) -> None:
-        self._host_ns = _unless_late(self._host_ns) + self._times.issue_ns
+        """The host issues an op, and waits for what it needs: one beside the other."""
+        self._host_ns = _unless_late(max(self._host_ns + self._times.issue_ns, self._awaited_ns))
 
     # ---- the streams
 
