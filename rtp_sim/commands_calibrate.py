@@ -6,20 +6,20 @@ import importlib.util
 import sys
 import tempfile
 from argparse import Namespace
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rtp_sim.errors import InputError
 from rtp_sim.executor.calibrate.fit import fit_kernels, fit_lines, fit_transfers, tune
 from rtp_sim.executor.calibrate.residuals import Residual, residuals
 from rtp_sim.executor.calibrate.samples import Measurements
+from rtp_sim.executor.calibrate.shapes import QUICK_SHAPES, SHAPES
 from rtp_sim.executor.calibrate.write import Files, Fitted, matmul_efficiency, samples_json, write_profiles
 from rtp_sim.experiment import Request, find_network, prepare
 from rtp_sim.hardware.profiles import load_cluster
 from rtp_sim.hardware.spec import Cluster
-from rtp_sim.model.network import Network, transformer_network
-from rtp_sim.model.spec import ModelSpec
+from rtp_sim.model.network import Network
 
 if TYPE_CHECKING:
     from rtp_sim.executor.calibrate.probe import Probe
@@ -102,42 +102,6 @@ def probes(ranks: int, quick: bool) -> tuple[Probe, ...]:
         for strategy in ("ddp", "rtp", "tp-sp") if ranks > 1 and not quick else ("ddp",):
             found.append(_probe(shape.network(), strategy, ranks, shape.micro_batch))
     return tuple(found)
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """Sizes of a probe. Odd ones, so that nothing is calibrated on what people then predict."""
-
-    family: str
-    hidden: int
-    heads: int
-    vocab: int
-    seq: int
-    micro_batch: int
-
-    def network(self) -> Network:
-        """Two blocks of the family."""
-        llama: dict[str, Any] = {
-            "gated_mlp": True, "activation": "silu", "position": "rotary", "norm": "rmsnorm", "tied_embeddings": False,
-            "qkv_bias": False, "out_bias": False, "mlp_bias": False,
-        }  # fmt: skip
-        spec = ModelSpec(
-            f"probe-{self.hidden}", 2, self.hidden, self.heads, vocab_size=self.vocab, max_positions=self.seq,
-            **(llama if self.family == "llama" else {}),
-        )  # fmt: skip
-        return transformer_network(spec, self.seq, "flash")
-
-
-SHAPES = (
-    Shape("gpt", 64, 4, 160, 40, 2), Shape("gpt", 96, 4, 300, 48, 12), Shape("gpt", 96, 2, 400, 160, 24),
-    Shape("gpt", 192, 6, 700, 96, 4), Shape("gpt", 320, 5, 1100, 72, 10), Shape("gpt", 320, 5, 1100, 200, 2),
-    Shape("gpt", 512, 8, 1500, 96, 3), Shape("gpt", 704, 11, 2200, 112, 6),
-    Shape("llama", 96, 4, 300, 48, 6), Shape("llama", 320, 10, 1100, 80, 5), Shape("llama", 576, 8, 1600, 72, 4),
-)  # fmt: skip
-QUICK_SHAPES = (
-    Shape("gpt", 64, 4, 160, 40, 2), Shape("gpt", 96, 4, 300, 48, 6), Shape("gpt", 192, 6, 700, 64, 3),
-    Shape("gpt", 256, 4, 900, 72, 3),
-)  # fmt: skip
 
 
 def _probe(network: Network, strategy: str, ranks: int, micro_batch: int) -> Probe:
