@@ -53,6 +53,11 @@ class Setting:
     mean: float | None
     most: float | None
 
+    @property
+    def key(self) -> str:
+        """As --settings names it: stated-2, shm-2, emulated-4 ..."""
+        return f"{'stated' if self.transport == 'none' else self.transport}-{self.ranks}"
+
 
 SETTINGS = (
     Setting("stated times, N = 2", 2, "none", 0.02, 0.04),
@@ -304,7 +309,7 @@ def main() -> int:
     """Measures what is missing, predicts all, writes the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--settings", default="", metavar="WORDS", help="only settings with one of these in their name")
+    parser.add_argument("--settings", default=",".join(s.key for s in SETTINGS), help="which (%(default)s)")
     parser.add_argument("--cases", type=int, default=24, metavar="N", help="the first N cases (24)")
     parser.add_argument("--launches", type=int, default=5, metavar="N", help="launches of each case (5)")
     parser.add_argument("--steps", type=int, default=3, metavar="N", help="measured steps of a launch (3)")
@@ -313,8 +318,10 @@ def main() -> int:
     parser.add_argument("--report", action="store_true", help="measure nothing, predict what is on file")
     a = parser.parse_args()
     a.output.mkdir(parents=True, exist_ok=True)
-    wanted = [word.strip() for word in a.settings.split(",") if word.strip()]
-    chosen = [s for s in SETTINGS if not wanted or any(word in s.name for word in wanted)]
+    wanted = [word.strip() for word in a.settings.split(",")]
+    if unknown := set(wanted) - {s.key for s in SETTINGS}:
+        parser.error(f"unknown setting {sorted(unknown)[0]!r}; expected some of {', '.join(s.key for s in SETTINGS)}")
+    chosen = [s for s in SETTINGS if s.key in wanted]
     log = a.output / "launches.jsonl"
     jobs = [job(setting, case) for setting in chosen for case in cases()[: a.cases]]
     if not a.report:
