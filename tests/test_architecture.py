@@ -167,6 +167,12 @@ print([m for m in sys.modules for room in rooms if m.startswith("rtp_sim." + roo
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
 
 
+def test_ranks_that_only_sleep_do_without_torch():
+    code = "import sys; sys.modules['torch'] = None; import rtp_sim.executor.worker, rtp_sim.executor.sleepers"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_document_names_every_room():
     text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
     for module in FILES:

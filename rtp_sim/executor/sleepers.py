@@ -3,8 +3,7 @@ duration as stated (`rtp_sim/stated.py`). Nothing is allocated or computed, and 
 
 A sleep ends a little late, and a thread that is woken runs a little later still. So that such delays do not add up, an
 op's time counts from when it could begin (the end of what it waited for, as stated) and not from when its thread got to
-run; the host's stated time to issue an op has the interpreter's own work in it. More than `SLACK_NS` is not forgiven:
-then the op begins when its thread runs.
+run; the host's stated time to issue an op has the interpreter's own work in it. More than `SLACK_NS` is not forgiven.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from rtp_sim.stated import StatedTimes
 if TYPE_CHECKING:
     from rtp_sim.executor.exchange import Parcel, Transfer
 
-SLACK_NS = 500_000
+SLACK_NS = 1_000_000
 LEAD_NS = 2_000_000
 """A step begins so long after the last rank has come."""
 
@@ -156,9 +155,8 @@ class SleepingRank:
 
 
 def _unless_late(moment_ns: int) -> int:
-    """The moment at which something could begin, or now if that was too long ago."""
-    now = now_ns()
-    return now if now - moment_ns > SLACK_NS else moment_ns
+    """The moment at which something could begin, or so much later as its thread was late beyond the slack."""
+    return max(moment_ns, now_ns() - SLACK_NS)
 
 
 # ---- the worker
