@@ -45,6 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from rtp_sim import commands_calibrate
 
             return commands_calibrate.calibrate(arguments)
+        if arguments.run == "hardware_import":
+            from rtp_sim import commands_import
+
+            return commands_import.hardware_import(arguments)
         from rtp_sim import commands
 
         run = getattr(commands, arguments.run)
@@ -235,7 +239,7 @@ def _calibrate(p: argparse.ArgumentParser) -> None:
 
 
 def _catalogue(p: argparse.ArgumentParser, what: str) -> None:
-    actions = p.add_subparsers(title="actions", required=True, metavar="list|show", parser_class=_Parser)
+    actions = p.add_subparsers(title="actions", required=True, metavar="ACTION", parser_class=_Parser)
     lister = actions.add_parser("list", help=f"all {what}")
     lister.set_defaults(run=f"{what}_list")
     shower = actions.add_parser("show", help="everything about one")
@@ -243,6 +247,22 @@ def _catalogue(p: argparse.ArgumentParser, what: str) -> None:
     shower.add_argument("name")
     for sub in (lister, shower):
         sub.add_argument("--format", choices=("table", "json"), default="table")
+    if what == "hardware":
+        _import(actions.add_parser("import", help="a cluster profile from nvidia-smi topo -m and nccl-tests"))
+
+
+def _import(p: argparse.ArgumentParser) -> None:
+    p.set_defaults(run="hardware_import")
+    p.epilog = "Writes FILE.toml and, with --nccl-tests, FILE.import.json. docs/calibration.md says what is fitted."
+    p.add_argument("--topo", required=True, metavar="FILE", help="what nvidia-smi topo -m prints on one node")
+    p.add_argument("--nccl-tests", nargs="+", action="extend", default=[], metavar="FILE",
+                   help="what nccl-tests print, or write with -J: sweeps of one or several nodes")  # fmt: skip
+    p.add_argument("--device", required=True, metavar="NAME|FILE", help="device profile of the GPUs")
+    p.add_argument("--nic", metavar="RATE", help='speed of a NIC, for example "200Gb/s" (the topology does not say)')
+    p.add_argument("--like", metavar="NAME", help="cluster profile that lends what was not measured")
+    p.add_argument("-o", "--output", required=True, metavar="FILE.toml", help="the cluster profile to write")
+    p.add_argument("--format", choices=("table", "json"), default="table")
+    p.add_argument("--quiet", action="store_true", help="no progress on stderr")
 
 
 def _fraction(text: str) -> float:
