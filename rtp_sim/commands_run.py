@@ -34,6 +34,7 @@ def execute(a: Namespace, prepared: Prepared) -> int:
         network=prepared.network, training=prepared.training, steps=a.steps, warmup=a.warmup, seed=a.seed,
         device=a.device, backend=a.backend, timeout_s=a.timeout, threads=a.threads, check=a.check, pin=a.pin,
         float_dtype="fp64" if a.fp64 else "", save_tensors=a.save_tensors,
+        profile_trace=a.profile_trace,
     )  # fmt: skip
     check(schedule)
     run = RunDirectory(Path(a.output))

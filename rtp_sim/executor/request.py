@@ -32,7 +32,7 @@ class RunRequest:
     still. `threads` are the threads that each rank computes with. With `float_dtype` "fp64" every float buffer is
     double precision (to compare results, not times). `check` compares the first step with dense training;
     `save_tensors` keeps the weights and gradients of the last step beside the results. With `pin` a rank stays on one
-    core.
+    core. `profile_trace` adds a step after the measured ones, which every rank does under PyTorch's profiler.
     """
 
     network: Network
@@ -48,6 +48,7 @@ class RunRequest:
     check: bool = False
     save_tensors: bool = False
     pin: bool = False
+    profile_trace: bool = False
 
     def __post_init__(self) -> None:
         """InputError naming the field that makes no sense."""

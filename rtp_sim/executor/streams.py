@@ -8,6 +8,7 @@ is waited for, so that the span on the IR's stream covers it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 
 from rtp_sim.executor.clocks import now_ns
 from rtp_sim.executor.communicate import Traffic
-from rtp_sim.executor.distributed import StepTimes, communicates, movement, transfer_tags
+from rtp_sim.executor.distributed import Around, StepTimes, communicates, movement, transfer_tags
 from rtp_sim.executor.groups import Groups
 from rtp_sim.executor.machine import Machine
 from rtp_sim.executor.progress import Progress
@@ -31,6 +32,7 @@ class StreamInterpreter:
 
     def __init__(self, schedule: Schedule, rank: int, machine: Machine, groups: Groups, progress: Progress) -> None:
         self._machine, self._groups, self._progress = machine, groups, progress
+        self.around: Around = nullcontext
         self._program = schedule.program(rank)
         self._tags = transfer_tags(schedule)
         # What the machine made before the first step lies on the current stream.
@@ -53,7 +55,8 @@ class StreamInterpreter:
                 for before in op.after:
                     stream.wait_event(end[before])
                 begin[op.index].record(stream)
-                sent += self._do(op, stream)
+                with self.around(op):
+                    sent += self._do(op, stream)
                 end[op.index].record(stream)
             if op.blocks_host:
                 end[op.index].synchronize()
