@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -40,7 +41,9 @@ def hardware_import(a: Namespace) -> int:
         fitted = fit(draft, samples)
     elif sweeps:
         raise InputError(f"--nccl-tests: the {len(sweeps)} tables hold nothing that the model has a word for")
-    final = replace(fitted.draft, notes=(*fitted.draft.notes, *notes, *_missing(samples)))
+    if a.device.endswith(".toml"):
+        device = os.path.relpath(device, output.parent.resolve())
+    final = replace(fitted.draft, device=device, notes=(*fitted.draft.notes, *notes, *_missing(samples)))
     _write(output, final, samples, fitted, a)
     report = {
         "schema": SCHEMA, "profile": str(output), "samples": len(samples),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,20 @@ class Draft:
     def with_communication(self, **figures: Any) -> Draft:
         """The draft with other communication parameters."""
         return replace(self, communication=replace(self.communication, **figures))
+
+    def with_sources(self, changed: Callable[[str], str]) -> Draft:
+        """The draft with every number's source changed so."""
+
+        def number(of: Any) -> Any:
+            return replace(of, source=changed(of.source)) if isinstance(of, Number) else of
+
+        links = {
+            name: LinkFigures(link.kind, number(link.bandwidth), number(link.efficiency), number(link.latency))
+            for name, link in self.links.items()
+        }
+        p = self.communication
+        figures = {f.name: number(getattr(p, f.name)) for f in fields(p)}
+        return replace(self, links=links, communication=replace(p, **figures))
 
     def cluster(self, nodes: int = 1, gpus: int | None = None) -> Cluster:
         """The cluster as it loads from the written profile."""

@@ -25,6 +25,8 @@ NCCL_BASE_NS = 6600.0
 collectives have as many steps, so that base and steps cannot be told apart."""
 CURVE_FROM_SHARES = (0.25, 0.02)
 """A curve begins at the size at which bytes at the full rate take this share of the time; the better one is kept."""
+CURVE_WORTH = 0.01
+"""Nor is one worth having where the error without is no larger than this."""
 ROUNDS = 12
 
 
@@ -127,7 +129,8 @@ def _fitted(moves: Sequence[Move]) -> tuple[NodeFit, float]:
         if curve := _curve(moves, guess, share):
             curved, governed = _solved(moves, curve), [m for m in moves if m.size_bytes >= min(curve)]
             error = _error(moves, curved)
-            if error < best_error and _error(governed, curved) < CURVE_GAIN * _error(governed, flat):
+            limit = max(CURVE_GAIN * _error(governed, flat), CURVE_WORTH)
+            if error < best_error and limit < _error(governed, flat) and _error(governed, curved) < limit:
                 best, best_error = curved, error
     return best, best_error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import exp, log
+from math import sqrt
 from statistics import median
 
 from rtp_sim.cost.communication import CommunicationCost
@@ -17,7 +17,7 @@ from rtp_sim.importing.fit_node import MESSAGE, RING, Move, NodeFit, fit_node
 from rtp_sim.importing.samples import Imported
 
 ZERO, ONE = Number(0, "assumed", "left out"), Number(1, "assumed", "left out")
-BETWEEN_ROUNDS, BISECTIONS = 3, 22
+BETWEEN_ROUNDS, BISECTIONS = 3, 14
 MOST_BYTES_S, TOO_SLOW = 1e12, 0.05
 TOO_QUICK = (
     "The runs on several nodes were quicker than the algorithms of the model can be on the fastest network (reduction "
@@ -45,35 +45,43 @@ def fit(draft: Draft, samples: Sequence[Imported]) -> Fitted:
             f"{between[0].source}: ran on {between[0].nodes} nodes, but the topology lists no NICs; expected the "
             "output of nvidia-smi topo -m on one of those nodes"
         )
-    # Fitted once to know the residuals, which then stand in the sources of the numbers.
-    fitted = _fit(draft, inside, between, {})
-    left = _residuals(samples, _predicted(fitted, samples))
-    fitted = _fit(draft, inside, between, left)
-    predicted = _predicted(fitted, samples)
-    return Fitted(fitted, tuple(predicted), _residuals(samples, predicted))
-
-
-def _fit(draft: Draft, inside: Sequence[Imported], between: Sequence[Imported], left: Mapping[str, Residual]) -> Draft:
     if inside:
-        draft = _with_node(draft, inside, _source(inside, left))
-    return _with_network(draft, between, _source(between, left)) if between else draft
+        draft = _with_node(draft, inside, _source(inside))
+    if between:
+        draft = _with_network(draft, between, _source(between))
+    predicted = _predicted(draft, samples)
+    left = _residuals(samples, predicted)
+    # What is left is only known now; it belongs into the sources of the numbers.
+    return Fitted(draft.with_sources(lambda text: _stated(text, left)), tuple(predicted), left)
 
 
-def _source(samples: Sequence[Imported], left: Mapping[str, Residual]) -> str:
-    groups = dict.fromkeys(s.group for s in samples)
+def _source(samples: Sequence[Imported]) -> str:
+    groups = ", ".join(f"<{group}>" for group in dict.fromkeys(s.group for s in samples))
     files = ", ".join(dict.fromkeys(s.source for s in samples))
-    known = "; ".join(f"{group}: {left[group]}" if group in left else group for group in groups)
-    return f"fit of nccl-tests ({files}); {known}"
+    return f"fit of nccl-tests ({files}): {groups}"
+
+
+def _stated(text: str, left: Mapping[str, Residual]) -> str:
+    """The source with what is left beside every group that it names."""
+    for group, residual in left.items():
+        text = text.replace(f"<{group}>", f"{group} ({residual})")
+    return text
 
 
 def _predicted(draft: Draft, samples: Sequence[Imported]) -> list[float]:
-    clusters: dict[tuple[int, int], Cluster] = {}
+    clusters: dict[tuple[int, int], tuple[Cluster, CommunicationCost]] = {}
     found = []
     for s in samples:
         key = s.nodes, s.sample.ranks
         if key not in clusters:
-            clusters[key] = draft.cluster(*key)
-        found.append(predicted_ns(clusters[key], s.sample))
+            cluster = draft.cluster(*key)
+            clusters[key] = cluster, CommunicationCost(cluster)
+        cluster, cost = clusters[key]
+        if s.sample.kind == SHIFT:
+            found.append(predicted_ns(cluster, s.sample))
+        else:
+            ranks = tuple(range(s.sample.ranks))
+            found.append(cost.alone_ns(cost.collective(s.sample.kind, ranks, s.sample.size_bytes, "fp32")))
     return found
 
 
@@ -236,10 +244,10 @@ def _with_network(draft: Draft, samples: Sequence[Imported], source: str) -> Dra
         return median(p / s.time_ns for p, s in zip(_predicted(made, of), of, strict=True))
 
     def step_at(rate: float) -> float:
-        return _bisect(lambda ns: ratio(trial(rate, ns), small), 0.0, 1e6, rising=True) if small else 0.0
+        return _bisect(lambda ns: ratio(trial(rate, ns), small), 10, 1e6, rising=True) if small else 0.0
 
     def rate_at(step_ns: float) -> float:
-        return exp(_bisect(lambda x: ratio(trial(exp(x), step_ns), large), log(1e8), log(MOST_BYTES_S), rising=False))
+        return _bisect(lambda x: ratio(trial(x, step_ns), large), 1e8, MOST_BYTES_S, rising=False)
 
     step, rate = step_at(given), given
     if ratio(trial(MOST_BYTES_S, step), large) > 1 + TOO_SLOW:
@@ -254,11 +262,11 @@ def _with_network(draft: Draft, samples: Sequence[Imported], source: str) -> Dra
 
 
 def _bisect(ratio: Callable[[float], float], low: float, high: float, rising: bool) -> float:
-    """Where the ratio is 1, or the end that comes nearest."""
+    """Where the ratio is 1, or the end that comes nearest. Halves the range of magnitudes."""
     for _ in range(BISECTIONS):
-        middle = (low + high) / 2
+        middle = sqrt(low * high)
         if (ratio(middle) < 1) == rising:
             low = middle
         else:
             high = middle
-    return (low + high) / 2
+    return sqrt(low * high)

@@ -31,6 +31,7 @@ class _State:
     program: str = ""
     devices: list[Device] = field(default_factory=list)
     columns: list[str] = field(default_factory=list)
+    lead: int = 0
     stamps: int = 0
     start: int = 0
     redop: str = ""
@@ -82,6 +83,7 @@ def _begin(state: _State, words: list[str], number: int, name: str) -> None:
     if "cputime" in words:
         raise InputError(f"{name}, line {number}: the times are of the CPU (-C); expected a run without -C")
     state.columns = [word for word in words if word in _MEASURES]
+    state.lead = words.index("time")
     if state.columns.count("time") != 2 or len(state.columns) % 2:
         raise InputError(
             f"{name}, line {number}: measured columns {' '.join(state.columns)}; expected time, algbw, busbw and "
@@ -96,7 +98,7 @@ def _add(state: _State, words: list[str], where: str, number: int) -> None:
     width, half = len(state.columns), len(state.columns) // 2
     values = words[: len(words) - state.stamps]
     both = len(values) >= 3 + width
-    if not both and not (3 + half <= len(values) <= 5 + half):
+    if not both and len(values) != state.lead + half:
         raise InputError(
             f"{where}: {len(words)} entries; expected size, count, type and then {width} measured ones "
             f"({' '.join(state.columns)}): the line may be cut off"

@@ -89,7 +89,8 @@ def _pcie(matrix: TopoMatrix, nics: Sequence[str]) -> tuple[list[HubWires], dict
         number = 0
         for members in _classes(matrix, devices, depth):
             units = list(dict.fromkeys(unit[device] for device in members))
-            if len(units) == 1 and level != "PHB":
+            # Ports of one adapter hang on whatever their adapter hangs on.
+            if level != "PHB" and (len(units) == 1 or all(u in nics for u in units)):
                 continue
             hub = f"{_HUB[level]}{number}"
             number += 1
