@@ -48,6 +48,8 @@ def class_of_name(name: str) -> str:
 
 def class_of(event: Event) -> str:
     """The class of what ran; copies and fills by the device's copy engines are memory-bound."""
+    if event.collective:
+        return COMMUNICATION
     return MEMORY if event.what == COPY else class_of_name(event.name)
 
 
