@@ -144,6 +144,34 @@ def test_the_step_between_nodes_and_the_nics_are_found(run):
     assert residuals(answer)["all_reduce, 16 ranks on 2 nodes"] < 0.02
 
 
+def test_messages_alone_leave_collectives_as_they_were_lent(run):
+    file = write("sr.txt", table("sendrecv", 8, us(9, rate_gb_s=300, edge=1)))
+    assert run(f"{RAILS} --nccl-tests {file} -o my.toml").code == 0
+    cluster, lent = load_cluster("my.toml"), load_cluster("dgx-h100").communication
+    p = cluster.communication
+    assert p.p2p_base_ns.value == pytest.approx(9000, rel=0.01)
+    assert p.p2p_efficiency.value == 1
+    assert links(cluster, "nvlink")[0].bandwidth_bytes_per_s == pytest.approx(300e9, rel=0.005)
+    assert (p.collective_base_ns.value, p.collective_base_ns.kind) == (lent.collective_base_ns.value, "assumed")
+    assert p.algorithms == lent.algorithms
+
+    # Between nodes every rank has a NIC of its own, so a message is bound by one: 40 GB/s.
+    across = write("across.txt", table("sendrecv", 16, us(20, rate_gb_s=40, edge=1), hosts=2))
+    assert run(f"{RAILS} --nccl-tests {file} {across} -o my.toml").code == 0
+    found = load_cluster("my.toml", 2)
+    assert links(found, "nic")[0].bandwidth_bytes_per_s == pytest.approx(40e9, rel=0.02)
+    assert found.communication.collective_step_inter_ns.kind == "assumed"
+
+
+def test_a_switch_that_did_not_reduce_is_not_said_to(run):
+    """Four GPUs say nothing about eight; eight that were no quicker than a ring do."""
+    for ranks, algorithms in ((4, True), (8, False)):
+        steps = 2 * (ranks - 1)
+        file = write("ar.txt", table("all_reduce", ranks, us(8, steps * 1.0, rate_gb_s=360, edge=steps / ranks)))
+        assert run(f"{H100} --nccl-tests {file} -o my.toml").code == 0
+        assert ("in-switch" in load_cluster("my.toml").communication.algorithms) == algorithms
+
+
 # ---- published measurements
 
 

@@ -23,8 +23,9 @@ TOO_QUICK = (
     "The runs on several nodes were quicker than the algorithms of the model can be on the fastest network (reduction "
     "in the switches across nodes is not modelled), so the NICs' rate could not be fitted."
 )
-SMALL_BYTES, LARGE_BYTES = 64 << 10, 16 << 20
-"""Below, latency is all that counts; above, mostly the rate."""
+SMALL_BYTES, TELLING_BYTES, LARGE_BYTES = 64 << 10, 16 << 20, 256 << 20
+"""Up to the first, latency is all that counts; from the second on, an all-reduce shows whether the switch reduced; from
+the third on, the rate is all that counts, also between nodes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +112,8 @@ def _with_node(draft: Draft, samples: Sequence[Imported], source: str) -> Draft:
         ]
         switch_only = not any(m.way == RING and m.switch_raw_ns is None and m.raw_ns > 0.3 * m.time_ns for m in moves)
     found = fit_node(moves, switch_only)
-    return _node_figures(draft, found, used, source, least)
+    draft = _node_figures(draft, found, used, source)
+    return _with_switch(draft, found, source, least) if least is not None else _without_switch(draft, samples)
 
 
 def _reference(draft: Draft) -> tuple[Draft, Mapping[str, str]]:
@@ -154,7 +156,7 @@ def _port_ns(draft: Draft, s: Imported) -> float:
     return s.sample.size_bytes / draft.links[NVLINK].bandwidth.value * 1e9
 
 
-def _node_figures(draft: Draft, found: NodeFit, used: Sequence[str], source: str, least: int | None) -> Draft:
+def _node_figures(draft: Draft, found: NodeFit, used: Sequence[str], source: str) -> Draft:
     for name in draft.links:
         if name != NIC:
             draft = draft.with_link(name, latency=COUNTED)
@@ -185,8 +187,7 @@ def _node_figures(draft: Draft, found: NodeFit, used: Sequence[str], source: str
         figures["size_curve_provenance"] = Number(len(found.curve), "measured", source)
     else:
         figures |= {"size_curve": (), "size_curve_provenance": None}
-    draft = draft.with_communication(**figures)
-    return _with_switch(draft, found, source, least)
+    return draft.with_communication(**figures)
 
 
 def _with_rate(draft: Draft, name: str, efficiency: float, source: str) -> Draft:
@@ -200,14 +201,27 @@ def _with_rate(draft: Draft, name: str, efficiency: float, source: str) -> Draft
     )  # fmt: skip
 
 
-def _with_switch(draft: Draft, found: NodeFit, source: str, least: int | None) -> Draft:
-    """Reduction in the switch as measured, or none where all-reduces were measured and the switch did not reduce."""
+def _without_switch(draft: Draft, samples: Sequence[Imported]) -> Draft:
+    """No reduction in the switch where large all-reduces of groups that should have used it were measured, and did
+    not."""
     p = draft.communication
-    if found.switch_factor is None or least is None:
-        algorithms = tuple(a for a in p.algorithms if a != "in-switch")
-        return draft.with_communication(
-            algorithms=algorithms, in_switch_reduction_min_ranks=None, in_switch_base_ns=None, in_switch_efficiency=None
-        )
+    lent = p.in_switch_reduction_min_ranks
+    if lent is None or not any(
+        s.sample.kind == "all_reduce" and s.sample.ranks >= lent.value and s.sample.size_bytes >= TELLING_BYTES
+        for s in samples
+    ):
+        return draft
+    return draft.with_communication(
+        algorithms=tuple(a for a in p.algorithms if a != "in-switch"), in_switch_reduction_min_ranks=None,
+        in_switch_base_ns=None, in_switch_efficiency=None,
+    )  # fmt: skip
+
+
+def _with_switch(draft: Draft, found: NodeFit, source: str, least: int) -> Draft:
+    """Reduction in the switch as measured."""
+    p = draft.communication
+    if found.switch_factor is None:
+        return draft
     return draft.with_communication(
         algorithms=tuple(dict.fromkeys((*p.algorithms, "in-switch"))),
         in_switch_reduction_min_ranks=Number(least, "measured", f"all_reduce above the links' rate; {source}"),
@@ -223,10 +237,11 @@ def _with_switch(draft: Draft, found: NodeFit, source: str, least: int | None) -
 
 def _with_network(draft: Draft, samples: Sequence[Imported], source: str) -> Draft:
     """NICs' rate and the step between nodes: each in turn so that the median of what it governs is met."""
-    collectives = [s for s in samples if s.sample.kind != SHIFT] or list(samples)
-    sizes = sorted({s.sample.size_bytes for s in collectives})
+    collectives = [s for s in samples if s.sample.kind != SHIFT]
     small = [s for s in collectives if s.sample.size_bytes <= SMALL_BYTES]
-    large = [s for s in collectives if s.sample.size_bytes >= min(LARGE_BYTES * 16, sizes[-1])]
+    of_rate = collectives or list(samples)
+    largest = max(s.sample.size_bytes for s in of_rate)
+    large = [s for s in of_rate if s.sample.size_bytes >= min(LARGE_BYTES, largest)]
     given = draft.links[NIC].bandwidth.value
 
     def trial(rate: float, step_ns: float) -> Draft:
