@@ -91,9 +91,22 @@ def test_the_timeline_of_the_traces_is_of_the_same_schedule(path: Path, tmp_path
     assert (both == np.minimum(ready, ends)).all()
 
 
+def test_a_real_trace_is_summed_up_like_any_other(path: Path, capsys: pytest.CaptureFixture[str]):
+    files = [str(path / "ranks" / str(rank) / "trace.json.gz") for rank in (1, 0)]
+    assert main(["trace", *files, "--format", "json", "--quiet"]) == 0
+    ranks = json.loads(capsys.readouterr().out)["ranks"]
+    # The profiler itself has written which rank each file is of.
+    assert [(r["rank"], r["kind"], r["path"]) for r in ranks] == [(0, "host", files[1]), (1, "host", files[0])]
+    for rank in ranks:
+        parts = rank["computing_s"] + rank["exposed_communication_s"] + rank["idle_s"]
+        assert parts == pytest.approx(rank["window_s"])
+        assert {"matmul", "attention", "memory-bound"} <= set(rank["classes"])
+        assert sum(s["busy_s"] for s in rank["streams"]) >= rank["computing_s"]
+
+
 def test_validate_and_diff_take_the_traced_step(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["trace", str(path), "--timeline", str(tmp_path / "t.json"), "--quiet"]) == 0
-    assert "gloo" in capsys.readouterr().out
+    assert "Ranks: busy time by kernel class" in capsys.readouterr().out
     line = f"validate {path} --profile cpu-local --from-trace --tolerance 1000 --format json --quiet"
     assert main([*line.split(), "--predicted", str(tmp_path / "p.json")]) == 0
     document = json.loads(capsys.readouterr().out)

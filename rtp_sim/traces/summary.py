@@ -1,7 +1,8 @@
 """Where the time of any PyTorch program went, rank by rank: busy time by kernel class, exposed communication, idle.
 
-On a device, spans are those of its kernels and copies. Without one they are the host's ops, each counted for the time
-that none of the ops it calls was running. The window is from the start of the first to the end of the last of them.
+On a device, spans are those of its kernels and copies (several devices in one file count as one). Without a device they
+are the host's ops, each counted for the time that none of the ops it calls was running. The window is from the start of
+the first to the end of the last of them.
 
     busy        something runs
     computing   something runs that is not communication
