@@ -97,7 +97,7 @@ def test_the_collective_follows_from_program_bandwidth_or_file_name():
     assert one(headless("reduce_scatter")).kind == "reduce_scatter"
     assert one(headless("all_gather", "none"), "1_2_LOG_all_gather_env1.txt").kind == "all_gather"
     assert one(headless("sendrecv"), "sendrecv.log").kind == "sendrecv"
-    with pytest.raises(InputError, match="line 9: nothing says which collective"):
+    with pytest.raises(InputError, match="line 10: nothing says which collective"):
         one(headless("all_gather", "none"))
 
 
@@ -117,12 +117,12 @@ RUN = table("all_reduce", 8, lambda s: 20 + s / 1e5, sizes=(8, 1 << 30))
     ("text", "words"),
     [
         ("nothing here\n", ["run.txt: no table of nccl-tests in 1 lines"]),
-        (RUN.split("\n8 ")[0], ["line 14", "the table has no rows"]),
+        (RUN.split("\n8 ")[0], ["line 15", "the table has no rows"]),
         (RUN.replace("-1 10757.42", "-1 oops"), ["line 17", "time is 'oops'", "expected a number"]),
         (RUN.replace(" 0 20.00", " 3 20.00"), ["line 16", "#wrong is 3"]),
         (RUN.replace("-1 20.00", "-1 0.00"), ["line 16", "time is 0.00"]),
         (RUN.split("# Out")[0][:-40], ["line 17", "the line may be cut off"]),
-        (RUN.replace("time ", "cputime "), ["line 14", "of the CPU (-C)"]),
+        (RUN.replace("time ", "cputime "), ["line 15", "of the CPU (-C)"]),
         (RUN.replace("Group  0 Pid 107", "Group  1 Pid 107"), ["Group 1", "NCCL_TESTS_SPLIT"]),
         # 16 ranks are listed where busbw says 8.
         (RUN.replace(devices(8), devices(16)), ["1.750 x algbw", "expected 1.875 for all_reduce among the 16"]),
