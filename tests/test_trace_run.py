@@ -100,7 +100,8 @@ def test_a_real_trace_is_summed_up_like_any_other(path: Path, capsys: pytest.Cap
     for rank in ranks:
         parts = rank["computing_s"] + rank["exposed_communication_s"] + rank["idle_s"]
         assert parts == pytest.approx(rank["window_s"])
-        assert {"matmul", "attention", "memory-bound"} <= set(rank["classes"])
+        # The data move on threads of their own, however they do.
+        assert {"matmul", "attention", "memory-bound", "communication"} <= set(rank["classes"])
         assert sum(s["busy_s"] for s in rank["streams"]) >= rank["computing_s"]
 
 

@@ -104,7 +104,7 @@ def first_draft(tree: NodeTree, device: str, topo_file: str, nic: Number | None,
             lent.get("nic", Number(0.9, "assumed", "protocol overhead of RDMA networks")),
             Number(650, "assumed", "adapter, cable and leaf switch; about 1.3 us from NIC to NIC"),
         )  # fmt: skip
-    communication = load_communication(like)
+    communication = replace(load_communication(like), kinds={})
     if not tree.switch_links:
         # Only a switch reduces.
         in_switch: dict[str, Any] = {

@@ -12,14 +12,14 @@ the first to the end of the last of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rtp_sim.errors import InputError
 from rtp_sim.traces.classes import CLASSES, COMMUNICATION, class_of, collective_of
 from rtp_sim.traces.intervals import length, minus, union
 from rtp_sim.traces.kineto import COPY, KERNEL, OP, RANGE, Event, Lane, Trace
-from rtp_sim.traces.names import read_step
+from rtp_sim.traces.names import read_op, read_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +94,11 @@ def _summary(trace: Trace, rank: int, most: int) -> RankSummary:
     if device:
         pieces = [_Piece(e, class_of(e), e.start_ns, e.end_ns) for e in device]
     else:
-        host = [e for e in events if e.what == OP or (e.what == RANGE and e.name.startswith("gloo:"))]
+        movers = _communicating(events)
+        host = [e for e in events if e.what == OP or (e.what == RANGE and (_is_gloo(e) or e.lane in movers))]
         if not host:
             raise InputError(f"{trace.path}: no kernels and no ops; expected a trace of a program that computes")
-        pieces = _own_times(host)
+        pieces = _own_times(host, movers)
     communicating = union((p.start_ns, p.end_ns) for p in pieces if p.name == COMMUNICATION)
     computing = union((p.start_ns, p.end_ns) for p in pieces if p.name != COMMUNICATION)
     window_ns = max(p.end_ns for p in pieces) - min(p.start_ns for p in pieces)
@@ -122,10 +123,26 @@ def _within_step(trace: Trace) -> Sequence[Event]:
     return [e for e in trace.events if step.start_ns <= e.start_ns and e.end_ns <= step.end_ns]
 
 
-def _own_times(events: Iterable[Event]) -> list[_Piece]:
-    """Every op's time without that of the ops it calls, thread by thread. `events` are in order of their start."""
+def _is_gloo(event: Event) -> bool:
+    return event.name.startswith("gloo:")
+
+
+def _communicating(events: Iterable[Event]) -> set[Lane]:
+    """The threads on which our executor communicates: those with ops of ours beside the one that goes through the step,
+    whatever moves the data there."""
+    ranges = [e for e in events if e.what == RANGE]
+    steps = {e.lane for e in ranges if read_step(e.name) is not None}
+    return {e.lane for e in ranges if steps and read_op(e.name) is not None} - steps
+
+
+def _own_times(events: Iterable[Event], communicating: Collection[Lane]) -> list[_Piece]:
+    """Every op's time without that of the ops it calls, thread by thread. `events` are in order of their start; what
+    runs on a thread in `communicating` is communication."""
     pieces: list[_Piece] = []
     open_spans: dict[Lane, list[tuple[Event, int]]] = {}
+
+    def name_of(event: Event) -> str:
+        return COMMUNICATION if event.lane in communicating else class_of(event)
 
     def close(lane: Lane, until_ns: int | None) -> None:
         """Ends what has ended before `until_ns` (None: everything)."""
@@ -134,7 +151,7 @@ def _own_times(events: Iterable[Event]) -> list[_Piece]:
             event, since_ns = stack.pop()
             # Ranges that gloo opens and closes on its own may overlap without one lying in the other.
             end_ns = max(since_ns, event.end_ns)
-            pieces.append(_Piece(event, class_of(event), since_ns, end_ns))
+            pieces.append(_Piece(event, name_of(event), since_ns, end_ns))
             if stack:
                 stack[-1] = stack[-1][0], end_ns
 
@@ -143,7 +160,7 @@ def _own_times(events: Iterable[Event]) -> list[_Piece]:
         close(event.lane, event.start_ns)
         if stack:
             caller, since_ns = stack[-1]
-            pieces.append(_Piece(caller, class_of(caller), since_ns, event.start_ns))
+            pieces.append(_Piece(caller, name_of(caller), since_ns, event.start_ns))
         stack.append((event, event.start_ns))
     for lane in open_spans:
         close(lane, None)
