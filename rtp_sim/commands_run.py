@@ -40,6 +40,7 @@ def execute(a: Namespace, prepared: Prepared) -> int:
         network=prepared.network, training=prepared.training, steps=a.steps, warmup=a.warmup, seed=a.seed,
         device=a.device, transport=a.transport, timeout_s=a.timeout, threads=a.threads, check=a.check, pin=a.pin,
         float_dtype="fp64" if a.fp64 else "", save_tensors=a.save_tensors,
+        profile_trace=a.profile_trace,
         link_latency_ns=a.link_latency, link_bandwidth_bytes_per_s=a.link_bandwidth,
         stated=a.stated_times is not None,
     )  # fmt: skip

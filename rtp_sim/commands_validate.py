@@ -54,6 +54,10 @@ def validate(a: Namespace) -> int:
     from rtp_sim.validation.runs import validate as judge
 
     run = load_run(Path(a.directory))
+    if a.from_trace:
+        from rtp_sim.validation.traced import with_trace
+
+        run = with_trace(run)
     ranks = run.schedule.world_size
     try:
         cluster = load_cluster(a.profile, a.nodes or 1, ranks)

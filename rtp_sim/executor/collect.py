@@ -35,7 +35,9 @@ def collect(run: RunDirectory, schedule: Schedule, request: RunRequest, failure:
         records, rows = run.read_steps(rank, len(schedule.program(rank).ops))
         steps.append(records)
         times.append(rows)
+    # A step under the profiler comes after the measured ones and counts for none of their numbers.
     finished = min((len(records) for records in steps), default=0)
+    finished = min(finished, request.warmup + request.steps)
     ranks = [run.read_rank(rank, "rank.json") or {"rank": rank} for rank in range(schedule.world_size)]
     spans = [_span_ns(steps, ranks, k) for k in range(finished)]
     measured = [k for k in range(finished) if k >= request.warmup]

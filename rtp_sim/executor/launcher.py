@@ -140,6 +140,8 @@ def _progress_line(places: Mapping[int, Place | None], request: RunRequest) -> s
     if place.phase not in ("step", "between steps"):
         return place.phase
     number = place.step - request.warmup + 1
+    if number > request.steps:
+        return "one step under the profiler"
     return f"step {number} of {request.steps}" if number > 0 else f"warm-up step {place.step + 1} of {request.warmup}"
 
 

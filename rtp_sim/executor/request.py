@@ -35,7 +35,8 @@ class RunRequest:
     `save_tensors` keeps the weights and gradients of the last step beside the results. With `pin` a rank stays on one
     core. `transport` moves data by gloo, NCCL, shared memory of this host, or that with an emulated link of
     `link_latency_ns` and `link_bandwidth_bytes_per_s`. With `stated` ranks neither compute nor send, but sleep for the
-    times in the run's directory.
+    times in the run's directory. `profile_trace` adds a step after the measured ones, which every rank does under
+    PyTorch's profiler.
     """
 
     network: Network
@@ -51,6 +52,7 @@ class RunRequest:
     check: bool = False
     save_tensors: bool = False
     pin: bool = False
+    profile_trace: bool = False
     link_latency_ns: int = 0
     link_bandwidth_bytes_per_s: int = 0
     stated: bool = False

@@ -13,7 +13,7 @@ import platform
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,7 +33,7 @@ from rtp_sim.executor.environment import (
 from rtp_sim.executor.launcher import START_UP_S
 from rtp_sim.executor.progress import Progress
 from rtp_sim.executor.request import RunRequest
-from rtp_sim.executor.rundir import Record, RunDirectory
+from rtp_sim.executor.rundir import TRACE, Record, RunDirectory
 from rtp_sim.schedule.ir import Compute, Schedule
 
 if TYPE_CHECKING:
@@ -238,11 +238,15 @@ class Worker:
 
         found = None
         replica, rows = replica_of(self.schedule, self.rank), _loss_parts(self.schedule)
-        for step in range(self.request.warmup + self.request.steps):
+        profiled_step = self.request.warmup + self.request.steps
+        for step in range(profiled_step + self.request.profile_trace):
             self.progress.enter("between steps", step)
             checked = self.request.check and step == 0
             machine.keep_gradients = checked or self.request.save_tensors
             machine.start_step(self._batch(replica, step))
+            if step == profiled_step:
+                self._profile(step, machine, interpreter, lambda: start_together(control, clock))
+                continue
             start_together(control, clock)
             self.progress.enter("step", step)
             times = interpreter.run_step()
@@ -254,6 +258,21 @@ class Worker:
                 found = self._check(machine, loss, control)
                 machine.gradients = []
         return found
+
+    def _profile(self, step: int, machine: Machine, interpreter: Interpreter, gather: Callable[[], None]) -> None:
+        """One more step, under the profiler; its trace and its times are left beside those of the others."""
+        from rtp_sim.executor.profiling import StepProfile, op_range
+
+        profile = StepProfile(self.request.device)
+        profile.begin()
+        gather()
+        self.progress.enter("step", step)
+        interpreter.around = op_range
+        with profile.step(step):
+            times = interpreter.run_step()
+        self.run.append_step(self.rank, self._step_record(step, times, math.nan, machine), times.ops)
+        self.progress.enter("writing results")
+        profile.finish(self.run.of_rank(self.rank, TRACE))
 
     def _step_record(self, step: int, times: StepTimes, loss: float, machine: Machine) -> Record:
         return {

@@ -39,6 +39,10 @@ REQUEST, SCHEDULE, MEASURED, RESULT = FILES = ("request.json", "schedule.json", 
 STATED = "stated.json"
 
 
+PROFILER = "torch.profiler"
+"""The meta "clocks" of a timeline that was read from the ranks' traces."""
+
+
 class ResultFile(BaseModel):
     """The keys of result.json that are read here; others may be there."""
 
@@ -205,6 +209,10 @@ def _notes(run: MeasuredRun, cost: ClusterCost) -> tuple[str, ...]:
     actions = (op.action for program in run.schedule.programs for op in program.ops)
     dtypes = dict.fromkeys(action.dtype for action in actions if isinstance(action, Compute))
     notes = [note for note in map(cost.rate_note, dtypes) if note]
+    if run.timeline.meta.get("clocks") == PROFILER:
+        median_ns = median_low(run.step_times_ns)
+        longer = run.timeline.step_time_ns / median_ns - 1
+        notes.append(f"the ops are those of a step under the profiler, {longer:+.1%} against the median step")
     if run.failure:
         notes.append(f"the run broke off: {run.failure}; what it finished before is compared")
     if run.conditions.times is not None:
