@@ -14,6 +14,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from rtp_sim.errors import InputError
 from rtp_sim.executor.collect import collect
 from rtp_sim.executor.launcher import RunFailed, launch
 from rtp_sim.executor.request import RunRequest
@@ -33,13 +34,16 @@ def execute(a: Namespace, prepared: Prepared) -> int:
     request = RunRequest(
         network=prepared.network, training=prepared.training, steps=a.steps, warmup=a.warmup, seed=a.seed,
         device=a.device, backend=a.backend, timeout_s=a.timeout, threads=a.threads, check=a.check, pin=a.pin,
-        float_dtype="fp64" if a.fp64 else "", save_tensors=a.save_tensors,
+        float_dtype="fp64" if a.fp64 else "", save_tensors=a.save_tensors, only_rank=a.only_rank,
+        communication=a.communication or ("real" if a.only_rank is None else "fake"),
     )  # fmt: skip
+    if a.only_rank is not None and a.only_rank >= schedule.world_size:
+        raise InputError(f"--only-rank {a.only_rank}: the ranks of this schedule are 0 to {schedule.world_size - 1}")
     check(schedule)
     run = RunDirectory(Path(a.output))
     run.prepare(schedule, request)
     if a.prepare:
-        print(f"torchrun --nproc-per-node {schedule.world_size} -m rtp_sim.executor {a.output}")
+        print(f"torchrun --nproc-per-node {len(request.ranks(schedule.world_size))} -m rtp_sim.executor {a.output}")
         return 0
 
     def report(message: str) -> None:
@@ -76,7 +80,8 @@ def _table(result: Result) -> Table:
 
 def _rows(result: Result) -> Iterator[tuple[str, str]]:
     yield "strategy", f"{result['strategy']} {result['layout']}".rstrip()
-    yield "ranks", f"{result['world_size']} ({result['device']}, {result['backend']})"
+    alone = "" if result["only_rank"] is None else f", rank {result['only_rank']} alone"
+    yield "ranks", f"{result['world_size']}{alone} ({result['device']}, {result['backend']})"
     measured = result["step_times_ns"]
     yield "steps measured", str(len(measured))
     if measured:
@@ -85,9 +90,11 @@ def _rows(result: Result) -> Iterator[tuple[str, str]]:
         yield "step, least to most", f"{format_seconds(min(measured) / 1e9)} to {format_seconds(max(measured) / 1e9)}"
         if result["step_time_cv"] is not None:
             yield "spread (std / mean)", format_percent(result["step_time_cv"])
-        yield "tokens/s", format_count(result["tokens"] / median_s)
-    if result["loss"]:
+        if result["only_rank"] is None:
+            yield "tokens/s", format_count(result["tokens"] / median_s)
+    if result["loss"] and result["loss"][0] is not None:
         yield "loss, first to last", f"{result['loss'][0]:.6f} to {result['loss'][-1]:.6f}"
+    if result["bytes_sent"]:
         yield "sent per rank", format_bytes(max(result["bytes_sent"]))
         yield "messages per rank", format_count(max(result["messages"]))
         yield "peak memory", format_bytes(max(result["peak_memory_bytes"]))

@@ -31,12 +31,13 @@ def collect(run: RunDirectory, schedule: Schedule, request: RunRequest, failure:
     """Writes result.json, and measured.json if a measured step was finished; returns the result."""
     steps: list[list[Record]] = []
     times: list[OpTimes] = []
-    for rank in range(schedule.world_size):
+    numbers = request.ranks(schedule.world_size)
+    for rank in numbers:
         records, rows = run.read_steps(rank, len(schedule.program(rank).ops))
         steps.append(records)
         times.append(rows)
     finished = min((len(records) for records in steps), default=0)
-    ranks = [run.read_rank(rank, "rank.json") or {"rank": rank} for rank in range(schedule.world_size)]
+    ranks = [run.read_rank(rank, "rank.json") or {"rank": rank} for rank in numbers]
     spans = [_span_ns(steps, ranks, k) for k in range(finished)]
     measured = [k for k in range(finished) if k >= request.warmup]
     result = _result(schedule, request, failure, steps, ranks, [spans[k][1] - spans[k][0] for k in range(finished)])
@@ -63,15 +64,34 @@ def _timeline(
     schedule: Schedule, times: Sequence[OpTimes], ranks: Sequence[Record], k: int, origin_ns: int, result: Record
 ) -> Timeline:
     measured = {}
-    for rank, rows in enumerate(times):
-        start_ns, end_ns = rows[k] - _offset_ns(ranks[rank]) - origin_ns
+    for record, rows in zip(ranks, times, strict=True):
+        rank = int(record["rank"])
+        start_ns, end_ns = rows[k] - _offset_ns(record) - origin_ns
         # A clock read a little early on another machine must not put an op before the step.
         measured[rank] = RankTimes(np.maximum(start_ns, 0), np.maximum(end_ns, 0))
     measured = with_partners(schedule, measured)
     keys = ("device", "backend", "threads", "torch", "clock_error_ns", "median_step_time_ns", "step_time_cv")
     meta = {"engine": "executor", "host": result["host"]["name"], "step": k} | {key: result[key] for key in keys}
-    offsets = {f"clock_offset_ns.{r}": _offset_ns(rank) for r, rank in enumerate(ranks) if _offset_ns(rank)}
-    return Timeline(schedule, "measured", measured, tuple(range(schedule.world_size)), meta | offsets)
+    offsets = {f"clock_offset_ns.{r['rank']}": _offset_ns(r) for r in ranks if _offset_ns(r)}
+    if result["only_rank"] is not None:
+        meta |= {key: result[key] for key in ("only_rank", "communication")}
+    return Timeline(schedule, "measured", *_represented(schedule, measured), meta | offsets)
+
+
+def _represented(
+    schedule: Schedule, measured: Mapping[int, RankTimes]
+) -> tuple[dict[int, RankTimes], tuple[int, ...]]:
+    """Times and representatives of all ranks. Where one rank ran alone it stands for those that run its program; the
+    ops of any other program have no times (-1)."""
+    if len(measured) == schedule.world_size:
+        return dict(measured), tuple(range(schedule.world_size))
+    times, stands_for = dict(measured), {schedule.program_of_rank[rank]: rank for rank in measured}
+    for rank, number in enumerate(schedule.program_of_rank):
+        if number not in stands_for:
+            stands_for[number] = rank
+            none = np.full(len(schedule.program(rank).ops), -1, dtype=np.int64)
+            times[rank] = RankTimes(none, none)
+    return times, tuple(stands_for[number] for number in schedule.program_of_rank)
 
 
 def _result(
@@ -86,6 +106,8 @@ def _result(
         "failure": failure,
         **{key: schedule.meta.get(key) for key in ("strategy", "layout", "model", "tokens", "precision")},
         "world_size": schedule.world_size,
+        "only_rank": request.only_rank,
+        "communication": request.communication,
         "device": request.device,
         "backend": request.real_backend,
         "threads": request.threads,

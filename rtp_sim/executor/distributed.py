@@ -69,7 +69,7 @@ class HostInterpreter:
             self._progress.at(op.index)
             if communicates(op):
                 self._settle(board, self._data[op.index])
-                moves = movement(op, self._machine, self._groups, self._tags)
+                moves = self._movement(op)
                 self._unfinished[op.index] = moves
                 self._lanes[op.stream].put(Job(op, moves.start, self._waits[op.index], board))
                 self._settle(board, (op.index,) if op.blocks_host else ())
@@ -81,6 +81,9 @@ class HostInterpreter:
         self._settle(board, self._unfinished.keys())
         sent = sum((lane.traffic for lane in self._lanes.values()), Traffic())
         return StepTimes(start_ns, now_ns(), board.times, sent)
+
+    def _movement(self, op: Op) -> Movement:
+        return movement(op, self._machine, self._groups, self._tags)
 
     def _settle(self, board: Board, needed: Collection[int]) -> None:
         """Waits for these communication ops; puts into place what they, and others done meanwhile, have brought."""

@@ -7,6 +7,7 @@ layer op is its class name in layers.py and its fields. Standard library only.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ SCHEMA = "rtp-sim/request/1"
 DEVICES = ("cpu", "cuda")
 BACKENDS = ("auto", "gloo", "nccl")
 FLOATS = ("", "fp64")
+COMMUNICATIONS = ("real", "fake", "copy")
 
 Json = Any  # what json.loads returns
 
@@ -33,6 +35,9 @@ class RunRequest:
     double precision (to compare results, not times). `check` compares the first step with dense training;
     `save_tensors` keeps the weights and gradients of the last step beside the results. With `pin` a rank stays on one
     core.
+
+    With `only_rank` that rank runs alone in one process, and `communication` says what takes the place of its partners:
+    "fake" nothing, "copy" a copy of the same size (alone.py).
     """
 
     network: Network
@@ -48,6 +53,8 @@ class RunRequest:
     check: bool = False
     save_tensors: bool = False
     pin: bool = False
+    only_rank: int | None = None
+    communication: str = "real"
 
     def __post_init__(self) -> None:
         """InputError naming the field that makes no sense."""
@@ -57,21 +64,46 @@ class RunRequest:
                 raise InputError(f"run: {field} is {value!r}; expected a whole number of at least {least}")
         if isinstance(self.timeout_s, bool) or not isinstance(self.timeout_s, int | float) or not self.timeout_s > 0:
             raise InputError(f"run: timeout is {self.timeout_s!r}; expected seconds, for example 60")
-        for field, choices in (("device", DEVICES), ("backend", BACKENDS), ("float_dtype", FLOATS)):
+        for field, choices in (("device", DEVICES), ("backend", BACKENDS), ("float_dtype", FLOATS),
+                               ("communication", COMMUNICATIONS)):  # fmt: skip
             if getattr(self, field) not in choices:
                 known = ", ".join(repr(c) for c in choices)
                 raise InputError(f"run: {field} is {getattr(self, field)!r}; expected one of {known}")
         if self.check and self.warmup < 1:
             raise InputError("run: the check takes place in the first warm-up step; expected warmup of at least 1")
+        self._check_alone()
         if self.device == "cpu" and self.backend == "nccl":
             raise InputError("run: backend nccl moves data between GPUs; with device cpu expected gloo")
         if self.device == "cuda" and self.backend == "gloo":
             raise InputError("run: backend gloo cannot send from GPU memory; with device cuda expected nccl")
 
+    def _check_alone(self) -> None:
+        if self.only_rank is None:
+            if self.communication != "real":
+                raise InputError(f"run: communication {self.communication!r} is for one rank of many; give --only-rank R")
+            return
+        if type(self.only_rank) is not int or self.only_rank < 0:
+            raise InputError(f"run: only_rank is {self.only_rank!r}; expected a rank, for example 0")
+        if self.communication == "real":
+            raise InputError("run: one rank alone has nobody to talk to; expected communication 'fake' or 'copy'")
+        if self.check:
+            raise InputError("run: what one rank alone computes means nothing; leave out --check, or run all ranks")
+
+    def ranks(self, world_size: int) -> Sequence[int]:
+        """The ranks that run as processes, of a schedule for `world_size`."""
+        return range(world_size) if self.only_rank is None else (self.only_rank,)
+
     @property
     def real_backend(self) -> str:
-        """The backend that "auto" stands for: nccl on GPUs, else gloo."""
+        """The backend that "auto" stands for: nccl on GPUs, else gloo; of a rank alone, what replaces it."""
+        if self.only_rank is not None:
+            return self.communication
         return self.backend if self.backend != "auto" else "nccl" if self.device == "cuda" else "gloo"
+
+    @property
+    def meeting_backend(self) -> str:
+        """The backend on which the processes meet: that of the run; a rank alone only meets itself."""
+        return self.real_backend if self.only_rank is None else "gloo"
 
 
 def to_json(request: RunRequest) -> str:

@@ -66,7 +66,7 @@ class RunDirectory:
                 shutil.rmtree(ranks)
             (self.path / "schedule.json").write_text(schedule_to_json(schedule), encoding="utf-8")
             (self.path / "request.json").write_text(request_to_json(request), encoding="utf-8")
-            for rank in range(schedule.world_size):
+            for rank in request.ranks(schedule.world_size):
                 self.of_rank(rank, "").mkdir(parents=True)
         except OSError as error:
             raise InputError(f"cannot write to the run directory {self.path}: {error.strerror}") from None

@@ -15,7 +15,7 @@ import torch
 
 from rtp_sim.executor.clocks import now_ns
 from rtp_sim.executor.communicate import Traffic
-from rtp_sim.executor.distributed import StepTimes, communicates, movement, transfer_tags
+from rtp_sim.executor.distributed import Movement, StepTimes, communicates, movement, transfer_tags
 from rtp_sim.executor.groups import Groups
 from rtp_sim.executor.machine import Machine
 from rtp_sim.executor.progress import Progress
@@ -71,11 +71,14 @@ class StreamInterpreter:
             self._mark(op, stream)
             self._machine.run(op)
             return Traffic()
-        moves = movement(op, self._machine, self._groups, self._tags)
+        moves = self._movement(op)
         self._mark(op, stream)
         sent = moves.start()
         moves.finish()
         return sent
+
+    def _movement(self, op: Op) -> Movement:
+        return movement(op, self._machine, self._groups, self._tags)
 
     def _mark(self, op: Op, stream: torch.cuda.Stream) -> None:
         for flat in self._tensors(op):

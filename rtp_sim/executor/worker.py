@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,7 +56,9 @@ def main(arguments: Sequence[str]) -> int:
         if environment.watched:
             die_with_parent()
         schedule, request = run.load()
-        _require_world(schedule, environment)
+        _require_world(schedule, request, environment)
+        if request.only_rank is not None:
+            environment = replace(environment, rank=request.only_rank)
     except InputError as error:
         # Every rank finds the same; once is enough.
         if os.environ.get("RANK", "0") == "0":
@@ -73,8 +76,14 @@ def main(arguments: Sequence[str]) -> int:
     os._exit(0)
 
 
-def _require_world(schedule: Schedule, environment: Environment) -> None:
-    if environment.world_size != schedule.world_size:
+def _require_world(schedule: Schedule, request: RunRequest, environment: Environment) -> None:
+    expected = len(request.ranks(schedule.world_size))
+    if environment.world_size != expected:
+        if request.only_rank is not None:
+            raise InputError(
+                f"this run is of rank {request.only_rank} alone, but {environment.world_size} processes were started "
+                "(WORLD_SIZE); expected one"
+            )
         raise InputError(
             f"the schedule is for {schedule.world_size} ranks, but {environment.world_size} processes were started "
             f"(WORLD_SIZE); expected --nproc-per-node {schedule.world_size}"
@@ -139,20 +148,22 @@ class Worker:
         import torch
         import torch.distributed as dist
 
-        from rtp_sim.executor.groups import make_groups
+        from rtp_sim.executor.groups import Groups, make_groups
 
         torch.set_num_threads(self.request.threads)
         if self.request.device == "cuda":
             torch.cuda.set_device(self.environment.local_rank)
         patience = timedelta(seconds=max(self.request.timeout_s, START_UP_S))
         try:
-            dist.init_process_group(self.request.real_backend, timeout=patience)
+            dist.init_process_group(self.request.meeting_backend, timeout=patience)
         except (RuntimeError, ValueError) as error:
             if "address already in use" in str(error).lower() or "EADDRINUSE" in str(error):
                 where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
                 raise InputError(f"port in use: the ranks cannot meet at {where}; expected a free port") from None
             raise
         timeout_s = self.request.timeout_s + (LAUNCHER_GRACE_S if self.environment.watched else 0)
+        if self.request.only_rank is not None:
+            return Groups(dist.new_group(backend="gloo"), {})
         groups = make_groups(self.schedule, self.rank, self.request.real_backend, timeout_s)
         if self.request.pin:
             calm_gloo_threads()
@@ -181,6 +192,10 @@ class Worker:
         )  # fmt: skip
 
     def _interpreter(self, machine: Machine, groups: Groups) -> Interpreter:
+        if self.request.only_rank is not None:
+            from rtp_sim.executor.alone import alone
+
+            return alone(self.schedule, self.rank, machine, groups, self.progress, self.request.communication)
         if self.request.device == "cuda":
             from rtp_sim.executor.streams import StreamInterpreter
 
@@ -224,7 +239,8 @@ class Worker:
             start_together(groups.control, clock)
             self.progress.enter("step", step)
             times = interpreter.run_step()
-            losses = machine.losses()
+            # What a rank computes from made-up data is no loss.
+            losses = machine.losses() if self.request.only_rank is None else []
             loss = sum(losses) * rows / len(losses) if losses else math.nan
             self.run.append_step(self.rank, self._step_record(step, times, loss, machine), times.ops)
             if checked:
@@ -259,7 +275,7 @@ class Worker:
         import torch.distributed as dist
 
         dist.barrier(group=groups.control)
-        if self.rank == 0 and not self.environment.watched:
+        if self.rank == self.request.ranks(self.schedule.world_size)[0] and not self.environment.watched:
             from rtp_sim.executor.collect import collect
 
             collect(self.run, self.schedule, self.request)

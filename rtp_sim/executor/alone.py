@@ -1,0 +1,157 @@
+"""One rank of many on one device: its program runs alone, and a stand-in takes the place of every partner.
+
+What a partner would have sent is made up from what the rank has itself, so that kernels see numbers of ordinary size:
+a hop brings the rank's own shard back, a reduction leaves the rank's own contribution (or the mean of its parts), a
+gather of weights has small random numbers where the other slices would be. Nothing that is computed means anything;
+how long it takes, and what it holds, does.
+
+"fake": communication ops take no time. What they bring is filled in between ops.
+"copy": they take the time of a pass over the same bytes, on their own stream (on a CPU in their lane).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from rtp_sim.executor.clocks import now_ns
+from rtp_sim.executor.communicate import Traffic
+from rtp_sim.executor.distributed import HostInterpreter, Interpreter, Movement, StepTimes, communicates
+from rtp_sim.executor.exchange import Parcel, Transfer
+from rtp_sim.executor.groups import Groups
+from rtp_sim.executor.machine import Machine
+from rtp_sim.executor.parcels import sources
+from rtp_sim.executor.progress import Progress
+from rtp_sim.schedule.ir import Collective, Op, Schedule
+from rtp_sim.timeline import TimesNs
+
+NOISE_NUMEL = 4099
+"""Length of the made-up numbers, which repeat: a prime, so that no two rows of a matrix are alike."""
+NOISE_SCALE = 0.02
+"""Their standard deviation, as that of initial weights."""
+
+
+def alone(
+    schedule: Schedule, rank: int, machine: Machine, groups: Groups, progress: Progress, communication: str
+) -> Interpreter:
+    """The interpreter of `rank` without its partners; `communication` is "fake" or "copy"."""
+    partners = StandIn(machine, communication == "copy")
+    if machine.device.type == "cuda":
+        from rtp_sim.executor.alone_streams import AloneOnStreams
+
+        return AloneOnStreams(schedule, rank, machine, groups, progress, partners)
+    if communication == "copy":
+        return CopyingInterpreter(schedule, rank, machine, groups, progress, partners)
+    return AtOnce(schedule, rank, machine, progress, partners)
+
+
+class StandIn:
+    """Takes the place of a rank's partners: `movement` of an op as in distributed.py, without a message."""
+
+    def __init__(self, machine: Machine, copies: bool) -> None:
+        self._machine, self.copies = machine, copies
+        noise = torch.randn(NOISE_NUMEL, generator=torch.Generator().manual_seed(0)) * NOISE_SCALE
+        self._noise = noise.to(machine.device)
+        self._noise_as: dict[torch.dtype, torch.Tensor] = {}
+
+    def movement(self, op: Op) -> Movement:
+        """Takes the tensors of a communication op from the machine; its traffic is counted as if it were sent."""
+        machine, action = self._machine, op.action
+        if isinstance(action, Collective):
+            parcel = machine.parcel(op)
+            buffers = machine.program.buffers
+            weights = any(buffers[name].category == "weights" for name in sources(op))
+            place = machine.schedule.groups[action.group].position(machine.rank)
+            return Movement(lambda: self._collective(parcel, place, weights), lambda: machine.finish(op, parcel))
+        transfers = machine.transfers(op)
+        return Movement(lambda: self._exchange(transfers), lambda: machine.finish(op))
+
+    def _exchange(self, transfers: Sequence[Transfer]) -> Traffic:
+        sent = Traffic()
+        for transfer in transfers:
+            if transfer.to != self._machine.rank:
+                sent += Traffic(transfer.sent_bytes, transfer.messages)
+            if transfer.bounce is None:
+                self._fill(transfer.receive, transfer.send)
+            elif self.copies:
+                for both in transfer.rounds():
+                    both.receive.copy_(both.send[: both.receive.numel()])
+                    if both.into is not None:
+                        both.into.copy_(both.receive)
+        return sent
+
+    def _collective(self, parcel: Parcel, place: int, weights: bool) -> Traffic:
+        send, receive, n = parcel.send, parcel.receive, len(parcel.members)
+        if parcel.kind == "all_gather":
+            parts = receive.view(n, -1)
+            if weights:
+                self._make_up(receive)
+                parts[place].copy_(send)
+            else:
+                parts.copy_(send)
+        elif parcel.kind == "reduce_scatter":
+            if self.copies:
+                torch.mean(send.view(n, -1), 0, out=receive)
+            else:
+                receive.copy_(send.view(n, -1)[place])
+        elif parcel.kind == "all_to_all":
+            receive.copy_(send)
+        elif self.copies:
+            # In place: a pass that reads and writes as much as a copy would.
+            receive.mul_(1)
+        return Traffic(*parcel.traffic())
+
+    def _fill(self, receive: torch.Tensor, send: torch.Tensor) -> None:
+        """The rank's own data; where there are too few of them, made-up numbers."""
+        common = min(receive.numel(), send.numel())
+        receive[:common].copy_(send[:common])
+        self._make_up(receive[common:])
+
+    def _make_up(self, flat: torch.Tensor) -> None:
+        if not flat.is_floating_point():
+            flat.zero_()
+            return
+        noise = self._noise_as.setdefault(flat.dtype, self._noise.to(flat.dtype))
+        whole = flat.numel() // NOISE_NUMEL * NOISE_NUMEL
+        flat[:whole].view(-1, NOISE_NUMEL).copy_(noise)
+        flat[whole:].copy_(noise[: flat.numel() - whole])
+
+
+class AtOnce:
+    """The interpreter of "fake" communication on a CPU: the ops in program order, each communication done at once."""
+
+    def __init__(self, schedule: Schedule, rank: int, machine: Machine, progress: Progress, partners: StandIn) -> None:
+        self._machine, self._progress, self._partners = machine, progress, partners
+        self._ops = schedule.program(rank).ops
+
+    def run_step(self) -> StepTimes:
+        """One step; a communication op starts and ends at one moment, when what it brings has been filled in."""
+        times: TimesNs = np.zeros((2, len(self._ops)), dtype=np.int64)
+        sent, start_ns = Traffic(), now_ns()
+        for op in self._ops:
+            self._progress.at(op.index)
+            if communicates(op):
+                moves = self._partners.movement(op)
+                sent += moves.start()
+                moves.finish()
+                times[:, op.index] = now_ns()
+            else:
+                times[0, op.index] = now_ns()
+                self._machine.run(op)
+                times[1, op.index] = now_ns()
+        return StepTimes(start_ns, now_ns(), times, sent)
+
+
+class CopyingInterpreter(HostInterpreter):
+    """The interpreter of "copy" on a CPU: each stream's copies run in its lane beside the kernels."""
+
+    def __init__(
+        self, schedule: Schedule, rank: int, machine: Machine, groups: Groups, progress: Progress, partners: StandIn
+    ) -> None:
+        super().__init__(schedule, rank, machine, groups, progress)
+        self._partners = partners
+
+    def _movement(self, op: Op) -> Movement:
+        return self._partners.movement(op)
