@@ -21,7 +21,7 @@ from rtp_sim.executor.rendezvous import with_partners
 from rtp_sim.executor.request import RunRequest
 from rtp_sim.executor.rundir import OpTimes, Record, RunDirectory
 from rtp_sim.schedule.ir import Schedule
-from rtp_sim.timeline import RankTimes, Timeline
+from rtp_sim.timeline import RankTimes, Timeline, of_one_rank
 from rtp_sim.timeline_file import save_timeline
 
 SCHEMA = "rtp-sim/run/1"
@@ -44,7 +44,7 @@ def collect(run: RunDirectory, schedule: Schedule, request: RunRequest, failure:
     if measured:
         chosen = sorted(measured, key=lambda k: (spans[k][1] - spans[k][0], k))[(len(measured) - 1) // 2]
         result["timeline_step"] = chosen
-        save_timeline(_timeline(schedule, times, ranks, chosen, spans[chosen][0], result), run.measured)
+        save_timeline(_timeline(schedule, request, times, ranks, chosen, spans[chosen][0], result), run.measured)
     _write(run.result, result)
     return result
 
@@ -61,8 +61,9 @@ def _offset_ns(rank: Record) -> int:
 
 
 def _timeline(
-    schedule: Schedule, times: Sequence[OpTimes], ranks: Sequence[Record], k: int, origin_ns: int, result: Record
-) -> Timeline:
+    schedule: Schedule, request: RunRequest, times: Sequence[OpTimes], ranks: Sequence[Record], k: int, origin_ns: int,
+    result: Record,
+) -> Timeline:  # fmt: skip
     measured = {}
     for record, rows in zip(ranks, times, strict=True):
         rank = int(record["rank"])
@@ -73,25 +74,10 @@ def _timeline(
     keys = ("device", "backend", "threads", "torch", "clock_error_ns", "median_step_time_ns", "step_time_cv")
     meta = {"engine": "executor", "host": result["host"]["name"], "step": k} | {key: result[key] for key in keys}
     offsets = {f"clock_offset_ns.{r['rank']}": _offset_ns(r) for r in ranks if _offset_ns(r)}
-    if result["only_rank"] is not None:
-        meta |= {key: result[key] for key in ("only_rank", "communication")}
-    return Timeline(schedule, "measured", *_represented(schedule, measured), meta | offsets)
-
-
-def _represented(
-    schedule: Schedule, measured: Mapping[int, RankTimes]
-) -> tuple[dict[int, RankTimes], tuple[int, ...]]:
-    """Times and representatives of all ranks. Where one rank ran alone it stands for those that run its program; the
-    ops of any other program have no times (-1)."""
-    if len(measured) == schedule.world_size:
-        return dict(measured), tuple(range(schedule.world_size))
-    times, stands_for = dict(measured), {schedule.program_of_rank[rank]: rank for rank in measured}
-    for rank, number in enumerate(schedule.program_of_rank):
-        if number not in stands_for:
-            stands_for[number] = rank
-            none = np.full(len(schedule.program(rank).ops), -1, dtype=np.int64)
-            times[rank] = RankTimes(none, none)
-    return times, tuple(stands_for[number] for number in schedule.program_of_rank)
+    if request.only_rank is not None:
+        meta |= {key: result[key] for key in ("only_rank", "communication")} | offsets
+        return of_one_rank(schedule, "measured", request.only_rank, measured[request.only_rank], meta)
+    return Timeline(schedule, "measured", measured, tuple(range(schedule.world_size)), meta | offsets)
 
 
 def _result(

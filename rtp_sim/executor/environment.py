@@ -113,5 +113,6 @@ def require_device(request: RunRequest, environment: Environment) -> None:
                 f"--device cuda: local rank {environment.local_rank} needs a GPU of its own, but torch finds "
                 f"{torch.cuda.device_count()}; expected at most as many ranks"
             )
-    if not dist.is_available() or not dist.is_backend_available(request.meeting_backend):
-        raise InputError(f"this torch {torch.__version__} has no backend {request.meeting_backend}; expected one that has")
+    backend = request.meeting_backend
+    if not dist.is_available() or not dist.is_backend_available(backend):
+        raise InputError(f"this torch {torch.__version__} has no backend {backend}; expected one that has")

@@ -80,7 +80,7 @@ class RunRequest:
     def _check_alone(self) -> None:
         if self.only_rank is None:
             if self.communication != "real":
-                raise InputError(f"run: communication {self.communication!r} is for one rank of many; give --only-rank R")
+                raise InputError(f"run: communication {self.communication!r} is for a rank alone; give --only-rank R")
             return
         if type(self.only_rank) is not int or self.only_rank < 0:
             raise InputError(f"run: only_rank is {self.only_rank!r}; expected a rank, for example 0")
