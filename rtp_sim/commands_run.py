@@ -19,6 +19,7 @@ from rtp_sim.executor.collect import collect
 from rtp_sim.executor.launcher import RunFailed, launch
 from rtp_sim.executor.request import RunRequest
 from rtp_sim.executor.rundir import RunDirectory
+from rtp_sim.executor.twins import require_twin
 from rtp_sim.experiment import Prepared
 from rtp_sim.report.format import format_bytes, format_count, format_percent, format_seconds
 from rtp_sim.report.tables import print_table, write_json
@@ -35,8 +36,10 @@ def execute(a: Namespace, prepared: Prepared) -> int:
         network=prepared.network, training=prepared.training, steps=a.steps, warmup=a.warmup, seed=a.seed,
         device=a.device, backend=a.backend, timeout_s=a.timeout, threads=a.threads, check=a.check, pin=a.pin,
         float_dtype="fp64" if a.fp64 else "", save_tensors=a.save_tensors, only_rank=a.only_rank,
-        communication=a.communication or ("real" if a.only_rank is None else "fake"),
+        communication=a.communication or ("real" if a.only_rank is None else "fake"), twin=a.twin,
     )  # fmt: skip
+    if a.twin:
+        require_twin(schedule, request)
     if a.only_rank is not None and a.only_rank >= schedule.world_size:
         raise InputError(f"--only-rank {a.only_rank}: the ranks of this schedule are 0 to {schedule.world_size - 1}")
     check(schedule)
@@ -80,6 +83,8 @@ def _table(result: Result) -> Table:
 
 def _rows(result: Result) -> Iterator[tuple[str, str]]:
     yield "strategy", f"{result['strategy']} {result['layout']}".rstrip()
+    if result["twin"] is not None:
+        yield "twin", f"torch's {result['twin']}"
     alone = "" if result["only_rank"] is None else f", rank {result['only_rank']} alone"
     yield "ranks", f"{result['world_size']}{alone} ({result['device']}, {result['backend']})"
     measured = result["step_times_ns"]
@@ -97,6 +102,7 @@ def _rows(result: Result) -> Iterator[tuple[str, str]]:
     if result["bytes_sent"]:
         yield "sent per rank", format_bytes(max(result["bytes_sent"]))
         yield "messages per rank", format_count(max(result["messages"]))
+    if result["peak_memory_bytes"]:
         yield "peak memory", format_bytes(max(result["peak_memory_bytes"]))
     if result["check"] is not None:
         found = result["check"]

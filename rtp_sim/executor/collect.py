@@ -13,6 +13,7 @@ import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from rtp_sim import __version__
 from rtp_sim.executor.rendezvous import with_partners
 from rtp_sim.executor.request import RunRequest
 from rtp_sim.executor.rundir import OpTimes, Record, RunDirectory
+from rtp_sim.executor.twins import TWINS
 from rtp_sim.schedule.ir import Schedule
 from rtp_sim.timeline import RankTimes, Timeline, of_one_rank
 from rtp_sim.timeline_file import save_timeline
@@ -33,7 +35,7 @@ def collect(run: RunDirectory, schedule: Schedule, request: RunRequest, failure:
     times: list[OpTimes] = []
     numbers = request.ranks(schedule.world_size)
     for rank in numbers:
-        records, rows = run.read_steps(rank, len(schedule.program(rank).ops))
+        records, rows = run.read_steps(rank, 0 if request.twin else len(schedule.program(rank).ops))
         steps.append(records)
         times.append(rows)
     finished = min((len(records) for records in steps), default=0)
@@ -41,7 +43,7 @@ def collect(run: RunDirectory, schedule: Schedule, request: RunRequest, failure:
     spans = [_span_ns(steps, ranks, k) for k in range(finished)]
     measured = [k for k in range(finished) if k >= request.warmup]
     result = _result(schedule, request, failure, steps, ranks, [spans[k][1] - spans[k][0] for k in range(finished)])
-    if measured:
+    if measured and not request.twin:
         chosen = sorted(measured, key=lambda k: (spans[k][1] - spans[k][0], k))[(len(measured) - 1) // 2]
         result["timeline_step"] = chosen
         save_timeline(_timeline(schedule, request, times, ranks, chosen, spans[chosen][0], result), run.measured)
@@ -105,10 +107,11 @@ def _result(
         "median_step_time_ns": int(statistics.median_low(measured)) if measured else None,
         "step_time_cv": statistics.stdev(measured) / statistics.fmean(measured) if len(measured) > 1 else None,
         "loss": losses,
-        "bytes_sent": [mine[-1]["bytes_sent"] for mine in steps] if finished else None,
-        "messages": [mine[-1]["messages"] for mine in steps] if finished else None,
-        "peak_memory_bytes": [mine[-1]["peak_memory_bytes"] for mine in steps] if finished else None,
-        "memory_by_category": [mine[-1]["memory_by_category"] for mine in steps] if finished else None,
+        "twin": TWINS[schedule.name] if request.twin else None,
+        **{
+            key: _of_last_step(key, steps, ranks)
+            for key in ("bytes_sent", "messages", "peak_memory_bytes", "memory_by_category")
+        },
         "clock_error_ns": max((int(r.get("clock_error_ns", 0)) for r in ranks), default=0),
         "check": first.get("check"),
         "torch": first.get("torch"),
@@ -117,6 +120,14 @@ def _result(
         "host": host_description(),
         "ranks": list(ranks),
     }
+
+
+def _of_last_step(key: str, steps: Sequence[Sequence[Record]], ranks: Sequence[Record]) -> list[Any] | None:
+    """What each rank said of its last step, or of its whole run; None where it was not measured."""
+    if not all(steps):
+        return None
+    found = [record.get(key, mine[-1][key]) for mine, record in zip(steps, ranks, strict=True)]
+    return None if None in found else found
 
 
 def host_description() -> Mapping[str, str | int | None]:

@@ -37,7 +37,8 @@ class RunRequest:
     core.
 
     With `only_rank` that rank runs alone in one process, and `communication` says what takes the place of its partners:
-    "fake" nothing, "copy" a copy of the same size (alone.py).
+    "fake" nothing, "copy" a copy of the same size (alone.py). With `twin` torch's own implementation of the strategy
+    runs instead of the schedule (twins/).
     """
 
     network: Network
@@ -55,6 +56,7 @@ class RunRequest:
     pin: bool = False
     only_rank: int | None = None
     communication: str = "real"
+    twin: bool = False
 
     def __post_init__(self) -> None:
         """InputError naming the field that makes no sense."""

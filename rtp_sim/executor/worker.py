@@ -67,13 +67,21 @@ def main(arguments: Sequence[str]) -> int:
     run.clear_rank(environment.rank)
     progress = Progress(run.of_rank(environment.rank, "progress"))
     try:
-        Worker(run, schedule, request, environment, progress).work()
+        _kind(request)(run, schedule, request, environment, progress).work()
     except BaseException as error:
         _fail(run, environment, error)
     # Not even torch's own threads may keep a finished worker.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def _kind(request: RunRequest) -> type[Worker]:
+    if request.twin:
+        from rtp_sim.executor.twins.worker import TwinWorker
+
+        return TwinWorker
+    return Worker
 
 
 def _require_world(schedule: Schedule, request: RunRequest, environment: Environment) -> None:
@@ -162,7 +170,7 @@ class Worker:
                 raise InputError(f"port in use: the ranks cannot meet at {where}; expected a free port") from None
             raise
         timeout_s = self.request.timeout_s + (LAUNCHER_GRACE_S if self.environment.watched else 0)
-        if self.request.only_rank is not None:
+        if self.request.only_rank is not None or self.request.twin:
             return Groups(dist.new_group(backend="gloo"), {})
         groups = make_groups(self.schedule, self.rank, self.request.real_backend, timeout_s)
         if self.request.pin:
