@@ -77,7 +77,7 @@ class StandIn:
                 self._fill(transfer.receive, transfer.send)
             elif self.copies:
                 for both in transfer.rounds():
-                    both.receive.copy_(both.send[: both.receive.numel()])
+                    self._fill(both.receive, both.send)
                     if both.into is not None:
                         both.into.copy_(both.receive)
         return sent
