@@ -23,7 +23,7 @@ from rtp_sim.executor.environment import die_with_parent, read_environment
 from rtp_sim.executor.exchange import Parcel, Transfer
 from rtp_sim.executor.progress import Progress
 from rtp_sim.executor.rundir import RunDirectory
-from rtp_sim.executor.worker import Worker
+from rtp_sim.executor.worker import worker_of
 
 
 def run(job: dict[str, object], rank: int) -> None:
@@ -35,7 +35,8 @@ def run(job: dict[str, object], rank: int) -> None:
         clocks.machine_id = lambda: f"machine {rank}"
         clocks.now_ns = distributed.now_ns = lanes.now_ns = lambda: real_now() + shift_ns * rank
     directory.clear_rank(rank)
-    Worker(directory, schedule, request, read_environment(), Progress(directory.of_rank(rank, "progress"))).work()
+    progress = Progress(directory.of_rank(rank, "progress"))
+    worker_of(request)(directory, schedule, request, read_environment(), progress).work()
     clocks.now_ns = distributed.now_ns = lanes.now_ns = real_now
     clocks.machine_id = real_machine
 

@@ -67,7 +67,7 @@ def main(arguments: Sequence[str]) -> int:
     run.clear_rank(environment.rank)
     progress = Progress(run.of_rank(environment.rank, "progress"))
     try:
-        _kind(request)(run, schedule, request, environment, progress).work()
+        worker_of(request)(run, schedule, request, environment, progress).work()
     except BaseException as error:
         _fail(run, environment, error)
     # Not even torch's own threads may keep a finished worker.
@@ -76,7 +76,8 @@ def main(arguments: Sequence[str]) -> int:
     os._exit(0)
 
 
-def _kind(request: RunRequest) -> type[Worker]:
+def worker_of(request: RunRequest) -> type[Worker]:
+    """The worker that does what is asked for: the schedule, or its twin."""
     if request.twin:
         from rtp_sim.executor.twins.worker import TwinWorker
 

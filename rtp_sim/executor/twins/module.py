@@ -7,7 +7,7 @@ are put in the order of the shards, so that an even cut gives each rank the quer
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -330,8 +330,3 @@ class TwinLoss(nn.Module):
     def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """(batch, seq, vocab) and (batch * seq) -> scalar."""
         return F.cross_entropy(logits.reshape(-1, self.vocab), targets.reshape(-1))
-
-
-def positions_of(modules: Sequence[nn.Module]) -> list[TwinPositions]:
-    """The learned positions among the modules."""
-    return [m for m in modules if isinstance(m, TwinPositions)]

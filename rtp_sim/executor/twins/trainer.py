@@ -17,7 +17,7 @@ from rtp_sim.executor.optimizer import DEFAULTS
 from rtp_sim.executor.parameters import initial_parameters
 from rtp_sim.executor.request import RunRequest
 from rtp_sim.executor.twins.data_parallel import data_parallel, fully_sharded, without_sync
-from rtp_sim.executor.twins.module import TwinModule, TwinPositions
+from rtp_sim.executor.twins.module import TwinModule
 from rtp_sim.executor.twins.tensor_parallel import tensor_parallel
 
 Batch = Sequence[Mapping[str, torch.Tensor]]
@@ -47,8 +47,8 @@ class Trainer:
             self.model = fully_sharded(model, training)
         else:
             self.model = tensor_parallel(model, request.network, strategy == "tp-sp")
-        self._positions = [m.weight for m in model.modules() if isinstance(m, TwinPositions)]
-        self._sum_positions = strategy == "tp-sp"
+        # Of what is whole on every rank each has the gradient of its own tokens.
+        self._to_sum = [p for p in model.parameters() if strategy == "tp-sp" and not isinstance(p, DTensor)]
         self._casts = training.policy.master_dtype is not None and strategy != "fsdp"
         self.optimizer = _optimizer(training.optimizer, list(self.model.parameters()))
 
@@ -62,10 +62,8 @@ class Trainer:
                 loss = self._forward(micro) / len(batch)
                 loss.backward()
             losses.append(loss.detach())
-        if self._sum_positions:
-            # Each rank has seen the positions of its own tokens.
-            for weight in self._positions:
-                dist.all_reduce(weight.grad)
+        for parameter in self._to_sum:
+            dist.all_reduce(parameter.grad)
         self.optimizer.step()
         total = torch.stack([x.full_tensor() if isinstance(x, DTensor) else x for x in losses])
         return total.sum()
