@@ -104,6 +104,8 @@ def _rows(result: Result) -> Iterator[tuple[str, str]]:
         yield "messages per rank", format_count(max(result["messages"]))
     if result["peak_memory_bytes"]:
         yield "peak memory", format_bytes(max(result["peak_memory_bytes"]))
+    if result["allocator_peak_bytes"]:
+        yield "peak of the allocator", format_bytes(max(result["allocator_peak_bytes"]))
     if result["check"] is not None:
         found = result["check"]
         yield "check", f"{'ok' if found['passed'] else 'FAILED'} (largest error {found['largest_error']:.1e})"

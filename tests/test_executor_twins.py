@@ -123,8 +123,7 @@ def test_a_twin_trains_as_dense_training_does(runs: Path, case: Twin):
 
 
 def test_fully_sharded_memory_is_no_more_than_torchs(runs: Path):
-    """Live storage of the executor's fsdp against what the allocator gave `fully_shard`, which keeps two blocks gathered
-    where the schedule keeps what it needs."""
+    """Live storage of the executor's fsdp against all that the allocator gave to `fully_shard`."""
     ours, twin = (max(result_of(runs / name)["peak_memory_bytes"]) for name in ("wide", "wide-twin"))
     assert ours <= 1.15 * twin
 
@@ -187,7 +186,7 @@ def test_events_are_those_of_the_work():
 # ---- as a user meets it
 
 
-def test_a_twin_on_the_command_line(tmp_path: Path):
+def test_a_twin_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     done = subprocess.run(
         command_line("--strategy", "ddp", "--nproc-per-node", 2, "--twin", "--steps", 2, "-o", tmp_path / "run"),
         cwd=ROOT, capture_output=True, text=True, timeout=100, check=False,
@@ -195,6 +194,7 @@ def test_a_twin_on_the_command_line(tmp_path: Path):
     assert done.returncode == 0, done.stderr
     assert "torch's DistributedDataParallel" in done.stdout
     assert main(["validate", str(tmp_path / "run"), "--profile", "cpu-local"]) == 2
+    assert "is a run of a twin (DistributedDataParallel): it has no ops to compare" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def _result(
         "twin": TWINS[schedule.name] if request.twin else None,
         **{
             key: _of_last_step(key, steps, ranks)
-            for key in ("bytes_sent", "messages", "peak_memory_bytes", "memory_by_category")
+            for key in ("bytes_sent", "messages", "peak_memory_bytes", "memory_by_category", "allocator_peak_bytes")
         },
         "clock_error_ns": max((int(r.get("clock_error_ns", 0)) for r in ranks), default=0),
         "check": first.get("check"),
@@ -126,7 +126,7 @@ def _of_last_step(key: str, steps: Sequence[Sequence[Record]], ranks: Sequence[R
     """What each rank said of its last step, or of its whole run; None where it was not measured."""
     if not all(steps):
         return None
-    found = [record.get(key, mine[-1][key]) for mine, record in zip(steps, ranks, strict=True)]
+    found = [record.get(key, mine[-1].get(key)) for mine, record in zip(steps, ranks, strict=True)]
     return None if None in found else found
 
 

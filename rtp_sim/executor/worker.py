@@ -245,6 +245,7 @@ class Worker:
             checked = self.request.check and step == 0
             machine.keep_gradients = checked or self.request.save_tensors
             machine.start_step(self._batch(replica, step))
+            start_peak(machine)
             start_together(groups.control, clock)
             self.progress.enter("step", step)
             times = interpreter.run_step()
@@ -269,6 +270,7 @@ class Worker:
             "messages": times.sent.messages,
             "peak_memory_bytes": machine.storage.peak_bytes,
             "memory_by_category": machine.storage.peak_by_category,
+            "allocator_peak_bytes": allocator_peak_bytes(machine),
         }
 
     def _check(self, machine: Machine, loss: float, groups: Groups) -> Record | None:
@@ -291,6 +293,23 @@ class Worker:
             print(f"rtp-sim: wrote {self.run.result} and {self.run.measured}", file=sys.stderr)
         dist.barrier(group=groups.control)
         self.progress.enter("done")
+
+
+def start_peak(machine: Machine) -> None:
+    """On a GPU the allocator starts counting its peak again."""
+    if machine.device.type == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(machine.device)
+
+
+def allocator_peak_bytes(machine: Machine) -> int | None:
+    """The most that torch's allocator held on the GPU since then, kernels' workspaces and all; None on a CPU."""
+    if machine.device.type != "cuda":
+        return None
+    import torch
+
+    return int(torch.cuda.max_memory_allocated(machine.device))
 
 
 def _loss_parts(schedule: Schedule) -> int:

@@ -48,6 +48,7 @@ class ResultFile(BaseModel):
     messages: list[int] | None = Field(None, description="messages that each rank sent in one step, by rank, or null")
     peak_memory_bytes: list[int] | None = Field(None, description="peak memory of each rank in bytes, by rank, or null")
     only_rank: int | None = Field(None, description="the rank that ran alone, without its partners, or null")
+    twin: str | None = Field(None, description="what of torch ran in the place of the schedule, or null")
     communication: str = Field("real", description="what took the place of its partners: fake or copy")
 
 
@@ -129,6 +130,8 @@ def load_run(path: Path) -> MeasuredRun:
         _require(path / name)
     request, schedule = read_json_object(path / REQUEST), _read_schedule(path / SCHEDULE)
     result = validated(ResultFile, read_json_object(path / RESULT), path / RESULT)
+    if result.twin is not None:
+        raise InputError(f"{path} is a run of a twin ({result.twin}): it has no ops to compare; run without --twin")
     if not result.step_times_ns:
         why = f": the run failed ({result.failure})" if result.failure else ""
         raise InputError(f"{path / RESULT}: 'step_times_ns' is empty, no measured step was finished{why}")
