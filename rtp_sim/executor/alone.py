@@ -48,7 +48,7 @@ def alone(
 
 
 class StandIn:
-    """Takes the place of a rank's partners: `movement` of an op as in distributed.py, without a message."""
+    """A transport without partners: what it moves is the rank's own. Traffic is counted as if it were sent."""
 
     def __init__(self, machine: Machine, copies: bool) -> None:
         self._machine, self.copies = machine, copies
@@ -57,18 +57,16 @@ class StandIn:
         self._noise_as: dict[torch.dtype, torch.Tensor] = {}
 
     def movement(self, op: Op) -> Movement:
-        """Takes the tensors of a communication op from the machine; its traffic is counted as if it were sent."""
-        machine, action = self._machine, op.action
-        if isinstance(action, Collective):
+        """Takes the tensors of a communication op from the machine, as `movement` in distributed.py."""
+        machine = self._machine
+        if isinstance(op.action, Collective):
             parcel = machine.parcel(op)
-            buffers = machine.program.buffers
-            weights = any(buffers[name].category == "weights" for name in sources(op))
-            place = machine.schedule.groups[action.group].position(machine.rank)
-            return Movement(lambda: self._collective(parcel, place, weights), lambda: machine.finish(op, parcel))
+            return Movement(lambda: self.collective(op, parcel), lambda: machine.finish(op, parcel))
         transfers = machine.transfers(op)
-        return Movement(lambda: self._exchange(transfers), lambda: machine.finish(op))
+        return Movement(lambda: self.exchange(op, transfers, 0), lambda: machine.finish(op))
 
-    def _exchange(self, transfers: Sequence[Transfer]) -> Traffic:
+    def exchange(self, op: Op, transfers: Sequence[Transfer], tag: int) -> Traffic:
+        """Does the transfers of a shift, send or receive."""
         sent = Traffic()
         for transfer in transfers:
             if transfer.to != self._machine.rank:
@@ -82,11 +80,13 @@ class StandIn:
                         both.into.copy_(both.receive)
         return sent
 
-    def _collective(self, parcel: Parcel, place: int, weights: bool) -> Traffic:
+    def collective(self, op: Op, parcel: Parcel) -> Traffic:
+        """Does this rank's part of a collective."""
         send, receive, n = parcel.send, parcel.receive, len(parcel.members)
+        place = parcel.members.index(self._machine.rank)
         if parcel.kind == "all_gather":
             parts = receive.view(n, -1)
-            if weights:
+            if any(self._machine.program.buffers[name].category == "weights" for name in sources(op)):
                 self._make_up(receive)
                 parts[place].copy_(send)
             else:
