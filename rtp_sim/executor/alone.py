@@ -29,6 +29,7 @@ from rtp_sim.timeline import TimesNs
 
 NOISE_NUMEL = 4099
 """Length of the made-up numbers, which repeat: a prime, so that no two rows of a matrix are alike."""
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NOISE_SCALE = 0.02
 """Their standard deviation, as that of initial weights."""
 
@@ -53,8 +54,8 @@ class StandIn:
     def __init__(self, machine: Machine, copies: bool) -> None:
         self._machine, self.copies = machine, copies
         noise = torch.randn(NOISE_NUMEL, generator=torch.Generator().manual_seed(0)) * NOISE_SCALE
-        self._noise = noise.to(machine.device)
-        self._noise_as: dict[torch.dtype, torch.Tensor] = {}
+        # In every dtype from the start: on a GPU, streams must not wait for one another to make it.
+        self._noise = {dtype: noise.to(machine.device, dtype) for dtype in FLOATS}
 
     def movement(self, op: Op) -> Movement:
         """Takes the tensors of a communication op from the machine, as `movement` in distributed.py."""
@@ -110,10 +111,10 @@ class StandIn:
         self._make_up(receive[common:])
 
     def _make_up(self, flat: torch.Tensor) -> None:
-        if not flat.is_floating_point():
+        if flat.dtype not in self._noise:
             flat.zero_()
             return
-        noise = self._noise_as.setdefault(flat.dtype, self._noise.to(flat.dtype))
+        noise = self._noise[flat.dtype]
         whole = flat.numel() // NOISE_NUMEL * NOISE_NUMEL
         flat[:whole].view(-1, NOISE_NUMEL).copy_(noise)
         flat[whole:].copy_(noise[: flat.numel() - whole])
