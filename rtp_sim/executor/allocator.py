@@ -32,7 +32,9 @@ def events(work: Callable[[], None]) -> list[int]:
 
 def held_at_marks(sizes: Sequence[int]) -> tuple[list[int], list[int]]:
     """Bytes held at each mark, and the most that was held from one mark to the next (from the last on: to the end)."""
-    held, most, at, peaks = 0, 0, [], []
+    held, most = 0, 0
+    at: list[int] = []
+    peaks: list[int] = []
     for size in sizes:
         if size == MARK_BYTES:
             if at:

@@ -53,13 +53,14 @@ class TwinModule(nn.Module):
     def forward(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The last layer's output; of a network that ends without a loss, its sum."""
         tensors = dict(inputs)
+        found: tuple[torch.Tensor, ...] = ()
         for block in self.blocks:
             assert isinstance(block, TwinBlock)
             given = [tensors[name] for name in block.inputs]
             again = self.recompute and block.recomputable
             found = checkpoint(block, *given, use_reentrant=False) if again else block(*given)
             tensors.update(zip(block.outputs, found, strict=True))
-        return tensors[block.outputs[-1]].sum()
+        return found[-1].sum()
 
 
 def _needed(network: Network) -> set[tuple[int, str]]:
@@ -205,7 +206,7 @@ class TwinEmbedding(nn.Module):
         self.table, self.seq = table, seq
 
     @property
-    def weight(self) -> nn.Parameter:
+    def weight(self) -> torch.Tensor:
         """The table's rows."""
         return self.table.weight
 
