@@ -24,7 +24,6 @@ from rtp_sim.engine.memory import memory_profile
 from rtp_sim.executor.alone import alone
 from rtp_sim.executor.batches import random_batch
 from rtp_sim.executor.distributed import StepTimes, communicates
-from rtp_sim.executor.groups import Groups
 from rtp_sim.executor.machine import Machine
 from rtp_sim.executor.parameters import initial_parameters
 from rtp_sim.executor.progress import Progress
@@ -39,9 +38,9 @@ from rtp_sim.timeline import RankTimes, of_one_rank
 from rtp_sim.timeline_file import timeline_from_json, timeline_to_json
 from rtp_sim.validation.diff import diff
 from rtp_sim.validation.one_rank import clusters_for, predict_alone, without_partners
+from rtp_sim.validation.predict import Conditions
 from rtp_sim.validation.runs import MeasuredRun
 
-NOBODY = Groups(None, {})  # type: ignore[arg-type]
 STRATEGIES = ("rtp", "rtp-inplace", "ddp", "zero1", "zero2", "fsdp", "tp", "tp-sp")
 
 
@@ -60,7 +59,7 @@ def run_alone(
 ) -> Lone:  # fmt: skip
     training = training or TrainingSpec(2, network.seq, precision="fp32", optimizer="adamw")
     machine = Machine(schedule, rank, network, training, initial_parameters(network))
-    interpreter = alone(schedule, rank, machine, NOBODY, Progress(path / "progress"), communication)
+    interpreter = alone(schedule, rank, machine, Progress(path / "progress"), communication)
     for step in range(steps):
         micros = int(schedule.meta["num_microbatches"] or 1)
         machine.start_step(random_batch(network, 2, micros, rank, step))
@@ -141,7 +140,7 @@ def test_a_receive_without_a_partner_brings_small_numbers(tmp_path: Path):
     network = stack([Linear(5000, 1)], input_numel=5000)
     machine = Machine(schedule, 1, network, TrainingSpec(1, 1, precision="fp32"), initial_parameters(network))
     machine.start_step([{"x": torch.ones(5000)}])
-    found = alone(schedule, 1, machine, NOBODY, Progress(tmp_path / "progress"), "fake").run_step()
+    found = alone(schedule, 1, machine, Progress(tmp_path / "progress"), "fake").run_step()
     assert (found.sent.size_bytes, found.sent.messages) == (20_000, 1)
     got = machine.storage["m0/got"]
     assert float(got.std()) == pytest.approx(0.02, rel=0.05)
@@ -162,7 +161,7 @@ def parcel_of(path: Path, kind: str, network: Network) -> tuple[Machine, list[to
     found = []
     for communication in ("fake", "copy"):
         machine.start_step([{"x": torch.arange(8)}])
-        alone(schedule, 1, machine, NOBODY, Progress(path / "progress"), communication).run_step()
+        alone(schedule, 1, machine, Progress(path / "progress"), communication).run_step()
         found.append(machine.storage["m0/y"].clone())
     return machine, found
 
@@ -201,7 +200,7 @@ def test_copies_are_as_large_as_what_is_sent():
 def test_a_rank_alone_is_predicted_kernel_by_kernel():
     network, rank = gpt2_tiny(), 2
     schedule, cost = build("rtp", network, 3), ClusterCost(load_cluster("dgx-a100-80g", 1, 1))
-    timeline = predict_alone(schedule, rank, "fake", cost)
+    timeline = predict_alone(schedule, rank, "fake", cost.cluster, Conditions())
     assert set(timeline.representative_of) == {rank}
     for span in timeline.spans(rank):
         action = span.op.action
@@ -239,7 +238,7 @@ def test_one_command_runs_a_rank_and_another_judges_it(tmp_path: Path, capsys: p
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert (result["world_size"], result["only_rank"], result["communication"]) == (64, 3, "fake")
-    assert (result["backend"], result["loss"], len(result["step_times_ns"])) == ("fake", [None] * 3, 2)
+    assert (result["transport"], result["loss"], len(result["step_times_ns"])) == ("fake", [None] * 3, 2)
     assert [record["rank"] for record in result["ranks"]] == [3]
     assert [p.name for p in (path / "ranks").iterdir()] == ["3"]
     assert gone(path, within_s=0.5)
@@ -277,7 +276,9 @@ def test_arguments_that_do_not_fit(
 def test_a_profile_too_small_for_all_ranks_keeps_its_device():
     """Two cores cannot be 64 ranks of one host: the whole schedule is predicted on hosts with a network."""
     schedule = build("rtp", gpt2_tiny(), 64)
-    run = MeasuredRun(Path("run"), {}, of_one_rank(schedule, "measured", 3, NO_TIMES, {}), "", (1,), (), (), (), 3)
+    run = MeasuredRun(
+        Path("run"), {}, of_one_rank(schedule, "measured", 3, NO_TIMES, {}), Conditions(), "", (1,), (), (), (), 3
+    )
     clusters = clusters_for(run, "cpu-local", None)
     assert (clusters.alone.world_size, clusters.whole.world_size) == (1, 64)
     assert clusters.whole.device == clusters.alone.device

@@ -17,14 +17,20 @@ import numpy as np
 import torch
 
 from rtp_sim.executor.clocks import now_ns
-from rtp_sim.executor.communicate import Traffic
-from rtp_sim.executor.distributed import HostInterpreter, Interpreter, Movement, StepTimes, communicates
+from rtp_sim.executor.distributed import (
+    HostInterpreter,
+    Interpreter,
+    StepTimes,
+    communicates,
+    movement,
+    transfer_tags,
+)
 from rtp_sim.executor.exchange import Parcel, Transfer
-from rtp_sim.executor.groups import Groups
 from rtp_sim.executor.machine import Machine
 from rtp_sim.executor.parcels import sources
 from rtp_sim.executor.progress import Progress
-from rtp_sim.schedule.ir import Collective, Op, Schedule
+from rtp_sim.executor.transport import Traffic
+from rtp_sim.schedule.ir import Op, Schedule
 from rtp_sim.timeline import TimesNs
 
 NOISE_NUMEL = 4099
@@ -34,17 +40,15 @@ NOISE_SCALE = 0.02
 """Their standard deviation, as that of initial weights."""
 
 
-def alone(
-    schedule: Schedule, rank: int, machine: Machine, groups: Groups, progress: Progress, communication: str
-) -> Interpreter:
+def alone(schedule: Schedule, rank: int, machine: Machine, progress: Progress, communication: str) -> Interpreter:
     """The interpreter of `rank` without its partners; `communication` is "fake" or "copy"."""
     partners = StandIn(machine, communication == "copy")
     if machine.device.type == "cuda":
         from rtp_sim.executor.alone_streams import AloneOnStreams
 
-        return AloneOnStreams(schedule, rank, machine, groups, progress, partners)
+        return AloneOnStreams(schedule, rank, machine, partners, progress)
     if communication == "copy":
-        return CopyingInterpreter(schedule, rank, machine, groups, progress, partners)
+        return HostInterpreter(schedule, rank, machine, partners, progress)
     return AtOnce(schedule, rank, machine, progress, partners)
 
 
@@ -56,15 +60,6 @@ class StandIn:
         noise = torch.randn(NOISE_NUMEL, generator=torch.Generator().manual_seed(0)) * NOISE_SCALE
         # In every dtype from the start: on a GPU, streams must not wait for one another to make it.
         self._noise = {dtype: noise.to(machine.device, dtype) for dtype in FLOATS}
-
-    def movement(self, op: Op) -> Movement:
-        """Takes the tensors of a communication op from the machine, as `movement` in distributed.py."""
-        machine = self._machine
-        if isinstance(op.action, Collective):
-            parcel = machine.parcel(op)
-            return Movement(lambda: self.collective(op, parcel), lambda: machine.finish(op, parcel))
-        transfers = machine.transfers(op)
-        return Movement(lambda: self.exchange(op, transfers, 0), lambda: machine.finish(op))
 
     def exchange(self, op: Op, transfers: Sequence[Transfer], tag: int) -> Traffic:
         """Does the transfers of a shift, send or receive."""
@@ -125,7 +120,7 @@ class AtOnce:
 
     def __init__(self, schedule: Schedule, rank: int, machine: Machine, progress: Progress, partners: StandIn) -> None:
         self._machine, self._progress, self._partners = machine, progress, partners
-        self._ops = schedule.program(rank).ops
+        self._ops, self._tags = schedule.program(rank).ops, transfer_tags(schedule)
 
     def run_step(self) -> StepTimes:
         """One step; a communication op starts and ends at one moment, when what it brings has been filled in."""
@@ -144,20 +139,7 @@ class AtOnce:
 
     def _move(self, op: Op) -> Traffic:
         """In a function of its own, so that nothing keeps the tensors when it is done."""
-        moves = self._partners.movement(op)
+        moves = movement(op, self._machine, self._partners, self._tags)
         sent = moves.start()
         moves.finish()
         return sent
-
-
-class CopyingInterpreter(HostInterpreter):
-    """The interpreter of "copy" on a CPU: each stream's copies run in its lane beside the kernels."""
-
-    def __init__(
-        self, schedule: Schedule, rank: int, machine: Machine, groups: Groups, progress: Progress, partners: StandIn
-    ) -> None:
-        super().__init__(schedule, rank, machine, groups, progress)
-        self._partners = partners
-
-    def _movement(self, op: Op) -> Movement:
-        return self._partners.movement(op)

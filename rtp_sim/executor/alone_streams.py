@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from rtp_sim.executor.alone import StandIn
-from rtp_sim.executor.distributed import Movement, StepTimes, communicates
-from rtp_sim.executor.groups import Groups
+from rtp_sim.executor.distributed import StepTimes, communicates
 from rtp_sim.executor.machine import Machine
 from rtp_sim.executor.progress import Progress
 from rtp_sim.executor.streams import StreamInterpreter
-from rtp_sim.schedule.ir import Op, Schedule
+from rtp_sim.schedule.ir import Schedule
 
 
 class AloneOnStreams(StreamInterpreter):
@@ -19,10 +18,8 @@ class AloneOnStreams(StreamInterpreter):
     With "fake" the filling of what arrives (see alone.py) still takes the device a moment; as a span it has no length.
     """
 
-    def __init__(
-        self, schedule: Schedule, rank: int, machine: Machine, groups: Groups, progress: Progress, partners: StandIn
-    ) -> None:
-        super().__init__(schedule, rank, machine, groups, progress)
+    def __init__(self, schedule: Schedule, rank: int, machine: Machine, partners: StandIn, progress: Progress) -> None:
+        super().__init__(schedule, rank, machine, partners, progress)
         self._partners = partners
 
     def run_step(self) -> StepTimes:
@@ -34,6 +31,3 @@ class AloneOnStreams(StreamInterpreter):
         moved = [op.index for op in self._program.ops if communicates(op)]
         ops[0, moved] = ops[1, moved]
         return replace(found, ops=ops)
-
-    def _movement(self, op: Op) -> Movement:
-        return self._partners.movement(op)

@@ -73,7 +73,9 @@ def _timeline(
         # A clock read a little early on another machine must not put an op before the step.
         measured[rank] = RankTimes(np.maximum(start_ns, 0), np.maximum(end_ns, 0))
     measured = with_partners(schedule, measured)
-    keys = ("device", "backend", "threads", "torch", "clock_error_ns", "median_step_time_ns", "step_time_cv")
+    keys = (
+        "device", "backend", "transport", "threads", "torch", "clock_error_ns", "median_step_time_ns", "step_time_cv",
+    )  # fmt: skip
     meta = {"engine": "executor", "host": result["host"]["name"], "step": k} | {key: result[key] for key in keys}
     offsets = {f"clock_offset_ns.{r['rank']}": _offset_ns(r) for r in ranks if _offset_ns(r)}
     if request.only_rank is not None:
@@ -87,7 +89,9 @@ def _result(
     ranks: Sequence[Record], durations_ns: Sequence[int],
 ) -> Record:  # fmt: skip
     finished, measured = len(durations_ns), list(durations_ns[request.warmup :])
-    losses = [_mean([mine[k]["loss"] for mine in steps]) for k in range(finished)]
+    # Ranks that only sleep have no loss, send nothing and hold nothing.
+    counted = finished and not request.stated
+    losses = [_mean([mine[k]["loss"] for mine in steps]) for k in range(finished)] if counted else []
     first = ranks[0]
     return {
         "schema": SCHEMA,
@@ -97,7 +101,8 @@ def _result(
         "only_rank": request.only_rank,
         "communication": request.communication,
         "device": request.device,
-        "backend": request.real_backend,
+        "backend": request.backend,
+        "transport": request.real_transport,
         "threads": request.threads,
         "seed": request.seed,
         "warmup": request.warmup,
@@ -109,7 +114,7 @@ def _result(
         "loss": losses,
         "twin": TWINS[schedule.name] if request.twin else None,
         **{
-            key: _of_last_step(key, steps, ranks)
+            key: _of_last_step(key, steps, ranks) if counted else None
             for key in ("bytes_sent", "messages", "peak_memory_bytes", "memory_by_category", "allocator_peak_bytes")
         },
         "clock_error_ns": max((int(r.get("clock_error_ns", 0)) for r in ranks), default=0),

@@ -19,7 +19,8 @@ from rtp_sim.metrics import NS_PER_S, communication_totals, time_split
 from rtp_sim.schedule.ir import DTYPE_BYTES, Collective, Compute, Op, Program, Recv, Schedule, Shift
 from rtp_sim.timeline import Timeline, of_one_rank
 from rtp_sim.validation.diff import diff, with_numbers
-from rtp_sim.validation.runs import Check, MeasuredRun, Validation, equal, near, notes, predict, spread_of
+from rtp_sim.validation.predict import Conditions, predict
+from rtp_sim.validation.runs import Check, MeasuredRun, Validation, equal, near, notes, spread_of
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,9 @@ def validate_one_rank(run: MeasuredRun, clusters: Clusters, tolerance: float, en
     if rank is None:
         raise InputError(f"{run.path} is a run of all ranks; expected one of rtp-sim run --only-rank")
     cost = ClusterCost(clusters.alone)
-    whole = predict(schedule, ClusterCost(clusters.whole), engine)
+    whole = predict(schedule, clusters.whole, run.conditions, engine)
     peak_bytes = memory_profile(schedule, rank, whole.times(rank)).peak_bytes
-    alone = predict_alone(schedule, rank, run.communication, cost, engine)
+    alone = predict_alone(schedule, rank, run.communication, clusters.alone, run.conditions, engine)
     measured = run.timeline
     for key in ("bytes_sent", "messages", "peak_memory_bytes"):
         if values := getattr(run, key):
@@ -96,11 +97,11 @@ def _notes(run: MeasuredRun, whole: Timeline, rank: int, alone_ns: int) -> tuple
 
 
 def predict_alone(
-    schedule: Schedule, rank: int, communication: str, cost: ClusterCost, engine: str = "simpy"
+    schedule: Schedule, rank: int, communication: str, cluster: Cluster, conditions: Conditions, engine: str = "simpy"
 ) -> Timeline:
     """The rank's program simulated alone, its communication replaced ("fake" or "copy")."""
-    times = predict(without_partners(schedule, rank, communication), cost, engine).times(0)
-    meta: dict[str, str | int] = {"engine": engine, "cluster": cost.cluster.name, "communication": communication}
+    times = predict(without_partners(schedule, rank, communication), cluster, conditions, engine).times(0)
+    meta: dict[str, str | int] = {"engine": engine, "cluster": cluster.name, "communication": communication}
     return of_one_rank(schedule, "predicted", rank, times, {**meta, "only_rank": rank})
 
 

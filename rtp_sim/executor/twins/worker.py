@@ -25,8 +25,8 @@ class TwinWorker(Worker):
             pin_to_core(self.environment.local_rank)
         require_device(self.request, self.environment)
         self.progress.enter("joining the group")
-        groups = self._join()
-        clock = self._align(groups)
+        control, _ = self._join()
+        clock = self._align(control)
         self.progress.enter("preparing")
         device = torch.device("cpu" if self.request.device == "cpu" else f"cuda:{self.environment.local_rank}")
         trainer = Trainer(self.schedule.name, self.request, device)
@@ -38,7 +38,7 @@ class TwinWorker(Worker):
             batch = self._batch(replica, step)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            start_together(groups.control, clock)
+            start_together(control, clock)
             self.progress.enter("step", step)
             start_ns = now_ns()
             loss = trainer.step(batch)
@@ -50,7 +50,7 @@ class TwinWorker(Worker):
             del trainer
             record |= {"peak_memory_bytes": self._peak_bytes(replica, device)}
         self.run.write_rank(self.rank, "rank.json", record)
-        self._finish(groups)
+        self._finish(control)
 
     def _leave(self, step: int, start_ns: int, end_ns: int, loss: float, device: torch.device) -> None:
         peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
