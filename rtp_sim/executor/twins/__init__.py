@@ -31,6 +31,8 @@ def require_twin(schedule: Schedule, request: RunRequest) -> None:
     for layer in request.network.layers():
         if isinstance(layer.op, Experts | Router):
             raise InputError(f"--twin: {request.network.name} has experts ({layer.name}); expected a dense model")
+    if request.stated or request.transport in ("shm", "emulated"):
+        raise InputError("--twin communicates by torch's own backends; leave out --stated-times and --transport")
     if request.check or request.save_tensors or request.only_rank is not None:
         raise InputError(
             "--twin runs all ranks and keeps no tensors; leave out --check, --save-tensors and --only-rank"
