@@ -221,7 +221,12 @@ def _run(p: argparse.ArgumentParser) -> None:
     p.add_argument("--strategy", required=True, metavar="NAME")
     _options(p)
     group = p.add_argument_group("processes")
-    group.add_argument("--nproc-per-node", type=_count, metavar="N", help="ranks (default: the product of the degrees)")
+    group.add_argument("--nproc-per-node", "--world-size", type=_count, metavar="N",
+                       help="ranks (default: the product of the degrees)")  # fmt: skip
+    group.add_argument("--only-rank", type=int, metavar="R", help="run rank R of them alone, without its partners")
+    group.add_argument("--communication", choices=("fake", "copy"),
+                       help="of a rank alone: nothing (fake, the default) or copies of the same size")  # fmt: skip
+    group.add_argument("--twin", action="store_true", help="torch's own ddp, fsdp, tp or tp-sp instead of the schedule")
     group.add_argument("--as-nodes", type=_count, default=1, metavar="N", help="lay out as if on N nodes")
     group.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     group.add_argument(

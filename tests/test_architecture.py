@@ -84,6 +84,7 @@ MAY_IMPORT = {
 CONFINED = {
     "simpy": {"rtp_sim.engine.simulate"},
     "torch": {module for module in FILES if module.startswith("rtp_sim.executor.") and module.count(".") == 2}
+    | {module for module in FILES if module.startswith("rtp_sim.executor.twins.") and "__init__" not in module}
     | {f"rtp_sim.executor.calibrate.{name}" for name in ("host", "kernels", "probe", "transfers", "worker")},
     "networkx": {"rtp_sim.hardware.topology", "rtp_sim.hardware.picture"},
     "pydantic": {

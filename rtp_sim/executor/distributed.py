@@ -72,9 +72,7 @@ class Interpreter(Protocol):
 class HostInterpreter:
     """The interpreter for CPUs. `progress` is told about every op."""
 
-    def __init__(
-        self, schedule: Schedule, rank: int, machine: Actor, transport: Transport, progress: Progress
-    ) -> None:
+    def __init__(self, schedule: Schedule, rank: int, machine: Actor, transport: Transport, progress: Progress) -> None:
         self._machine, self._transport, self._progress = machine, transport, progress
         self.around: Around = nullcontext
         self._program = schedule.program(rank)

@@ -79,7 +79,7 @@ class RunDirectory:
             (self.path / "request.json").write_text(request_to_json(request), encoding="utf-8")
             if times is not None:
                 self.stated.write_text(stated_to_json(times), encoding="utf-8")
-            for rank in range(schedule.world_size):
+            for rank in request.ranks(schedule.world_size):
                 self.of_rank(rank, "").mkdir(parents=True)
         except OSError as error:
             raise InputError(f"cannot write to the run directory {self.path}: {error.strerror}") from None

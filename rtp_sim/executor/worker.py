@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,7 +60,9 @@ def main(arguments: Sequence[str]) -> int:
         if environment.watched:
             die_with_parent()
         schedule, request = run.load()
-        _require_world(schedule, environment)
+        _require_world(schedule, request, environment)
+        if request.only_rank is not None:
+            environment = replace(environment, rank=request.only_rank)
     except InputError as error:
         # Every rank finds the same; once is enough.
         if os.environ.get("RANK", "0") == "0":
@@ -71,7 +74,7 @@ def main(arguments: Sequence[str]) -> int:
         if request.stated:
             sleepers.work(run, schedule, request, environment, progress)
         else:
-            Worker(run, schedule, request, environment, progress).work()
+            worker_of(request)(run, schedule, request, environment, progress).work()
     except BaseException as error:
         _fail(run, environment, error)
     # Not even torch's own threads may keep a finished worker.
@@ -80,8 +83,23 @@ def main(arguments: Sequence[str]) -> int:
     os._exit(0)
 
 
-def _require_world(schedule: Schedule, environment: Environment) -> None:
-    if environment.world_size != schedule.world_size:
+def worker_of(request: RunRequest) -> type[Worker]:
+    """The worker that does what is asked for: the schedule, or its twin."""
+    if request.twin:
+        from rtp_sim.executor.twins.worker import TwinWorker
+
+        return TwinWorker
+    return Worker
+
+
+def _require_world(schedule: Schedule, request: RunRequest, environment: Environment) -> None:
+    expected = len(request.ranks(schedule.world_size))
+    if environment.world_size != expected:
+        if request.only_rank is not None:
+            raise InputError(
+                f"this run is of rank {request.only_rank} alone, but {environment.world_size} processes were started "
+                "(WORLD_SIZE); expected one"
+            )
         raise InputError(
             f"the schedule is for {schedule.world_size} ranks, but {environment.world_size} processes were started "
             f"(WORLD_SIZE); expected --nproc-per-node {schedule.world_size}"
@@ -166,10 +184,14 @@ class Worker:
         return joined
 
     def _transport(self, timeout_s: float) -> tuple[ProcessGroup, Transport]:
-        from rtp_sim.executor.groups import make_control, make_groups, require_same_streams
+        from rtp_sim.executor.groups import Groups, make_control, make_groups, require_same_streams
         from rtp_sim.executor.shm import SharedMemoryTransport
 
         request = self.request
+        if request.only_rank is not None or request.twin:
+            # One rank alone has a stand-in for its partners (alone.py), a twin torch's own communication.
+            control = make_control(timeout_s)
+            return control, Groups(control, {})
         if request.real_transport == request.backend:
             groups = make_groups(self.schedule, self.rank, request.backend, timeout_s)
             return groups.control, groups
@@ -201,6 +223,10 @@ class Worker:
         )  # fmt: skip
 
     def _interpreter(self, machine: Machine, transport: Transport) -> Interpreter:
+        if self.request.only_rank is not None:
+            from rtp_sim.executor.alone import alone
+
+            return alone(self.schedule, self.rank, machine, self.progress, self.request.communication)
         if self.request.device == "cuda":
             from rtp_sim.executor.streams import StreamInterpreter
 
@@ -229,9 +255,7 @@ class Worker:
 
     # ---- steps
 
-    def _steps(
-        self, machine: Machine, interpreter: Interpreter, control: ProcessGroup, clock: Clock
-    ) -> Record | None:
+    def _steps(self, machine: Machine, interpreter: Interpreter, control: ProcessGroup, clock: Clock) -> Record | None:
         """All steps; returns what the check found (rank 0 of a run with a check)."""
         from rtp_sim.executor.clocks import start_together
         from rtp_sim.executor.machine import replica_of
@@ -244,13 +268,15 @@ class Worker:
             checked = self.request.check and step == 0
             machine.keep_gradients = checked or self.request.save_tensors
             machine.start_step(self._batch(replica, step))
+            start_peak(machine)
             if step == profiled_step:
                 self._profile(step, machine, interpreter, lambda: start_together(control, clock))
                 continue
             start_together(control, clock)
             self.progress.enter("step", step)
             times = interpreter.run_step()
-            losses = machine.losses()
+            # What a rank computes from made-up data is no loss.
+            losses = machine.losses() if self.request.only_rank is None else []
             loss = sum(losses) * rows / len(losses) if losses else math.nan
             self.run.append_step(self.rank, self._step_record(step, times, loss, machine), times.ops)
             if checked:
@@ -285,6 +311,7 @@ class Worker:
             "messages": times.sent.messages,
             "peak_memory_bytes": machine.storage.peak_bytes,
             "memory_by_category": machine.storage.peak_by_category,
+            "allocator_peak_bytes": allocator_peak_bytes(machine),
         }
 
     def _check(self, machine: Machine, loss: float, control: ProcessGroup) -> Record | None:
@@ -300,13 +327,30 @@ class Worker:
         import torch.distributed as dist
 
         dist.barrier(group=control)
-        if self.rank == 0 and not self.environment.watched:
+        if self.rank == self.request.ranks(self.schedule.world_size)[0] and not self.environment.watched:
             from rtp_sim.executor.collect import collect
 
             collect(self.run, self.schedule, self.request)
             print(f"rtp-sim: wrote {self.run.result} and {self.run.measured}", file=sys.stderr)
         dist.barrier(group=control)
         self.progress.enter("done")
+
+
+def start_peak(machine: Machine) -> None:
+    """On a GPU the allocator starts counting its peak again."""
+    if machine.device.type == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(machine.device)
+
+
+def allocator_peak_bytes(machine: Machine) -> int | None:
+    """The most that torch's allocator held on the GPU since then, kernels' workspaces and all; None on a CPU."""
+    if machine.device.type != "cuda":
+        return None
+    import torch
+
+    return int(torch.cuda.max_memory_allocated(machine.device))
 
 
 def _loss_parts(schedule: Schedule) -> int:
