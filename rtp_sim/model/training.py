@@ -1,4 +1,4 @@
-"""How a model is trained: batch, sequence, precision, recomputation, optimizer. No ranks, no time.
+"""How a model is trained: batch, sequence, precision, recomputation, optimizer, clipping. No ranks, no time.
 
 Bytes per parameter follow the accounting of ZeRO (Rajbhandari et al., arXiv 1910.02054, section 3.1): with
 Adam and mixed precision 2 (weights) + 2 (gradients) + 4 (fp32 master weights) + 4 + 4 (Adam's two moments) =
@@ -8,6 +8,7 @@ Adam and mixed precision 2 (weights) + 2 (gradients) + 4 (fp32 master weights) +
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -82,7 +83,10 @@ class TrainingSpec:
     `precision` names one of PRECISIONS; `grad_dtype`, where given, replaces its gradient dtype. `recompute`
     "full" keeps each block's input only, "selective" drops the attention scores and recomputes them
     (Korthikanti et al., arXiv 2205.05198). `attention` says whether the scores are kept in fast memory
-    ("flash") or written out.
+    ("flash") or written out. `clip_norm`, where given, is the largest norm that all gradients together may
+    have. `loss_scale` multiplies the loss against underflow of small gradients (Micikevicius et al., arXiv
+    1710.03740): "none", "dynamic", or a constant as in "static:1024". It is "none" for fp16 too: a step has
+    what was asked for, as with clipping, and the default of the simulated step is the plain one.
 
     Raises InputError naming the field, what was given and what was expected.
     """
@@ -95,6 +99,8 @@ class TrainingSpec:
     optimizer: str = "adamw"
     attention: str = "flash"
     grad_dtype: str | None = None
+    clip_norm: float | None = None
+    loss_scale: str = "none"
 
     def __post_init__(self) -> None:
         """Checks every field."""
@@ -108,6 +114,32 @@ class TrainingSpec:
         _require_one_of("attention", self.attention, ATTENTIONS)
         if self.grad_dtype is not None:
             _require_one_of("grad_dtype", self.grad_dtype, STORAGE_DTYPES)
+        if self.clip_norm is not None and not _is_positive(self.clip_norm):
+            raise InputError(f"training: clip_norm is {self.clip_norm!r}; expected a number above 0, for example 1.0")
+        if self.loss_scale not in ("none", "dynamic") and self.static_loss_scale is None:
+            raise InputError(
+                f"training: loss_scale is {self.loss_scale!r}; expected none, dynamic or a number as in static:1024"
+            )
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether the loss is scaled, so that a step with gradients that are not finite is left out."""
+        return self.loss_scale != "none"
+
+    @property
+    def static_loss_scale(self) -> float | None:
+        """The constant loss scale; None if there is none or it is dynamic."""
+        kind, _, number = self.loss_scale.partition(":") if isinstance(self.loss_scale, str) else ("", "", "")
+        try:
+            scale = float(number)
+        except ValueError:
+            return None
+        return scale if kind == "static" and _is_positive(scale) else None
+
+    @property
+    def measures_gradients(self) -> bool:
+        """Whether a step looks at all gradients together before it updates anything."""
+        return self.clip_norm is not None or self.scales_loss
 
     @property
     def policy(self) -> PrecisionPolicy:
@@ -147,6 +179,10 @@ def check_training(model: ModelSpec, training: TrainingSpec) -> None:
             f" {model.max_positions} tokens; expected seq_len <= {model.max_positions},"
             f" or a model with max_positions={training.seq_len}"
         )
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _require_one_of(field: str, value: str, choices: Collection[str]) -> None:
