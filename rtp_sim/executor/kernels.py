@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from rtp_sim.executor import attention, loss, routing
+from rtp_sim.executor.dropout import keep_mask
 from rtp_sim.executor.dtypes import accurate
 from rtp_sim.executor.launch import Columns, Launch, Made, columns, matrix
 from rtp_sim.model.layers import Activation, Attention, Conv2d, Embedding, Experts, Linear, MaxPool2d, Mlp
@@ -337,8 +338,7 @@ def add(k: Launch) -> Made:
 def dropout(k: Launch) -> Made:
     """Zeroes a share of the elements and scales up the others; the seed makes a recomputed mask the same."""
     x = k.x[0]
-    generator = torch.Generator(x.device).manual_seed(k.seed)
-    mask = torch.rand(x.shape, generator=generator, device=x.device) >= k.dropout
+    mask = keep_mask(x.numel(), k.dropout, k.seed, x.device).view(x.shape)
     return Made((x * mask / (1 - k.dropout), mask.to(torch.uint8)))
 
 

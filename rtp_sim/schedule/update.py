@@ -3,9 +3,9 @@
 Clipping by the global norm and loss scaling both look at every gradient before anything is updated. One kernel reads
 the gradients that the rank updates with, and leaves their sum of squares and, for loss scaling, whether one of them is
 not finite: one or two numbers in `grad_norm`. These are summed over every group whose ranks hold different gradients;
-copies of a gradient need no communication. Each parameter counts once: what lies on every rank of a group that is summed
-over counts there by its share. The optimizer then multiplies what it reads by min(1, clip / norm) / scale, so neither
-clipping nor unscaling is a pass of its own over the gradients.
+copies of a gradient need no communication. Each parameter counts once: where it lies on every rank of a group that is
+summed over, it counts there by its share. The optimizer then multiplies what it reads by min(1, clip / norm) / scale,
+so neither clipping nor unscaling is a pass of its own over the gradients.
 """
 
 from __future__ import annotations
