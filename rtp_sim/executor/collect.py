@@ -97,6 +97,7 @@ def _result(
         "median_step_time_ns": int(statistics.median_low(measured)) if measured else None,
         "step_time_cv": statistics.stdev(measured) / statistics.fmean(measured) if len(measured) > 1 else None,
         "loss": losses,
+        **{key: [steps[0][k].get(key) for k in range(finished)] for key in ("grad_norm", "loss_scale", "skipped")},
         "bytes_sent": [mine[-1]["bytes_sent"] for mine in steps] if finished else None,
         "messages": [mine[-1]["messages"] for mine in steps] if finished else None,
         "peak_memory_bytes": [mine[-1]["peak_memory_bytes"] for mine in steps] if finished else None,
