@@ -91,7 +91,7 @@ def _workload(p: argparse.ArgumentParser) -> None:
     group.add_argument("--optimizer", choices=sorted(OPTIMIZER_STATES), default="adamw")
     group.add_argument("--attention", choices=ATTENTIONS, default="flash")
     group.add_argument("--clip-norm", type=float, metavar="X", help="largest norm of all gradients together")
-    group.add_argument("--loss-scale", default="none", metavar="dynamic|static:X|none", help="of the loss (none)")
+    group.add_argument("--loss-scale", default="none", metavar="dynamic[:X]|static:X|none")
     group.add_argument("--dropout", type=_probability, metavar="P", help="of the model's dropout layers (its own)")
 
 

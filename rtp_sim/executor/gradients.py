@@ -106,10 +106,9 @@ class LossScaler:
 
 def loss_scaler(training: TrainingSpec) -> LossScaler:
     """The loss scale that a training starts with. InputError if it has none."""
-    if not training.scales_loss:
+    if training.initial_loss_scale is None:
         raise InputError("training: loss_scale is 'none', but the schedule scales the loss; expected dynamic, say")
-    constant = training.static_loss_scale
-    return LossScaler() if constant is None else LossScaler(constant, dynamic=False)
+    return LossScaler(training.initial_loss_scale, training.dynamic_loss_scale)
 
 
 class GradientWatch:

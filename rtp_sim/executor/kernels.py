@@ -358,4 +358,4 @@ KERNELS: Mapping[str, Kernel] = {
     "gated": gated, "gated.bwd": gated_bwd, "add": add, "dropout": dropout, "dropout.bwd": dropout_bwd,
     **attention.KERNELS, **loss.KERNELS, **routing.KERNELS,
 }  # fmt: skip
-"""Kernel name (model/kernels.py) -> what it computes. Kernels without a layer (copy, optimizer ...) are the machine's."""
+"""Kernel name (model/kernels.py) -> what it computes. Kernels without a layer (copy, optimizer) are the machine's."""

@@ -21,6 +21,9 @@ ATTENTIONS = ("flash", "materialised")
 OPTIMIZER_STATES = {"adam": 2, "adamw": 2, "sgd": 0, "sgd-momentum": 1}
 """Numbers per parameter that an optimizer keeps from step to step, master weights aside."""
 
+LOSS_SCALE = 65536.0
+"""Where a dynamic loss scale starts, as torch.amp.GradScaler's."""
+
 STORAGE_DTYPES = ("fp32", "bf16", "fp16")
 """Dtypes that weights, gradients and optimizer states can be stored in."""
 
@@ -85,8 +88,8 @@ class TrainingSpec:
     (Korthikanti et al., arXiv 2205.05198). `attention` says whether the scores are kept in fast memory
     ("flash") or written out. `clip_norm`, where given, is the largest norm that all gradients together may
     have. `loss_scale` multiplies the loss against underflow of small gradients (Micikevicius et al., arXiv
-    1710.03740): "none", "dynamic", or a constant as in "static:1024". It is "none" for fp16 too: a step has
-    what was asked for, as with clipping, and the default of the simulated step is the plain one.
+    1710.03740): "none", "dynamic" from 65536 on, "dynamic:1024" from another start, or a constant as in
+    "static:1024". It is "none" for fp16 too: as with clipping, a step has what was asked for.
 
     Raises InputError naming the field, what was given and what was expected.
     """
@@ -116,7 +119,7 @@ class TrainingSpec:
             _require_one_of("grad_dtype", self.grad_dtype, STORAGE_DTYPES)
         if self.clip_norm is not None and not _is_positive(self.clip_norm):
             raise InputError(f"training: clip_norm is {self.clip_norm!r}; expected a number above 0, for example 1.0")
-        if self.loss_scale not in ("none", "dynamic") and self.static_loss_scale is None:
+        if self.scales_loss and self.initial_loss_scale is None:
             raise InputError(
                 f"training: loss_scale is {self.loss_scale!r}; expected none, dynamic or a number as in static:1024"
             )
@@ -127,14 +130,19 @@ class TrainingSpec:
         return self.loss_scale != "none"
 
     @property
-    def static_loss_scale(self) -> float | None:
-        """The constant loss scale; None if there is none or it is dynamic."""
+    def initial_loss_scale(self) -> float | None:
+        """What the loss is multiplied by in the first step; None where `loss_scale` does not say."""
         kind, _, number = self.loss_scale.partition(":") if isinstance(self.loss_scale, str) else ("", "", "")
         try:
-            scale = float(number)
+            scale = float(number) if number or kind != "dynamic" else LOSS_SCALE
         except ValueError:
             return None
-        return scale if kind == "static" and _is_positive(scale) else None
+        return scale if kind in ("dynamic", "static") and 0 < scale < math.inf else None
+
+    @property
+    def dynamic_loss_scale(self) -> bool:
+        """Whether the scale changes from step to step."""
+        return self.loss_scale.startswith("dynamic")
 
     @property
     def measures_gradients(self) -> bool:
