@@ -1,5 +1,6 @@
-"""The ops at the end of a step that clip gradients and scale the loss: which, over which groups, what they cost, and that
-they print, parse, pass the checks and are simulated alike by both engines, folded or not."""
+"""The ops at the end of a step that clip gradients and scale the loss: which, over which groups, what they cost.
+
+They print, parse, pass the checks and are simulated alike by both engines, folded or not."""
 
 from __future__ import annotations
 

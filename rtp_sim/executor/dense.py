@@ -184,7 +184,9 @@ def _attention(
 
 
 def _rotate(x: torch.Tensor) -> torch.Tensor:
-    """Rotary positions as complex numbers: feature i is the real part, i + d/2 the imaginary one."""
+    """Rotary positions as complex numbers (of fp32 at least): feature i is the real part, i + d/2 the imaginary one."""
+    if x.element_size() < 4:
+        return _rotate(x.float()).to(x.dtype)
     half = x.shape[-1] // 2
     frequency = 10_000.0 ** (-torch.arange(half, dtype=x.dtype) / half)
     turn = torch.polar(torch.ones((), dtype=x.dtype), torch.arange(x.shape[-2], dtype=x.dtype)[:, None] * frequency)

@@ -76,6 +76,7 @@ class Machine:
         self._wire = Wire(schedule, rank, self.storage)
         self._last_uses = last_uses(self.program)
         self._extent = Extent(training.micro_batch, self.network.seq)
+        self._loaded = {i.name for i in self.network.inputs}
         self._plans: dict[int, Plan] = {}
         self._parts: list[Counted] | None = None
         self._routes: dict[tuple[str, str, int], dict[str, Route]] = {}
@@ -110,12 +111,11 @@ class Machine:
         self._starts.clear()
         if self.keep_gradients:
             self.gradients = []
-        inputs = {i.name for i in self.network.inputs}
         for b in self.program.buffers.values():
             if not b.live_in or b.category in ("weights", "optimizer"):
                 continue
             micro, _, name = b.name.partition("/")
-            if name in inputs:
+            if name in self._loaded:
                 self._load(b.name, name, batch, int(micro[1:]))
             else:
                 self.storage.put(b.name, self._zeros(b.name))
@@ -200,11 +200,19 @@ class Machine:
             dy = self._start_gradient(roles.layer, plan.micro)
         return Launch(
             roles.layer.op, roles.call, plan.split, plan.dims, self._extent,
-            {i: storage[b] for i, b in roles.x.items()}, {i: storage[b] for i, b in roles.y.items() if roles.backward},
+            {i: self._input(b) for i, b in roles.x.items()},
+            {i: storage[b] for i, b in roles.y.items() if roles.backward},
             {} if roles.w is None else self._parameters(roles.w, roles.layer, plan.split), dy,
             tuple(roles.dx), self._dropout_seed(plan), probability_of(roles.layer.op), self.gradient_scale,
             self._routes.setdefault((plan.micro, roles.layer.name, plan.shard), {}),
         )  # fmt: skip
+
+    def _input(self, buffer: str) -> torch.Tensor:
+        """An input of a kernel. Numbers from the data loader come in fp32 and are computed with as weights are."""
+        flat = self.storage[buffer]
+        if not flat.is_floating_point() or buffer.partition("/")[2] not in self._loaded:
+            return flat
+        return flat.to(torch_dtype(self.training.policy.weight_dtype, self.float_dtype))
 
     @property
     def gradient_scale(self) -> float:
@@ -222,7 +230,10 @@ class Machine:
         """Where a network ends without a loss: ones, or what the batch gives as "d.<last tensor>"."""
         given = self._starts.get(int(micro[1:]))
         like = self.storage[f"{micro}/{layer.output}"]
-        return (torch.ones_like(like) if given is None else given.to(like.dtype)) * self.gradient_scale
+        if given is None:
+            return torch.full_like(like, self.gradient_scale)
+        # Scaled first: what is small would be lost in fp16.
+        return (given * self.gradient_scale).to(like.dtype)
 
     def _dropout_seed(self, plan: Plan) -> int:
         """The same for a forward and its recomputation, another for every replica, shard, layer and step."""
