@@ -99,7 +99,7 @@ class _Norm(_LayerLine):
 
 class _Dropout(_LayerLine):
     kind: Literal["dropout"]
-    p: Annotated[float, Field(ge=0, lt=1, description="the probability to drop, for example 0.1")] = 0.5
+    p: float = Field(0.5, ge=0, lt=1, description="the probability to drop, for example 0.1")
 
 
 class _Flatten(_LayerLine):
@@ -176,7 +176,7 @@ class _File(_Part):
     )
 
 
-_PARTS = (_Image, _Features, _Tokens, _Conv2d, _MaxPool2d, _Linear, _Embedding, _Attention, _Mlp, _Moe)
+_PARTS = (_Image, _Features, _Tokens, _Conv2d, _MaxPool2d, _Linear, _Dropout, _Embedding, _Attention, _Mlp, _Moe)
 
 
 @dataclass(frozen=True, slots=True)
