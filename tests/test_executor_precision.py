@@ -79,7 +79,7 @@ def test_the_masters_move_as_in_dense_training(
     machines = [Machine(schedule, r, executed, spec, start, hyper=HYPER, keep_gradients=True) for r in ranks]
     for step in batches:
         run_step(schedule, machines, step)
-    assert [m.watch.updates for m in machines] == [STEPS] * len(machines)
+    assert [m.updates for m in machines] == [STEPS] * len(machines)
     ours = assembled(schedule, executed, [masters(m) for m in machines])
     scale = machines[0].watch.scale
     half = torch.bfloat16 if precision == "bf16" else torch.float16

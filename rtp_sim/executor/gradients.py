@@ -112,8 +112,9 @@ def loss_scaler(training: TrainingSpec) -> LossScaler:
 
 
 class GradientWatch:
-    """What a rank's machine knows of all gradients of a step: `norm`, before clipping and without the loss scale,
-    `skipped`, whether the update was left out, `updates` done so far, and the loss scale in `scaler`.
+    """What a rank's machine knows of all gradients of a step: `norm`, before clipping and without the loss scale, and
+    `skipped`, whether the update was left out. From step to step it keeps the loss scale in `scaler` and in `left_out`
+    how many updates were left out.
 
     InputError if the program scales the loss and `training` does not say how.
     """
@@ -125,7 +126,7 @@ class GradientWatch:
             self.scaler = loss_scaler(training)
             self.size_bytes = program.buffers[LOSS_SCALE].size_bytes()
         self._clip_norm = training.clip_norm
-        self.updates = 0
+        self.left_out = 0
         self.start_step()
 
     def start_step(self) -> None:
@@ -163,12 +164,13 @@ class GradientWatch:
 
     def judge(self, op: Op, storage: Mapping[str, torch.Tensor]) -> None:
         """Before the optimizer step `op`: the norm, what gradients are multiplied by, whether to leave the step out."""
-        if GRAD_NORM in op.reads:
-            known = storage[GRAD_NORM]
-            self._norm = known[0].sqrt() / self.scale
-            self._factor = factor(self._norm, self._clip_norm, self.scale)
-            self.skipped = self.scaler is not None and bool(known[1] > 0)
-        self.updates += not self.skipped
+        if GRAD_NORM not in op.reads or self._norm is not None:
+            return
+        known = storage[GRAD_NORM]
+        self._norm = known[0].sqrt() / self.scale
+        self._factor = factor(self._norm, self._clip_norm, self.scale)
+        self.skipped = self.scaler is not None and bool(known[1] > 0)
+        self.left_out += self.skipped
 
     def multiplied(self, gradients: torch.Tensor) -> torch.Tensor:
         """The gradients as the optimizer sees them: clipped and unscaled, in at least fp32 (fp16 would lose what is

@@ -160,6 +160,11 @@ class Machine:
         found = [b for b in self.program.buffers if b.partition("/")[2] == name and b in self.storage]
         return [float(self.storage[b].double().sum()) for b in found]
 
+    @property
+    def updates(self) -> int:
+        """How many steps have updated the weights: Adam's step number, which a step left out does not count for."""
+        return self.step - self.watch.left_out
+
     def weights(self) -> list[Share]:
         """The weights the rank keeps, with their meaning; `assembled` makes full tensors of all ranks'."""
         return weight_shares(self.schedule, self.network, self.rank, self.storage)
@@ -352,7 +357,7 @@ class Machine:
                 gradients = work.gradients.part(self.storage, start, start + weights.numel())
                 part = state.part(start, start + weights.numel())
                 gradients = self.watch.multiplied(gradients)
-                update(self.training.optimizer, self.hyper, self.watch.updates, weights, gradients, part)
+                update(self.training.optimizer, self.hyper, self.updates, weights, gradients, part)
 
     def _gradient_share(self, work: OptimizerWork) -> Share:
         """A copy of the gradients of one share, with the places of its parameters in the sequence."""
