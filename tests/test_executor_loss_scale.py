@@ -3,6 +3,7 @@ everywhere, and what is trained is what is trained without a scale."""
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Sequence
 
@@ -184,6 +185,13 @@ def test_an_overflow_on_one_rank_stops_the_update_on_all(strategy: str, clip: fl
     for m in machines:
         assert (m.watch.skipped, m.updates, m.watch.scale) == (False, 1, 32768)
     assert any(not torch.equal(machines[r].weights()[0].content, before[r][0]) for r in range(3))
+    # As if the step that was left out had never been: moments, and Adam's number of the step.
+    later = dataclasses.replace(spec, loss_scale="dynamic:32768")
+    others = [Machine(schedule, r, network, later, initial_parameters(network)) for r in range(3)]
+    run_step(schedule, others, spoiled(schedule, network, spec, huge=False))
+    for m, other in zip(machines, others, strict=True):
+        pairs = zip(m.weights(), other.weights(), strict=True)
+        assert all(torch.equal(a.content, b.content) for a, b in pairs)
 
 
 def test_small_gradients_survive_in_fp16_with_a_scale_only() -> None:
