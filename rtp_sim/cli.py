@@ -100,6 +100,9 @@ def _workload(p: argparse.ArgumentParser) -> None:
     group.add_argument("--recompute", choices=RECOMPUTE, default="none")
     group.add_argument("--optimizer", choices=sorted(OPTIMIZER_STATES), default="adamw")
     group.add_argument("--attention", choices=ATTENTIONS, default="flash")
+    group.add_argument("--clip-norm", type=float, metavar="X", help="largest norm of all gradients together")
+    group.add_argument("--loss-scale", default="none", metavar="dynamic[:X]|static:X|none")
+    group.add_argument("--dropout", type=_probability, metavar="P", help="of the model's dropout layers (its own)")
 
 
 def _machine(p: argparse.ArgumentParser) -> None:
@@ -309,6 +312,13 @@ def _fraction(text: str) -> float:
         value = math.nan
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a fraction of 1 such as 0.15")
+    return value
+
+
+def _probability(text: str) -> float:
+    value = _fraction(text)
+    if value >= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a probability of at least 0 and below 1 such as 0.1")
     return value
 
 

@@ -123,6 +123,7 @@ def _rows(result: Result) -> Iterator[tuple[str, str]]:
             yield "tokens/s", format_count(result["tokens"] / median_s)
     if result["loss"] and result["loss"][0] is not None:
         yield "loss, first to last", f"{result['loss'][0]:.6f} to {result['loss'][-1]:.6f}"
+        yield from _gradient_rows(result)
     if result["bytes_sent"]:
         yield "sent per rank", format_bytes(max(result["bytes_sent"]))
         yield "messages per rank", format_count(max(result["messages"]))
@@ -133,3 +134,13 @@ def _rows(result: Result) -> Iterator[tuple[str, str]]:
     if result["check"] is not None:
         found = result["check"]
         yield "check", f"{'ok' if found['passed'] else 'FAILED'} (largest error {found['largest_error']:.1e})"
+
+
+def _gradient_rows(result: Result) -> Iterator[tuple[str, str]]:
+    """Of a run that measures its gradients."""
+    norms = [norm for norm in result["grad_norm"] if norm is not None]
+    if norms:
+        yield "gradient norm, first to last", f"{norms[0]:.6g} to {norms[-1]:.6g}"
+    if result["loss_scale"][0] is not None:
+        yield "loss scale, first to last", f"{result['loss_scale'][0]:g} to {result['loss_scale'][-1]:g}"
+        yield "updates left out", f"{sum(result['skipped'])} of {len(result['skipped'])}"

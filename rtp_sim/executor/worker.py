@@ -262,12 +262,15 @@ class Worker:
 
         found = None
         replica, rows = replica_of(self.schedule, self.rank), _loss_parts(self.schedule)
+        unchecked = self.request.check
         profiled_step = self.request.warmup + self.request.steps
         for step in range(profiled_step + self.request.profile_trace):
             self.progress.enter("between steps", step)
-            checked = self.request.check and step == 0
+            # A step whose update was left out, on all ranks, leaves the check to the next.
+            checked = unchecked
             machine.keep_gradients = checked or self.request.save_tensors
             machine.start_step(self._batch(replica, step))
+            scale = machine.watch.scale
             start_peak(machine)
             if step == profiled_step:
                 self._profile(step, machine, interpreter, lambda: start_together(control, clock))
@@ -278,11 +281,12 @@ class Worker:
             # What a rank computes from made-up data is no loss.
             losses = machine.losses() if self.request.only_rank is None else []
             loss = sum(losses) * rows / len(losses) if losses else math.nan
-            self.run.append_step(self.rank, self._step_record(step, times, loss, machine), times.ops)
+            self.run.append_step(self.rank, self._step_record(step, times, loss, scale, machine), times.ops)
             if checked:
                 self.progress.enter("checking")
-                found = self._check(machine, loss, control)
+                found = self._check(machine, loss, control, step)
                 machine.gradients = []
+                unchecked = machine.watch.skipped
         return found
 
     def _profile(self, step: int, machine: Machine, interpreter: Interpreter, gather: Callable[[], None]) -> None:
@@ -291,22 +295,27 @@ class Worker:
 
         profile = StepProfile(self.request.device)
         profile.begin()
+        scale = machine.watch.scale
         gather()
         self.progress.enter("step", step)
         interpreter.around = op_range
         with profile.step(step):
             times = interpreter.run_step()
-        self.run.append_step(self.rank, self._step_record(step, times, math.nan, machine), times.ops)
+        self.run.append_step(self.rank, self._step_record(step, times, math.nan, scale, machine), times.ops)
         self.progress.enter("writing results")
         profile.finish(self.run.of_rank(self.rank, TRACE))
 
-    def _step_record(self, step: int, times: StepTimes, loss: float, machine: Machine) -> Record:
+    def _step_record(self, step: int, times: StepTimes, loss: float, scale: float, machine: Machine) -> Record:
+        norm, scaler = machine.watch.norm, machine.watch.scaler
         return {
             "step": step,
             "warmup": step < self.request.warmup,
             "start_ns": times.start_ns,
             "end_ns": times.end_ns,
             "loss": loss if math.isfinite(loss) else None,
+            "grad_norm": norm if norm is None or math.isfinite(norm) else None,
+            "loss_scale": None if scaler is None else scale,
+            "skipped": machine.watch.skipped,
             "bytes_sent": times.sent.size_bytes,
             "messages": times.sent.messages,
             "peak_memory_bytes": machine.storage.peak_bytes,
@@ -314,12 +323,12 @@ class Worker:
             "allocator_peak_bytes": allocator_peak_bytes(machine),
         }
 
-    def _check(self, machine: Machine, loss: float, control: ProcessGroup) -> Record | None:
-        """Compares loss and gradients of the step just done with dense training, on rank 0."""
+    def _check(self, machine: Machine, loss: float, control: ProcessGroup, step: int) -> Record | None:
+        """Compares loss and gradients of the step just done, the first update, with dense training, on rank 0."""
         from rtp_sim.executor.compare import compare_with_dense
         from rtp_sim.executor.machine import replicas
 
-        batches = [self._batch(replica, 0) for replica in range(replicas(self.schedule))]
+        batches = [self._batch(replica, step) for replica in range(replicas(self.schedule))]
         return compare_with_dense(machine, self.request, loss, batches, control)
 
     def _finish(self, control: ProcessGroup) -> None:
