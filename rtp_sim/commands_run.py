@@ -33,7 +33,8 @@ def execute(a: Namespace, prepared: Prepared) -> int:
     request = RunRequest(
         network=prepared.network, training=prepared.training, steps=a.steps, warmup=a.warmup, seed=a.seed,
         device=a.device, backend=a.backend, timeout_s=a.timeout, threads=a.threads, check=a.check, pin=a.pin,
-        float_dtype="fp64" if a.fp64 else "", save_tensors=a.save_tensors,
+        float_dtype="fp64" if a.fp64 else "", save_tensors=a.save_tensors, load=_absolute(a.load),
+        save=_absolute(a.save), save_every=a.save_every,
     )  # fmt: skip
     check(schedule)
     run = RunDirectory(Path(a.output))
@@ -65,6 +66,11 @@ def execute(a: Namespace, prepared: Prepared) -> int:
     return 0 if held else 1
 
 
+def _absolute(directory: str | None) -> str:
+    """Whoever starts the workers may be elsewhere."""
+    return str(Path(directory).resolve()) if directory else ""
+
+
 def _table(result: Result) -> Table:
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
@@ -91,6 +97,10 @@ def _rows(result: Result) -> Iterator[tuple[str, str]]:
         yield "sent per rank", format_bytes(max(result["bytes_sent"]))
         yield "messages per rank", format_count(max(result["messages"]))
         yield "peak memory", format_bytes(max(result["peak_memory_bytes"]))
+    if result["first_step"]:
+        yield "went on after step", str(result["first_step"])
+    if result["saved_steps"]:
+        yield "saved after step", ", ".join(str(step) for step in result["saved_steps"])
     if result["check"] is not None:
         found = result["check"]
         yield "check", f"{'ok' if found['passed'] else 'FAILED'} (largest error {found['largest_error']:.1e})"

@@ -102,6 +102,8 @@ def _result(
         "peak_memory_bytes": [mine[-1]["peak_memory_bytes"] for mine in steps] if finished else None,
         "memory_by_category": [mine[-1]["memory_by_category"] for mine in steps] if finished else None,
         "clock_error_ns": max((int(r.get("clock_error_ns", 0)) for r in ranks), default=0),
+        "first_step": first.get("first_step", 0),
+        "saved_steps": first.get("saved_steps", []),
         "check": first.get("check"),
         "torch": first.get("torch"),
         "versions": {"rtp-sim": __version__, "python": platform.python_version(), "numpy": np.__version__}

@@ -32,7 +32,8 @@ class RunRequest:
     still. `threads` are the threads that each rank computes with. With `float_dtype` "fp64" every float buffer is
     double precision (to compare results, not times). `check` compares the first step with dense training;
     `save_tensors` keeps the weights and gradients of the last step beside the results. With `pin` a rank stays on one
-    core.
+    core. `load` is the directory of checkpoints to go on from, `save` the one to write to: after the last step, and
+    after every `save_every` of the training's steps where that is not 0.
     """
 
     network: Network
@@ -48,10 +49,13 @@ class RunRequest:
     check: bool = False
     save_tensors: bool = False
     pin: bool = False
+    load: str = ""
+    save: str = ""
+    save_every: int = 0
 
     def __post_init__(self) -> None:
         """InputError naming the field that makes no sense."""
-        for field, least in (("steps", 1), ("warmup", 0), ("threads", 1)):
+        for field, least in (("steps", 1), ("warmup", 0), ("threads", 1), ("save_every", 0)):
             value = getattr(self, field)
             if type(value) is not int or value < least:
                 raise InputError(f"run: {field} is {value!r}; expected a whole number of at least {least}")
@@ -61,6 +65,8 @@ class RunRequest:
             if getattr(self, field) not in choices:
                 known = ", ".join(repr(c) for c in choices)
                 raise InputError(f"run: {field} is {getattr(self, field)!r}; expected one of {known}")
+        if self.save_every and not self.save:
+            raise InputError("run: save_every says how often to save; expected --save DIR with it")
         if self.check and self.warmup < 1:
             raise InputError("run: the check takes place in the first warm-up step; expected warmup of at least 1")
         if self.device == "cpu" and self.backend == "nccl":

@@ -304,8 +304,8 @@ def _reduce_replicated(step: Step, ring: Ring, sync: DataParallel) -> None:
 
 
 def _evaluate(step: Step, ring: Ring) -> None:
-    """Forward passes only; every other one runs the ring backwards, so no hop is spent on returning home. The last of an
-    odd number makes the n-th hop, so that the next step finds the weights where this one did."""
+    """Forward passes only; every other one runs the ring backwards, so no hop is spent on returning home. The last of
+    an odd number makes the n-th hop, so that the next step finds the weights where this one did."""
     passes = step.options.eval_passes
     for micro in range(passes):
         step.start_pass(micro)
