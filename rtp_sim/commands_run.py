@@ -14,6 +14,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from rtp_sim.executor.checkpoint_files import newest
 from rtp_sim.executor.collect import collect
 from rtp_sim.executor.launcher import RunFailed, launch
 from rtp_sim.executor.request import RunRequest
@@ -36,6 +37,9 @@ def execute(a: Namespace, prepared: Prepared) -> int:
         float_dtype="fp64" if a.fp64 else "", save_tensors=a.save_tensors, load=_absolute(a.load),
         save=_absolute(a.save), save_every=a.save_every,
     )  # fmt: skip
+    if request.load:
+        # Found out by the workers too, but seconds later.
+        newest(Path(request.load))
     check(schedule)
     run = RunDirectory(Path(a.output))
     run.prepare(schedule, request)

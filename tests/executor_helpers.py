@@ -35,6 +35,7 @@ class Case:
     dims: tuple[int, ...] = ()
     micros: int = 1
     optimizer: str = "adamw"
+    recompute: str = "none"
     options: tuple[tuple[str, object], ...] = ()
 
     @property
@@ -45,7 +46,9 @@ class Case:
     @property
     def training(self) -> TrainingSpec:
         """Two sequences per micro-batch, fp32 throughout."""
-        return TrainingSpec(2, 8, num_microbatches=self.micros, precision="fp32", optimizer=self.optimizer)
+        return TrainingSpec(
+            2, 8, num_microbatches=self.micros, precision="fp32", optimizer=self.optimizer, recompute=self.recompute
+        )  # fmt: skip
 
     def schedule(self) -> Schedule:
         """The schedule of the case."""

@@ -2,8 +2,9 @@
 
     python executor_many.py JOBS.json
 
-A job is {"run": directory} for a run, with "shift_ns" to have rank 1 read another clock on another machine, or
-{"moves": file} for exchanges and collectives with values that the test knows.
+A job is {"run": directory} for a run, with "shift_ns" to have rank 1 read another clock on another machine and with
+"partners": file to note whom each rank's hops go to and come from, or {"moves": file} for exchanges and collectives
+with values that the test knows.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from rtp_sim.executor import clocks, distributed, lanes
-from rtp_sim.executor.communicate import collective, exchange
+from rtp_sim.executor.communicate import Traffic, collective, exchange
 from rtp_sim.executor.environment import die_with_parent, read_environment
 from rtp_sim.executor.exchange import Parcel, Transfer
 from rtp_sim.executor.progress import Progress
@@ -34,10 +37,22 @@ def run(job: dict[str, object], rank: int) -> None:
     if shift_ns:
         clocks.machine_id = lambda: f"machine {rank}"
         clocks.now_ns = distributed.now_ns = lanes.now_ns = lambda: real_now() + shift_ns * rank
+    partners: set[int] = set()
+    real_exchange = distributed.exchange
+    if "partners" in job:
+
+        def noted(transfers: Sequence[Transfer], *rest: Any) -> Traffic:
+            partners.update(p for t in transfers for p in (t.to, t.source))
+            return real_exchange(transfers, *rest)
+
+        distributed.exchange = noted
     directory.clear_rank(rank)
     Worker(directory, schedule, request, read_environment(), Progress(directory.of_rank(rank, "progress"))).work()
     clocks.now_ns = distributed.now_ns = lanes.now_ns = real_now
     clocks.machine_id = real_machine
+    distributed.exchange = real_exchange
+    if "partners" in job:
+        Path(f"{job['partners']}.{rank}").write_text(json.dumps(sorted(partners)), encoding="utf-8")
 
 
 def moves(job: dict[str, object], rank: int) -> None:

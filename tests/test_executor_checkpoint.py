@@ -18,7 +18,7 @@ import pytest
 import torch
 from executor_helpers import ROOT, command_line, gone, started, work_off
 from executor_layouts import EXACT, ONE_UNIT, ZERO1, Layout, as_bf16, dense, dense_state, layouts, named
-from strategy_helpers import gpt2_tiny, llama_tiny, moe_tiny
+from strategy_helpers import gpt2_tiny, image_network, llama_tiny, moe_tiny
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save, torch_save_to_dcp
 
 from rtp_sim.errors import InputError
@@ -32,15 +32,17 @@ from rtp_sim.executor.rundir import RunDirectory
 from rtp_sim.model.network import Network, unfused
 
 SAME = (
-    Layout("rtp", 3), Layout("rtp-inplace", 3, options=(("rtp_chunk_bytes", 1 << 12),)), Layout("fsdp", 3),
-    Layout("tp-sp", 3), as_bf16(Layout("zero1", 3, optimizer="sgd-momentum")), as_bf16(Layout("rtp", 3, micros=2)),
+    Layout("rtp-inplace", 3, options=(("rtp_chunk_bytes", 1 << 12),)), Layout("fsdp", 3), Layout("tp-sp", 3),
+    as_bf16(Layout("zero1", 3, optimizer="sgd-momentum")), as_bf16(Layout("rtp", 3, micros=2)),
 )  # fmt: skip
 """Layouts that go on from where they themselves were, in their own precision."""
 
 
 def chain() -> list[tuple[Layout, Layout | None]]:
     """Layouts in the order they run in, each with the one whose state it goes on from."""
-    two, four, three = layouts(2), layouts(4), layouts(3)
+    two = [Layout("ddp", 2), Layout("rtp", 2), Layout("fsdp", 2), Layout("tp-sp", 2)]
+    four = layouts(4)
+    three = [x for x in layouts(3) if x.strategy not in ("ddp", "tp-sp", "zero1")]
     (one,) = layouts(1)
     found: list[tuple[Layout, Layout | None]] = [(layout, None) for layout in two]
     found += [(one, two[0])]
@@ -73,9 +75,8 @@ def states(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for layout in (x for x in SAME if x.ranks == ranks):
             name, states = f"same-{layout.name}", path / "states"
             whole = layout.run(path / "runs" / name, steps=4, save=states / name, save_every=2, float_dtype="")
-            shutil_free = states / f"{name}-again"
-            again = layout.run(path / "runs" / f"{name}-again", load=states / name / "step-00000002", save=shutil_free,
-                               float_dtype="")  # fmt: skip
+            again = layout.run(path / "runs" / f"{name}-again", load=states / name / "step-00000002",
+                               save=states / f"{name}-again", float_dtype="")  # fmt: skip
             jobs += [{"run": str(whole.path)}, {"run": str(again.path)}]
         work_off(jobs, ranks, path)
     return path
@@ -188,13 +189,18 @@ def test_every_layout_goes_on_from_three_ranks(states: Path, layout: Layout):
     assert_close(named(ours), named(dense(before + 1).parameters))
 
 
-@pytest.mark.parametrize("make", [llama_tiny, moe_tiny])
 @pytest.mark.parametrize(
-    "layout", [Layout("rtp", 3), Layout("tp", 2, dp=2, options=ZERO1), Layout("fsdp", 3, options=ONE_UNIT)],
-    ids=lambda x: x.name,
-)  # fmt: skip
+    ("make", "layout"),
+    [
+        (make, layout)
+        for make in (llama_tiny, moe_tiny, image_network)
+        for layout in (Layout("rtp", 3), Layout("tp", 2, dp=2, options=ZERO1), Layout("fsdp", 3, options=ONE_UNIT))
+        if not (make is image_network and layout.strategy == "tp")
+    ],
+    ids=lambda x: x.name if isinstance(x, Layout) else x.__name__,
+)
 def test_a_dense_state_dict_gives_the_initial_weights(tmp_path: Path, make, layout: Layout):
-    """Groups of heads, gated halves and experts come to the right ranks; the training starts at its first step."""
+    """Groups of heads, gated halves, experts and windows come to the right ranks; training starts at step 0."""
     network = make()
     full = initial_parameters(network, seed=3)
     torch.save({"model": named(full)}, tmp_path / "dense.pt")
@@ -275,8 +281,8 @@ def saved(states: Path, tmp_path: Path) -> Path:
     ("make", "message"),
     [
         (lambda: machine(gpt2_tiny(16)), None),
-        (lambda: machine(llama_tiny()), "parameter embed.tokens.weight is 256 x 64 there and 48 x 32 in model llama-tiny; "
-                                        "it is a checkpoint of another model"),
+        (lambda: machine(llama_tiny()), "parameter embed.tokens.weight is 256 x 64 there and 48 x 32 in model "
+                                        "llama-tiny; it is a checkpoint of another model"),
         (lambda: machine(float_dtype=None), "is float64 there and float32 in this run; expected the same --precision"),
         (lambda: machine(layout=Layout("single", optimizer="sgd-momentum")),
          "the training there has optimizer adamw, this run sgd-momentum; expected the same (--optimizer adamw)"),
@@ -300,7 +306,7 @@ def test_models_with_more_and_fewer_parameters(saved: Path, tmp_path: Path):
     more = initial_parameters(gpt2_tiny())
     names = named(more)
     for change, message in (
-        ({"h9.attn.qkv": torch.zeros(2, 3)}, r"a parameter h9\.attn\.qkv \(2 x 3\), which model gpt2-tiny does not have"),
+        ({"h9.attn.qkv": torch.zeros(2, 3)}, r"a parameter h9\.attn\.qkv \(2 x 3\), which model gpt2-tiny does not"),
         ({"h0.mlp.up": None}, r"no parameter h0\.mlp\.up of model gpt2-tiny \(256 x 64\)"),
     ):
         left = {k: v for k, v in (names | change).items() if v is not None}
@@ -311,7 +317,7 @@ def test_models_with_more_and_fewer_parameters(saved: Path, tmp_path: Path):
             checkpoint.load(machine(), checkpoint.open_checkpoint(tmp_path / "x"))
     torch.save(names, tmp_path / "flat.pt")
     torch_save_to_dcp(tmp_path / "flat.pt", tmp_path / "flat")
-    with pytest.raises(InputError, match='no parameters in it; expected their names to begin with "model."'):
+    with pytest.raises(InputError, match=r'no parameters in it; expected their names to begin with "model\.'):
         checkpoint.load(machine(), checkpoint.open_checkpoint(tmp_path / "flat"))
 
 
@@ -344,7 +350,7 @@ def test_the_newest_complete_one_is_taken(saved: Path, tmp_path: Path):
         checkpoint_files.require_room(saved, 2)
     checkpoint_files.require_room(saved, 10)
     (tmp_path / "empty" / "step-00000003.partial").mkdir(parents=True)
-    with pytest.raises(InputError, match=r"no complete checkpoint in it \(only step-00000003.partial, which was cut off"):
+    with pytest.raises(InputError, match=r"no complete checkpoint in it \(only step-00000003\.partial, which was cut"):
         checkpoint_files.newest(tmp_path / "empty")
 
 
@@ -357,7 +363,7 @@ def test_another_seed(saved: Path):
 
 # ---- on the command line
 
-WORDS = ("--warmup", 0, "--fp64", "--micro-batch", 3)
+WORDS = ("--warmup", 0, "--fp64", "--micro-batch", 6)
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -367,8 +373,8 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_save_load_check_and_a_message(tmp_path: Path):
-    """From two ranks to four: the check compares with dense training from the loaded weights."""
-    first = run("--strategy", "ddp", "--nproc-per-node", 4, *WORDS, "--steps", 3, "--save", tmp_path / "s",
+    """From one strategy to another: the check compares with dense training from the loaded weights."""
+    first = run("--strategy", "ddp", "--nproc-per-node", 2, *WORDS, "--steps", 3, "--save", tmp_path / "s",
                 "--save-every", 2, "-o", tmp_path / "a")  # fmt: skip
     assert first.returncode == 0, first.stderr
     assert sorted(p.name for p in (tmp_path / "s").iterdir()) == ["step-00000002", "step-00000003"]
@@ -418,8 +424,8 @@ def test_a_rank_killed_while_saving_leaves_the_earlier_states(tmp_path: Path):
     (cut,) = save.glob("*.partial")
     assert cut.name == f"step-{steps[-1] + 1:08d}.partial"
     assert checkpoint.open_checkpoint(save).step == steps[-1]
-    done = run("--strategy", "tp", "--nproc-per-node", 2, "--tp", 2, "--fp64", "--warmup", 0, "--steps", 1, "--load", save,
-               "--save", save, "-o", tmp_path / "on")  # fmt: skip
+    done = run("--strategy", "tp", "--tp", 2, "--fp64", "--warmup", 0, "--steps", 1, "--load", save, "--save", save,
+               "-o", tmp_path / "on")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert checkpoint_files.complete_steps(save)[-1] == steps[-1] + 1
     assert not list(save.glob("*.partial"))
