@@ -81,7 +81,8 @@ def test_torchrun_starts_the_same_workers(tmp_path: Path):
     torch.save({"model": named(initial_parameters(gpt2_tiny(), seed=4))}, tmp_path / "weights.pt")
     torch_save_to_dcp(tmp_path / "weights.pt", tmp_path / "weights")
     states = ("--load", tmp_path / "weights", "--save", tmp_path / "states")
-    told = run("--strategy", "ddp", "--nproc-per-node", 2, "--steps", 2, "--warmup", 0, *states, "--prepare", "-o", path)
+    told = run("--strategy", "ddp", "--nproc-per-node", 2, "--steps", 2, "--warmup", 0, *states, "--prepare", "-o",
+               path)  # fmt: skip
     assert told.returncode == 0, told.stderr
     words = told.stdout.split()
     assert words == ["torchrun", "--nproc-per-node", "2", "-m", "rtp_sim.executor", str(path)]
