@@ -103,8 +103,8 @@ def moves(job: dict[str, object], rank: int) -> None:
 def main() -> None:
     die_with_parent()
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    # One meeting for all jobs; each then makes its own process groups. To meet again at the same port would need care: a
-    # rank that is back before rank 0 has closed its store finds the old one, with addresses where nobody listens now.
+    # One meeting for all jobs; each then makes its own process groups. Meeting again at the same port can go wrong: a
+    # rank that is back before rank 0 has closed its store finds the old one, with addresses where nobody listens.
     dist.init_process_group = lambda *_, **__: None
     for job in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         (run if "run" in job else moves)(job, dist.get_rank())
