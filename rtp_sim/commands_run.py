@@ -17,6 +17,7 @@ from rich.text import Text
 from rtp_sim.cost.model import ClusterCost
 from rtp_sim.cost.stated import priced
 from rtp_sim.errors import InputError
+from rtp_sim.executor.checkpoint_files import newest
 from rtp_sim.executor.collect import collect
 from rtp_sim.executor.launcher import RunFailed, launch
 from rtp_sim.executor.request import RunRequest
@@ -44,12 +45,15 @@ def execute(a: Namespace, prepared: Prepared) -> int:
         only_rank=a.only_rank, twin=a.twin,
         communication=a.communication or ("real" if a.only_rank is None else "fake"),
         link_latency_ns=a.link_latency, link_bandwidth_bytes_per_s=a.link_bandwidth,
-        stated=a.stated_times is not None,
+        stated=a.stated_times is not None, load=_absolute(a.load), save=_absolute(a.save), save_every=a.save_every,
     )  # fmt: skip
     if a.twin:
         require_twin(schedule, request)
     if a.only_rank is not None and a.only_rank >= schedule.world_size:
         raise InputError(f"--only-rank {a.only_rank}: the ranks of this schedule are 0 to {schedule.world_size - 1}")
+    if request.load:
+        # Found out by the workers too, but seconds later.
+        newest(Path(request.load))
     check(schedule)
     run = RunDirectory(Path(a.output))
     run.prepare(schedule, request, _stated_times(a, schedule))
@@ -78,6 +82,11 @@ def execute(a: Namespace, prepared: Prepared) -> int:
     if not held:
         print(f"rtp-sim: --check: the first step differs from dense training: {result['check']}", file=sys.stderr)
     return 0 if held else 1
+
+
+def _absolute(directory: str | None) -> str:
+    """Whoever starts the workers may be elsewhere."""
+    return str(Path(directory).resolve()) if directory else ""
 
 
 def _stated_times(a: Namespace, schedule: Schedule) -> StatedTimes | None:
@@ -131,6 +140,10 @@ def _rows(result: Result) -> Iterator[tuple[str, str]]:
         yield "peak memory", format_bytes(max(result["peak_memory_bytes"]))
     if result["allocator_peak_bytes"]:
         yield "peak of the allocator", format_bytes(max(result["allocator_peak_bytes"]))
+    if result["first_step"]:
+        yield "went on after step", str(result["first_step"])
+    if result["saved_steps"]:
+        yield "saved after step", ", ".join(str(step) for step in result["saved_steps"])
     if result["check"] is not None:
         found = result["check"]
         yield "check", f"{'ok' if found['passed'] else 'FAILED'} (largest error {found['largest_error']:.1e})"

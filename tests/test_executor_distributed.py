@@ -16,19 +16,23 @@ import torch
 from executor_helpers import Case, prepared, work_off
 from executor_shared import exchanges, parcel, transfers
 from schedule_helpers import Row, kernel, program, shift
-from strategy_helpers import FlatCost
+from strategy_helpers import FlatCost, build, stack
 
 from rtp_sim.engine.longest_path import longest_path
 from rtp_sim.engine.memory import memory_profiles
 from rtp_sim.executor.batches import random_batch
 from rtp_sim.executor.collect import collect
 from rtp_sim.executor.compare import gradient_errors
+from rtp_sim.executor.dense import dense_loss
 from rtp_sim.executor.distributed import ordered_after, touched_after
 from rtp_sim.executor.machine import Machine, replicas
 from rtp_sim.executor.parameters import Parameters, Share, assembled, initial_parameters
 from rtp_sim.executor.reference import ReferenceResult, combine, run_reference, run_step
+from rtp_sim.executor.request import RunRequest
 from rtp_sim.executor.rundir import Record, RunDirectory
 from rtp_sim.metrics import communication_totals
+from rtp_sim.model.layers import Activation, Linear
+from rtp_sim.model.training import TrainingSpec
 from rtp_sim.schedule.ir import Collective, Compute, Recv
 from rtp_sim.timeline import Timeline
 from rtp_sim.timeline_file import load_timeline
@@ -61,9 +65,21 @@ CASES = (
     Case("tp-sp-dropout", "tp-sp", 3, changes=CLIPPED, dropout=0.2),
     Case("rtp-dropout", "rtp", 3, changes=(*SCALED, ("recompute", "full")), dropout=0.2),
     Case("ddp-clipped", "ddp", 2, changes=CLIPPED),
+    Case("rtp-recomputed", "rtp", 3, micros=2, recompute="full"),
 )
 # From 2^26 on, fp16 gradients overflow until the scale has come down.
 OVERFLOWING = Case("overflowing", "zero2", 2, changes=(("precision", "fp16"), ("loss_scale", f"dynamic:{2**26}")))
+EVALUATIONS = tuple(
+    Case(f"{strategy}-eval{k}", strategy, n, options=(("eval_passes", k),))
+    for strategy, n in (("rtp", 2), ("rtp-inplace", 3))
+    for k in range(1, n + 2)
+)
+"""1 to n + 1 forward passes, each case run for two steps: the second begins where the first left the weights."""
+
+WIDE = stack([Activation("relu", 2048), Linear(2048, 2049)], input_numel=2048)
+"""On two ranks a shard of 2048 x 1024 weights and 1024 biases: more than 8 MiB in fp32."""
+
+TURNS = 20
 STEPS = 2
 
 
@@ -80,12 +96,22 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             memory = prepared(path / f"{case.name}.shm", case, steps=STEPS, warmup=0, float_dtype="fp64",
                               save_tensors=True, transport="shm")  # fmt: skip
             own = prepared(path / case.name, case, steps=3, warmup=1)
-            jobs += [{"run": str(run.path)} for run in (exact, memory, own)]
+            seen = {"partners": str(path / f"{case.name}.partners")} if case.dp > 1 else {}
+            jobs += [{"run": str(exact.path)} | seen, {"run": str(memory.path)}, {"run": str(own.path)}]
+        for case in (c for c in EVALUATIONS if c.n == ranks):
+            run = prepared(path / case.name, case, steps=STEPS, warmup=0, float_dtype="fp64")
+            jobs.append({"run": str(run.path)})
         jobs.append({"shared": str(path / f"shared{ranks}")})
         if ranks == 3:
             jobs.append({"moves": str(path / "moves")})
         if ranks == 2:
-            shifted = prepared(path / "shifted", CASES[-1], steps=1, warmup=0)
+            for strategy in ("rtp", "rtp-inplace"):
+                run = RunDirectory(path / f"wide-{strategy}")
+                spec = TrainingSpec(1, 1, precision="fp32", optimizer="sgd")
+                schedule = build(strategy, WIDE, 2, spec, rtp_chunk_bytes=1_000_000)
+                run.prepare(schedule, RunRequest(WIDE, spec, steps=TURNS, warmup=0, save_tensors=True))
+                jobs.append({"run": str(run.path)})
+            shifted = prepared(path / "shifted", Case("shifted", "zero1", 2), steps=1, warmup=0)
             jobs.append({"run": str(shifted.path), "shift_ns": 5_000_000_000})
             overflowing = prepared(path / "overflowing", OVERFLOWING, steps=14, warmup=1, check=True)
             jobs.append({"run": str(overflowing.path)})
@@ -190,6 +216,50 @@ def test_ranks_leave_out_the_same_updates(runs: Path):
     for rank in range(2):
         records, _ = RunDirectory(runs / "overflowing").read_steps(rank, len(schedule.program(rank).ops))
         assert [(r["loss_scale"], r["skipped"]) for r in records] == expected
+
+
+def test_copies_of_a_parameter_and_its_gradient_are_the_same_bits_on_all_ranks(runs: Path):
+    """Norms and positions after two steps, on ranks with data of their own."""
+    for name in ("rtp", "rtp-inplace", "rtp-uneven", "two-level", "tp", "tp-sp"):
+        for what in ("weights", "gradients"):
+            everyone = saved(runs / f"{name}.exact", what)
+            copies = [[s for s in shares if not any(h.split for h in s.holds)] for shares in everyone]
+            # Two norms per block, one at the end; positions.
+            assert len(copies[0]) == 6
+            for others in copies[1:]:
+                assert [s.holds for s in others] == [s.holds for s in copies[0]]
+                assert all(torch.equal(a.content, b.content) for a, b in zip(copies[0], others, strict=True)), name
+
+
+@pytest.mark.parametrize("case", EVALUATIONS, ids=lambda case: case.name)
+def test_evaluation_passes_give_the_losses_of_their_batches(runs: Path, case: Case):
+    """k = 1 ... n + 1 passes on every rank, and once more."""
+    network, k = case.network, dict(case.options)["eval_passes"]
+    assert isinstance(k, int)
+    parameters = {n: {p: t.double() for p, t in ps.items()} for n, ps in initial_parameters(network).items()}
+    ops = len(case.schedule().programs[0].ops)
+    for rank in range(case.n):
+        found = [record["loss"] for record in RunDirectory(runs / case.name).read_steps(rank, ops)[0]]
+        for step in range(STEPS):
+            batches = random_batch(network, 2, k, rank, step)
+            expected = sum(float(dense_loss(network, parameters, batch, 2)) for batch in batches) / k
+            assert found[step] == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_large_shard_in_place_gives_the_bits_of_out_of_place(runs: Path):
+    """Shards of 8 MiB through a buffer of 1 MB, 20 steps: losses of every step and weights after the last."""
+    assert 2048 * 1024 * 4 >= 8 << 20
+    out, inplace = (result_of(runs / f"wide-{s}") for s in ("rtp", "rtp-inplace"))
+    assert len(set(out["loss"])) == TURNS
+    assert out["loss"] == inplace["loss"]
+    for a, b in zip(saved(runs / "wide-rtp", "weights"), saved(runs / "wide-rtp-inplace", "weights"), strict=True):
+        assert torch.equal(a[-1].content, b[-1].content)
+
+
+def test_rings_keep_to_themselves(runs: Path):
+    """Two rings of two ranks: no hop leaves its ring."""
+    found = [json.loads(Path(f"{runs}/rtp-dp.partners.{rank}").read_text(encoding="utf-8")) for rank in range(4)]
+    assert found == [[1], [0], [3], [2]]
 
 
 # ---- the same traffic, memory and ops

@@ -121,6 +121,8 @@ def _result(
             for key in ("bytes_sent", "messages", "peak_memory_bytes", "memory_by_category", "allocator_peak_bytes")
         },
         "clock_error_ns": max((int(r.get("clock_error_ns", 0)) for r in ranks), default=0),
+        "first_step": first.get("first_step", 0),
+        "saved_steps": first.get("saved_steps", []),
         "check": first.get("check"),
         "torch": first.get("torch"),
         "versions": {"rtp-sim": __version__, "python": platform.python_version(), "numpy": np.__version__}

@@ -7,7 +7,7 @@ nets show in each precision (a wrong schedule is off by tens of percent), not pr
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from rtp_sim.executor.dense import Keep, train_dense
 from rtp_sim.executor.dropout import masks_of
 from rtp_sim.executor.machine import Batch, Machine
-from rtp_sim.executor.parameters import Parameters, Share, assembled, initial_parameters, owners, unfused_parameters
+from rtp_sim.executor.parameters import Parameters, Share, assembled, owners, unfused_parameters
 from rtp_sim.executor.request import RunRequest
 from rtp_sim.executor.rundir import Record
 
@@ -26,12 +26,13 @@ TINY, HUGE = 1e-300, 1e300
 
 
 def compare_with_dense(
-    machine: Machine, request: RunRequest, loss: float, batches: Sequence[Batch], control: dist.ProcessGroup
-) -> Record | None:
+    machine: Machine, request: RunRequest, start: Callable[[], Parameters], loss: float, batches: Sequence[Batch],
+    control: dist.ProcessGroup,
+) -> Record | None:  # fmt: skip
     """Gathers the gradients of all ranks on rank 0 and compares; None on the others.
 
-    The step is the first whose update was not left out. `loss` is this rank's share of the mean (its mean over the
-    ranks is the training loss), `batches` those of all replicas.
+    The step is the first whose update was not left out; `start` makes the full parameters that it began with. `loss` is
+    this rank's share of the mean (its mean over the ranks is the training loss), `batches` those of all replicas.
     """
     mine = (loss, machine.gradients)
     everyone: list[tuple[float, list[Share]] | None] | None = [None] * machine.schedule.world_size
@@ -41,7 +42,7 @@ def compare_with_dense(
         return None
     found = [item for item in everyone if item is not None]
     network = machine.network
-    given = _rounded(initial_parameters(request.network, request.seed), machine)
+    given = _rounded(start(), machine)
     if given.keys() != owners(network).keys():
         given = unfused_parameters(request.network, given)
     dense = train_dense(

@@ -40,6 +40,9 @@ class RunRequest:
     times in the run's directory. `profile_trace` adds a step after the measured ones, which every rank does under
     PyTorch's profiler.
 
+    `load` is the directory of checkpoints to go on from, `save` the one to write to: after the last step, and after
+    every `save_every` of the training's steps where that is not 0.
+
     With `only_rank` that rank runs alone in one process, and `communication` says what takes the place of its partners:
     "fake" nothing, "copy" a copy of the same size (alone.py). With `twin` torch's own implementation of the strategy
     runs instead of the schedule (twins/).
@@ -65,10 +68,13 @@ class RunRequest:
     link_latency_ns: int = 0
     link_bandwidth_bytes_per_s: int = 0
     stated: bool = False
+    load: str = ""
+    save: str = ""
+    save_every: int = 0
 
     def __post_init__(self) -> None:
         """InputError naming the field that makes no sense."""
-        for field, least in (("steps", 1), ("warmup", 0), ("threads", 1)):
+        for field, least in (("steps", 1), ("warmup", 0), ("threads", 1), ("save_every", 0)):
             value = getattr(self, field)
             if type(value) is not int or value < least:
                 raise InputError(f"run: {field} is {value!r}; expected a whole number of at least {least}")
@@ -79,6 +85,8 @@ class RunRequest:
             if getattr(self, field) not in choices:
                 known = ", ".join(repr(c) for c in choices)
                 raise InputError(f"run: {field} is {getattr(self, field)!r}; expected one of {known}")
+        if self.save_every and not self.save:
+            raise InputError("run: save_every says how often to save; expected --save DIR with it")
         if self.check and self.warmup < 1:
             raise InputError("run: the check takes place in the first warm-up step; expected warmup of at least 1")
         self._check_alone()
@@ -88,6 +96,8 @@ class RunRequest:
             raise InputError(f"run: transport {self.transport} cannot send from GPU memory; expected nccl with cuda")
         if self.stated and (self.check or self.save_tensors or self.float_dtype or self.transport != "auto"):
             raise InputError("run: with stated times nothing is computed or sent: no check, tensors, fp64 or transport")
+        if self.stated and (self.load or self.save):
+            raise InputError("run: with stated times nothing is trained: no load, no save")
         if self.transport == "emulated":
             self.link()
         elif self.link_latency_ns or self.link_bandwidth_bytes_per_s:

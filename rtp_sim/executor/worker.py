@@ -40,6 +40,7 @@ from rtp_sim.schedule.ir import Compute, Schedule
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+    from rtp_sim.executor.checkpoint import Checkpoint
     from rtp_sim.executor.clocks import Clock
     from rtp_sim.executor.distributed import Interpreter, StepTimes
     from rtp_sim.executor.machine import Batch, Machine
@@ -135,6 +136,9 @@ class Worker:
     ) -> None:
         self.run, self.schedule, self.request, self.progress = run, schedule, request, progress
         self.environment, self.rank = environment, environment.rank
+        self.seed = request.seed
+        self.checkpoint: Checkpoint | None = None
+        self.record: Record = {}
 
     def work(self) -> None:
         """All of it. Raises what goes wrong."""
@@ -149,13 +153,13 @@ class Worker:
         self.progress.enter("preparing")
         machine = self._machine()
         interpreter = self._interpreter(machine, transport)
-        record = self._description(clock)
-        self.run.write_rank(self.rank, "rank.json", record)
-        check = self._steps(machine, interpreter, control, clock)
+        self.record = self._description(clock) | {"first_step": machine.step, "saved_steps": []}
+        self.run.write_rank(self.rank, "rank.json", self.record)
+        self._steps(machine, interpreter, control, clock)
         self.progress.enter("writing results")
         if self.request.save_tensors:
             _save_tensors(machine, self.run.of_rank(self.rank, "tensors.pt"))
-        self.run.write_rank(self.rank, "rank.json", record | {"check": check})
+        self.run.write_rank(self.rank, "rank.json", self.record)
         self._finish(control)
 
     # ---- joining
@@ -208,19 +212,31 @@ class Worker:
     # ---- preparing
 
     def _machine(self) -> Machine:
+        """The rank's machine, with the state to start from."""
         import torch
 
+        from rtp_sim.executor import checkpoint, checkpoint_files
         from rtp_sim.executor.machine import Machine
-        from rtp_sim.executor.parameters import initial_parameters
+        from rtp_sim.executor.parameters import blank_parameters, initial_parameters
 
         request = self.request
+        if request.load:
+            self.checkpoint = checkpoint.open_checkpoint(Path(request.load))
+            self.seed = self.checkpoint.seed_of(request.seed)
         device = "cpu" if request.device == "cpu" else f"cuda:{self.environment.local_rank}"
-        return Machine(
+        machine = Machine(
             self.schedule, self.rank, request.network, request.training,
-            initial_parameters(request.network, request.seed), device,
-            torch.float64 if request.float_dtype == "fp64" else None, seed=request.seed,
+            blank_parameters(request.network) if request.load else initial_parameters(request.network, self.seed),
+            device, torch.float64 if request.float_dtype == "fp64" else None, seed=self.seed,
             keep_gradients=request.save_tensors,
         )  # fmt: skip
+        if self.checkpoint is not None:
+            self.progress.enter("loading")
+            checkpoint.load(machine, self.checkpoint)
+        if request.save:
+            checkpoint.require_training(machine)
+            checkpoint_files.require_room(Path(request.save), machine.step)
+        return machine
 
     def _interpreter(self, machine: Machine, transport: Transport) -> Interpreter:
         if self.request.only_rank is not None:
@@ -236,11 +252,12 @@ class Worker:
         return HostInterpreter(self.schedule, self.rank, machine, transport, self.progress)
 
     def _batch(self, replica: int, step: int) -> Batch:
+        """The data of a step, counted from the training's first."""
         from rtp_sim.executor.batches import random_batch
 
         request = self.request
         micros = int(self.schedule.meta.get("num_microbatches") or request.training.num_microbatches)
-        return random_batch(request.network, request.training.micro_batch, micros, replica, step, request.seed)
+        return random_batch(request.network, request.training.micro_batch, micros, replica, step, self.seed)
 
     def _description(self, clock: Clock) -> Record:
         import torch
@@ -255,24 +272,23 @@ class Worker:
 
     # ---- steps
 
-    def _steps(self, machine: Machine, interpreter: Interpreter, control: ProcessGroup, clock: Clock) -> Record | None:
-        """All steps; returns what the check found (rank 0 of a run with a check)."""
+    def _steps(self, machine: Machine, interpreter: Interpreter, control: ProcessGroup, clock: Clock) -> None:
+        """All steps, saved where that is asked for; notes what the check found (rank 0 of a run with a check)."""
         from rtp_sim.executor.clocks import start_together
         from rtp_sim.executor.machine import replica_of
 
-        found = None
         replica, rows = replica_of(self.schedule, self.rank), _loss_parts(self.schedule)
         unchecked = self.request.check
-        profiled_step = self.request.warmup + self.request.steps
-        for step in range(profiled_step + self.request.profile_trace):
+        steps = self.request.warmup + self.request.steps
+        for step in range(steps + self.request.profile_trace):
             self.progress.enter("between steps", step)
             # A step whose update was left out, on all ranks, leaves the check to the next.
             checked = unchecked
             machine.keep_gradients = checked or self.request.save_tensors
-            machine.start_step(self._batch(replica, step))
+            machine.start_step(self._batch(replica, machine.step))
             scale = machine.watch.scale
             start_peak(machine)
-            if step == profiled_step:
+            if step == steps:
                 self._profile(step, machine, interpreter, lambda: start_together(control, clock))
                 continue
             start_together(control, clock)
@@ -284,10 +300,20 @@ class Worker:
             self.run.append_step(self.rank, self._step_record(step, times, loss, scale, machine), times.ops)
             if checked:
                 self.progress.enter("checking")
-                found = self._check(machine, loss, control, step)
+                self.record["check"] = self._check(machine, loss, control)
                 machine.gradients = []
                 unchecked = machine.watch.skipped
-        return found
+            every = self.request.save_every
+            if self.request.save and (step == steps - 1 or (every and machine.step % every == 0)):
+                self.progress.enter("saving", step)
+                self._save(machine, control)
+
+    def _save(self, machine: Machine, control: ProcessGroup) -> None:
+        from rtp_sim.executor.checkpoint import save
+
+        save(machine, Path(self.request.save), self.seed, control)
+        self.record["saved_steps"] = [*self.record["saved_steps"], machine.step]
+        self.run.write_rank(self.rank, "rank.json", self.record)
 
     def _profile(self, step: int, machine: Machine, interpreter: Interpreter, gather: Callable[[], None]) -> None:
         """One more step, under the profiler; its trace and its times are left beside those of the others."""
@@ -323,13 +349,21 @@ class Worker:
             "allocator_peak_bytes": allocator_peak_bytes(machine),
         }
 
-    def _check(self, machine: Machine, loss: float, control: ProcessGroup, step: int) -> Record | None:
+    def _check(self, machine: Machine, loss: float, control: ProcessGroup) -> Record | None:
         """Compares loss and gradients of the step just done, the first update, with dense training, on rank 0."""
+        from rtp_sim.executor.checkpoint import full_parameters
         from rtp_sim.executor.compare import compare_with_dense
         from rtp_sim.executor.machine import replicas
+        from rtp_sim.executor.parameters import Parameters, initial_parameters
 
-        batches = [self._batch(replica, step) for replica in range(replicas(self.schedule))]
-        return compare_with_dense(machine, self.request, loss, batches, control)
+        def start() -> Parameters:
+            if self.checkpoint is not None:
+                return full_parameters(self.checkpoint, machine.network)
+            return initial_parameters(self.request.network, self.seed)
+
+        # The step has been counted already.
+        batches = [self._batch(replica, machine.step - 1) for replica in range(replicas(self.schedule))]
+        return compare_with_dense(machine, self.request, start, loss, batches, control)
 
     def _finish(self, control: ProcessGroup) -> None:
         """Waits for the others, then under torchrun rank 0 makes the results that our launcher would make."""
