@@ -391,6 +391,21 @@ def test_save_load_check_and_a_message(tmp_path: Path):
     assert again.stderr.startswith(f"rtp-sim: --save {tmp_path / 's'}: it holds a checkpoint after step 3 already")
 
 
+def test_the_loss_scale_goes_on(tmp_path: Path):
+    """From 2^30 on fp16 gradients overflow until the scale has come down: five steps, and three with two after them."""
+    words = ("--strategy", "zero2", "--nproc-per-node", 2, "--warmup", 0, "--precision", "fp16", "--loss-scale",
+             f"dynamic:{2**30}", "--format", "json")  # fmt: skip
+    results = []
+    for steps, more in ((5, ()), (3, ("--save", tmp_path / "s")), (2, ("--load", tmp_path / "s"))):
+        done = run(*words, "--steps", steps, *more, "-o", tmp_path / f"run{steps}")
+        assert done.returncode == 0, done.stderr
+        results.append(json.loads(done.stdout))
+    whole, first, second = results
+    assert whole["loss_scale"] == [2**30, 2**29, 2**28, 2**27, 2**26]
+    assert first["loss_scale"] + second["loss_scale"] == whole["loss_scale"]
+    assert first["loss"] + second["loss"] == whole["loss"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

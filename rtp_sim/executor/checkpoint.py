@@ -3,6 +3,8 @@
     model.<layer>.<parameter>                             weights, in the shape of the whole parameter
     optimizer.<moment>.<layer>.<parameter>                exp_avg, exp_avg_sq; momentum_buffer; master (weights in fp32)
     training.step  training.seed  training.optimizer      steps done, seed of data and dropout, the optimizer's name
+    training.left_out  training.loss_scale                updates left out, loss scale (0: none)
+    training.good_steps                                   steps with finite gradients under that scale so far
 
 Each rank writes the shards it holds and reads those it needs, so a state may be loaded by another number of ranks and
 another strategy. A checkpoint without `training` is a set of initial weights, of any float dtype.
@@ -36,7 +38,7 @@ from rtp_sim.schedule.ir import Compute, Holding
 MOMENTS = {"adam": ("exp_avg", "exp_avg_sq"), "adamw": ("exp_avg", "exp_avg_sq"), "sgd-momentum": ("momentum_buffer",)}
 """What the numbers are called that an optimizer keeps per parameter: the names of torch.optim."""
 
-FACTS = {"step": 0, "seed": 0, "optimizer": ""}
+FACTS = {"step": 0, "seed": 0, "optimizer": "", "left_out": 0, "loss_scale": 0.0, "good_steps": 0}
 
 
 # ---- what a rank holds
@@ -96,7 +98,13 @@ def save(machine: Machine, directory: Path, seed: int, group: dist.ProcessGroup)
     if machine.rank == 0:
         files.begin(directory, machine.step)
     dist.barrier(group=group)
-    facts = {"training": {"step": machine.step, "seed": seed, "optimizer": machine.training.optimizer}}
+    watch = machine.watch
+    training = {
+        "step": machine.step, "seed": seed, "optimizer": machine.training.optimizer, "left_out": watch.left_out,
+        "loss_scale": watch.scaler.scale if watch.scaler else 0.0,
+        "good_steps": watch.scaler.good_steps if watch.scaler else 0,
+    }  # fmt: skip
+    facts = {"training": training}
     planner = PieceSavePlanner(held_by(machine), facts)
     try:
         state_dict_saver.save({}, storage_writer=FileSystemWriter(partial), planner=planner, process_group=group)
@@ -127,6 +135,9 @@ class Checkpoint:
     step: int | None
     seed: int
     optimizer: str
+    left_out: int
+    loss_scale: float
+    good_steps: int
 
     def seed_of(self, seed: int) -> int:
         """The seed to go on with, where `seed` is asked for. InputError if it is another than that of the training."""
@@ -147,7 +158,8 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     except (Exception, CheckpointException) as error:
         raise _unreadable(path, error) from error
     found: dict[str, Any] = FACTS | facts["training"]
-    return Checkpoint(path, metadata, found["step"] if known else None, found["seed"], found["optimizer"])
+    return Checkpoint(path, metadata, found["step"] if known else None, found["seed"], found["optimizer"],
+                      found["left_out"], found["loss_scale"], found["good_steps"])  # fmt: skip
 
 
 def load(machine: Machine, checkpoint: Checkpoint) -> None:
@@ -163,7 +175,10 @@ def load(machine: Machine, checkpoint: Checkpoint) -> None:
         _read(checkpoint.path, {}, PieceLoadPlanner(wanted))
     except (Exception, CheckpointException) as error:
         raise _unreadable(checkpoint.path, error) from error
-    machine.step = checkpoint.step or 0
+    machine.step, machine.watch.left_out = checkpoint.step or 0, checkpoint.left_out
+    scaler = machine.watch.scaler
+    if scaler is not None and scaler.dynamic and checkpoint.loss_scale:
+        scaler.scale, scaler.good_steps = checkpoint.loss_scale, checkpoint.good_steps
 
 
 def _initial(held: Collection[Held]) -> Iterator[Held]:
