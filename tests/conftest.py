@@ -1,4 +1,4 @@
-"""Settings for all tests: no deadlines on shared machines, the same random cases in every CI run, torch on one thread."""
+"""Settings for all tests: no deadlines on shared machines, the same cases in every CI run, torch on one thread."""
 
 from __future__ import annotations
 
