@@ -29,6 +29,7 @@ from rtp_sim.report.tables import (
 )
 from rtp_sim.schedule.layout import INNER_AXIS
 from rtp_sim.schedule.options import MIB, Options
+from rtp_sim.schedule.pipeline_order import PIPELINES
 from rtp_sim.schedule.strategies import STRATEGIES
 from rtp_sim.text import nearest
 from rtp_sim.timeline import Timeline
@@ -96,9 +97,9 @@ def schedule(a: Namespace) -> int:
     """`rtp-sim schedule`: the program of a rank, or the whole schedule as text or JSON."""
     _known_strategies([a.strategy])
     _check_degrees(a)
-    if a.cluster is None and a.gpus is None and a.nodes is None and (a.rtp or a.tp or a.dp):
+    if a.cluster is None and a.gpus is None and a.nodes is None and (a.rtp or a.tp or a.dp or a.pp):
         # A schedule needs ranks, not a machine: the degrees alone say how many.
-        a.cluster = f"generic:a100-sxm-80gb,gpus={(a.rtp or a.tp or 1) * (a.dp or 1)},nics=1,nic=200Gb/s"
+        a.cluster = f"generic:a100-sxm-80gb,gpus={_degrees(a)},nics=1,nic=200Gb/s"
     a.cluster = a.cluster or a.default_cluster
     built = prepare(_request(a, a.strategy)).schedule
     if not 0 <= a.rank < built.world_size:
@@ -125,7 +126,7 @@ def run_schedule(a: Namespace) -> int:
 
     _known_strategies([a.strategy])
     _check_degrees(a)
-    ranks = a.nproc_per_node or (a.rtp or a.tp or 1) * (a.dp or 1)
+    ranks = a.nproc_per_node or _degrees(a)
     if ranks % a.as_nodes:
         raise InputError(
             f"--as-nodes {a.as_nodes} does not divide {ranks} processes; expected a divisor, for example 1"
@@ -198,6 +199,13 @@ def _check_degrees(a: Namespace) -> None:
     for other in ("rtp", "tp"):
         if other != axis and getattr(a, other) is not None:
             raise InputError(f"strategy {a.strategy} has no --{other} axis: leave --{other} {getattr(a, other)} out")
+    if a.strategy not in PIPELINES and a.pp is not None:
+        raise InputError(f"strategy {a.strategy} has no --pp axis: leave --pp {a.pp} out")
+
+
+def _degrees(a: Namespace) -> int:
+    """How many ranks the degrees that were given make."""
+    return int((a.rtp or a.tp or 1) * (a.dp or 1) * (a.pp or 1))
 
 
 def _check_outputs(a: Namespace) -> None:
@@ -219,8 +227,9 @@ def _request(a: Namespace, strategy: str) -> Request:
     inner = {"rtp": a.rtp, "tp": a.tp}.get(axis)
     return Request(
         model=a.model, cluster=a.cluster, strategy=strategy, gpus=a.gpus, nodes=a.nodes, inner=inner,
-        dp=a.dp if axis or a.run != "compare" else None, micro_batch=a.micro_batch, seq_len=a.seq_len,
-        global_batch=a.global_batch, precision=a.precision, recompute=a.recompute, optimizer=a.optimizer,
+        dp=a.dp if axis or a.run != "compare" else None, pp=a.pp if strategy in PIPELINES else None,
+        order=a.rank_order, micro_batch=a.micro_batch, seq_len=a.seq_len, global_batch=a.global_batch,
+        micro_batches=getattr(a, "micro_batches", None), precision=a.precision, recompute=a.recompute, optimizer=a.optimizer,
         attention=a.attention, options=_strategy_options(a),
     )  # fmt: skip
 
@@ -230,6 +239,8 @@ def _strategy_options(a: Namespace) -> Options:
         ddp_bucket_bytes=a.ddp_bucket_mib * MIB, fsdp_unit=a.fsdp_unit, fsdp_prefetch=not a.no_fsdp_prefetch,
         rtp_fuse_mlp=a.rtp_fuse_mlp, rtp_hide_gradient_hop=a.rtp_hide_gradient_hop, rtp_prefetch=a.rtp_prefetch,
         rtp_chunk_bytes=a.rtp_chunk_mib * MIB, rtp_ring=a.rtp_ring, dp_sync=a.dp_sync, eval_passes=a.eval_passes or 0,
+        dp_overlap=not a.no_dp_overlap, sequence_parallel=a.sequence_parallel, vpp=a.vpp, pp_layers=a.pp_layers,
+        pp_balance=a.pp_balance, pp_overlap=not a.no_pp_overlap, pp_scatter_gather=a.pp_scatter_gather,
     )  # fmt: skip
 
 

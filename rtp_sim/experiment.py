@@ -24,7 +24,7 @@ from rtp_sim.model.presets import find_model
 from rtp_sim.model.training import TrainingSpec
 from rtp_sim.schedule.build import build_schedule, replicas
 from rtp_sim.schedule.ir import Compute, Schedule
-from rtp_sim.schedule.layout import ParallelLayout, make_groups, make_layout
+from rtp_sim.schedule.layout import ORDERS, ParallelLayout, make_groups, make_layout
 from rtp_sim.schedule.options import Options
 from rtp_sim.schedule.strategies import STRATEGIES
 from rtp_sim.text import nearest
@@ -38,9 +38,10 @@ ENGINES = ("simpy", "longest-path")
 class Request:
     """What to simulate. `model` and `cluster` are preset names or paths; `gpus` or `nodes` sizes the cluster.
 
-    `inner` is the degree of the strategy's own axis (rtp or tp), `dp` that of data parallelism; one may be left out.
-    `micro_batch` counts sequences per replica and micro-batch; `global_batch` per step, by default one micro-batch per
-    replica. `seq_len` is 1024 by default, or what the model's learned positions allow if that is less.
+    `inner` is the degree of the strategy's own axis (rtp or tp), `dp` that of data parallelism, `pp` the stages of a
+    pipeline; what is left out follows (layout.make_layout, which also says what `order` is). `micro_batch` counts
+    sequences per replica and micro-batch. The step is `global_batch` sequences, or `micro_batches` micro-batches per
+    replica, by default one. `seq_len` is 1024 by default, or what the model's learned positions allow if that is less.
     """
 
     model: str
@@ -50,9 +51,12 @@ class Request:
     nodes: int | None = None
     inner: int | None = None
     dp: int | None = None
+    pp: int | None = None
+    order: str = ORDERS[0]
     micro_batch: int = 1
     seq_len: int | None = None
     global_batch: int | None = None
+    micro_batches: int | None = None
     precision: str = "bf16"
     recompute: str = "none"
     optimizer: str = "adamw"
@@ -117,7 +121,7 @@ def prepare(request: Request, cluster: Cluster | None = None, network: Network |
         cluster = load_cluster(request.cluster, request.nodes or 1, request.gpus)
     if network is None:
         network = find_network(request.model, request.seq_len, request.attention)
-    layout = make_layout(request.strategy, cluster.world_size, request.inner, request.dp)
+    layout = make_layout(request.strategy, cluster.world_size, request.inner, request.dp, request.pp, request.order)
     training = TrainingSpec(
         micro_batch=request.micro_batch, seq_len=network.seq, precision=request.precision, recompute=request.recompute,
         optimizer=request.optimizer, attention=request.attention,
@@ -129,6 +133,11 @@ def prepare(request: Request, cluster: Cluster | None = None, network: Network |
 
 
 def _microbatches(request: Request, layout: ParallelLayout) -> int:
+    if request.micro_batches is not None:
+        if request.global_batch is not None:
+            raise InputError(f"{request.strategy}: --micro-batches {request.micro_batches} and --global-batch "
+                             f"{request.global_batch} are both given; expected one of them")  # fmt: skip
+        return request.micro_batches
     if request.global_batch is None:
         return 1
     per_pass = request.micro_batch * replicas(layout)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from rtp_sim.errors import InputError
 from rtp_sim.model.layers import split_sizes
 from rtp_sim.model.network import Network, unfused
 from rtp_sim.model.training import TrainingSpec
-from rtp_sim.schedule.ir import Group, Schedule
-from rtp_sim.schedule.layout import ParallelLayout
+from rtp_sim.schedule.ir import Compute, Group, Schedule
+from rtp_sim.schedule.layout import ParallelLayout, stage_of_rank
 from rtp_sim.schedule.options import Options
 from rtp_sim.schedule.sharding import parts, rotation_kind, tensor_kind
 from rtp_sim.schedule.step import Step
@@ -30,14 +30,28 @@ def build_schedule(
         raise InputError(f"{strategy}: evaluation passes are a matter of rotation; expected rtp or rtp-inplace")
     if layout.axis == "rtp" and not options.rtp_fuse_mlp:
         network = unfused(network)
-    step = Step(strategy, network, training, groups, options)
+    steps = [
+        Step(f"{strategy}.stage{s}" if layout.pp > 1 else strategy, network, training, groups, options, stage=s)
+        for s in range(layout.pp)
+    ]
     try:
-        STRATEGIES[strategy](step)
+        for step in steps:
+            STRATEGIES[strategy](step)
     except InputError as error:
         raise InputError(f"{strategy} with {layout}: {error}") from None
-    meta = _meta(strategy, network, training, layout, options)
-    ranks = layout.world_size
-    return Schedule(strategy, ranks, dict(groups), (step.b.program(),), (0,) * ranks, meta)
+    return assemble(strategy, steps, layout, groups, _meta(strategy, network, training, layout, options))
+
+
+def assemble(
+    strategy: str, steps: Sequence[Step], layout: ParallelLayout, groups: Mapping[str, Group],
+    meta: Mapping[str, str | int | float | bool | None],
+) -> Schedule:  # fmt: skip
+    """The schedule of finished steps, one per pipeline stage, each run by all ranks of its stage."""
+    programs = tuple(step.b.program() for step in steps)
+    used = {op.action.group for program in programs for op in program.ops if not isinstance(op.action, Compute)}
+    kept = {name: group for name, group in groups.items() if layout.pp == 1 or name != "embedding" or name in used}
+    ranks = range(layout.world_size)
+    return Schedule(strategy, layout.world_size, kept, programs, tuple(stage_of_rank(layout, r) for r in ranks), meta)
 
 
 def replicas(layout: ParallelLayout) -> int:

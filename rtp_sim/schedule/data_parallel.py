@@ -52,12 +52,14 @@ class DataParallel:
 
     def ready(self, layer: Layer, numel: Size | None = None, part: Part | None = None, split: str = "") -> None:
         """The gradient of a layer's own weights is finished for this micro-batch."""
-        if layer.owned_numel == 0:
+        if not self.step.keeps(layer):
             return
-        item = Ready(layer.name, layer.op.numel() if numel is None else numel, part, split)
-        self._all[layer.name] = item
+        item = Ready(layer.weight_name, layer.op.numel() if numel is None else numel, part, split)
+        self._all[item.name] = item
         self._bucket.append(item)
         options = self.step.options
+        if not options.dp_overlap:
+            return
         limit = options.ddp_first_bucket_bytes if not self._buckets else options.ddp_bucket_bytes
         if sum(i.most for i in self._bucket) * self.step.policy.gradient_bytes >= limit:
             self.flush()
