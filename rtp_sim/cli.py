@@ -16,7 +16,6 @@ from typing import NoReturn
 from rtp_sim import __version__
 from rtp_sim.errors import InputError
 from rtp_sim.model.training import ATTENTIONS, OPTIMIZER_STATES, PRECISIONS, RECOMPUTE
-from rtp_sim.schedule.layout import ORDERS
 
 FORMATS = ("table", "json", "csv")
 DEFAULT_CLUSTER = "dgx-a100-80g"
@@ -118,7 +117,8 @@ def _options(p: argparse.ArgumentParser) -> None:
     group.add_argument("--pp-balance", choices=("layers", "cost"), default="layers", help="cost counts the head, too")
     group.add_argument("--no-pp-overlap", action="store_true", help="a stage waits for its sends")
     group.add_argument("--pp-scatter-gather", action="store_true", help="tp ranks each send a share to the next stage")
-    group.add_argument("--rank-order", choices=ORDERS, default=ORDERS[0], help="of tp, dp and pp, nearest first")
+    group.add_argument("--rank-order", choices=("tp-dp-pp", "tp-pp-dp"), default="tp-dp-pp",
+                       help="which degrees take neighbouring ranks, nearest first")  # fmt: skip
     group.add_argument("--ddp-bucket-mib", type=_count, default=25, metavar="N")
     group.add_argument("--fsdp-unit", choices=("block", "model"), default="block")
     group.add_argument("--no-fsdp-prefetch", action="store_true")

@@ -23,7 +23,7 @@ from rtp_sim.model.network import Network, transformer_network
 from rtp_sim.model.presets import find_model
 from rtp_sim.model.training import TrainingSpec
 from rtp_sim.schedule.build import build_schedule, replicas
-from rtp_sim.schedule.ir import Compute, Schedule
+from rtp_sim.schedule.ir import Compute, Group, Schedule
 from rtp_sim.schedule.layout import ORDERS, ParallelLayout, make_groups, make_layout
 from rtp_sim.schedule.options import Options
 from rtp_sim.schedule.strategies import STRATEGIES
@@ -62,6 +62,19 @@ class Request:
     optimizer: str = "adamw"
     attention: str = "flash"
     options: Options = field(default_factory=Options)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A request with everything looked up and checked, before any schedule is built."""
+
+    request: Request
+    network: Network
+    cluster: Cluster
+    layout: ParallelLayout
+    training: TrainingSpec
+    groups: Mapping[str, Group]
+    cost: ClusterCost
 
 
 @dataclass(frozen=True)
@@ -115,21 +128,33 @@ def find_network(model: str, seq_len: int | None = None, attention: str = "flash
 
 def prepare(request: Request, cluster: Cluster | None = None, network: Network | None = None) -> Prepared:
     """Looks up model and cluster (unless given), makes the layout and builds the schedule. Raises InputError."""
+    return built(settle(request, cluster, network))
+
+
+def settle(request: Request, cluster: Cluster | None = None, network: Network | None = None) -> Setting:
+    """Looks up model and cluster (unless given) and makes the layout. Raises InputError."""
     if request.strategy not in STRATEGIES:
         raise InputError(f"unknown strategy {request.strategy!r}: {nearest(request.strategy, STRATEGIES)}")
     if cluster is None:
         cluster = load_cluster(request.cluster, request.nodes or 1, request.gpus)
     if network is None:
         network = find_network(request.model, request.seq_len, request.attention)
-    layout = make_layout(request.strategy, cluster.world_size, request.inner, request.dp, request.pp, request.order)
+    layout = make_layout(
+        request.strategy, cluster.world_size, request.inner, request.dp, request.pp, request.order
+    )
     training = TrainingSpec(
         micro_batch=request.micro_batch, seq_len=network.seq, precision=request.precision, recompute=request.recompute,
         optimizer=request.optimizer, attention=request.attention,
         num_microbatches=_microbatches(request, layout),
     )  # fmt: skip
     groups = make_groups(layout, cluster.topology, request.options.rtp_ring)
-    schedule = build_schedule(request.strategy, network, training, layout, groups, request.options)
-    return Prepared(request, network, cluster, layout, training, schedule, ClusterCost(cluster))
+    return Setting(request, network, cluster, layout, training, groups, ClusterCost(cluster))
+
+
+def built(s: Setting) -> Prepared:
+    """The setting with its schedule. InputError if the network cannot be split that way."""
+    schedule = build_schedule(s.request.strategy, s.network, s.training, s.layout, s.groups, s.request.options)
+    return Prepared(s.request, s.network, s.cluster, s.layout, s.training, schedule, s.cost)
 
 
 def _microbatches(request: Request, layout: ParallelLayout) -> int:

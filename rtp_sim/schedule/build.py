@@ -39,7 +39,7 @@ def build_schedule(
             STRATEGIES[strategy](step)
     except InputError as error:
         raise InputError(f"{strategy} with {layout}: {error}") from None
-    return assemble(strategy, steps, layout, groups, _meta(strategy, network, training, layout, options))
+    return assemble(strategy, steps, layout, groups, step_meta(strategy, network, training, layout, options))
 
 
 def assemble(
@@ -59,9 +59,10 @@ def replicas(layout: ParallelLayout) -> int:
     return layout.dp if layout.axis == "tp" else layout.world_size
 
 
-def _meta(
+def step_meta(
     strategy: str, network: Network, training: TrainingSpec, layout: ParallelLayout, options: Options
 ) -> dict[str, str | int | float | bool | None]:
+    """What reports print about a step: `Schedule.meta`."""
     passes = options.eval_passes or training.num_microbatches
     sequences = training.micro_batch * passes * replicas(layout)
     flops = network.forward_flops(training.micro_batch) * passes * replicas(layout)
