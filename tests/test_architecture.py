@@ -33,12 +33,14 @@ MAY_IMPORT = {
     "engine": BASE | {"timeline", "engine.costs"},
     "metrics": BASE | {"timeline", "engine"},
     "experiment": BASE | {"model", "hardware", "schedule", "timeline", "cost", "engine", "metrics"},
+    "compose": BASE | {"model", "hardware", "schedule", "cost", "engine", "metrics", "experiment"},
     "validation": BASE
     | {"model", "hardware", "schedule", "timeline", "timeline_file", "cost", "engine", "metrics", "experiment"},
     "report": BASE | {"hardware", "schedule", "timeline", "engine", "metrics", "experiment", "validation"},
     "timeline_file": BASE | {"schedule", "timeline"},
     "commands": BASE
-    | {"model", "hardware", "schedule", "timeline", "engine", "metrics", "experiment", "report", "commands_run"},
+    | {"model", "hardware", "schedule", "timeline", "engine", "metrics", "experiment", "compose", "report"}
+    | {"commands_run"},
     "commands_run": BASE | {"model", "schedule", "timeline", "experiment", "report", "executor"},
     "commands_validate": BASE | {"hardware", "timeline", "timeline_file", "validation", "report"},
     "cli": {"", "errors", "model", "commands", "commands_validate", "commands_calibrate"},

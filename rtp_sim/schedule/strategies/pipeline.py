@@ -258,7 +258,8 @@ class _Stage:
 
     def _share_buffer(self, buffer: str) -> str:
         like, n = self.step.b.declared(buffer), self.tensor.n
-        return self.step.b.buffer(f"{buffer}.share", "communication", like.dtype, self._padded(buffer) // n)
+        return self.step.b.buffer(f"{buffer}.share", "communication", like.dtype, self._padded(buffer) // n,
+                                  slice_of="tp")  # fmt: skip
 
     def _share(self, buffer: str, name: str) -> str:
         """This rank's share of a whole tensor, copied out of it."""
