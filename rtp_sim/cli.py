@@ -107,8 +107,10 @@ def _options(p: argparse.ArgumentParser) -> None:
     group = p.add_argument_group("strategy options")
     group.add_argument("--rtp", type=_count, metavar="N", help="ranks of a rotation ring")
     group.add_argument("--tp", type=_count, metavar="N", help="ranks of a tensor-parallel group")
+    group.add_argument("--fsdp", type=_count, metavar="N", help="ranks that share the shards of hsdp")
     group.add_argument("--dp", type=_count, metavar="N", help="data-parallel replicas")
     group.add_argument("--dp-sync", choices=("ddp", "zero1", "zero2"), default="ddp", help="of rotation and tp over dp")
+    group.add_argument("--zero1-size", type=_count, metavar="N", help="ranks that share the optimizer under zero1")
     group.add_argument("--no-dp-overlap", action="store_true", help="reduce gradients after the backward, all at once")
     group.add_argument("--sequence-parallel", action="store_true", help="in pipelines, tp with sequence parallelism")
     group.add_argument("--pp", type=_count, metavar="N", help="stages of a pipeline")
@@ -132,7 +134,8 @@ def _options(p: argparse.ArgumentParser) -> None:
 
 def _engine(p: argparse.ArgumentParser) -> None:
     group = p.add_argument_group("engine and output")
-    group.add_argument("--engine", choices=("simpy", "longest-path"), default="simpy")
+    group.add_argument("--engine", choices=("simpy", "longest-path", "estimate"), default="simpy",
+                       help="estimate: compose or extrapolate what repeats, for large steps")  # fmt: skip
     group.add_argument("--no-fold", action="store_true", help="simulate every rank, also symmetric ones")
     group.add_argument("--format", choices=FORMATS, default="table")
     group.add_argument("--report", metavar="FILE.html", help="write a self-contained report")

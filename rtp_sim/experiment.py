@@ -147,7 +147,7 @@ def settle(request: Request, cluster: Cluster | None = None, network: Network | 
         optimizer=request.optimizer, attention=request.attention,
         num_microbatches=_microbatches(request, layout),
     )  # fmt: skip
-    groups = make_groups(layout, cluster.topology, request.options.rtp_ring)
+    groups = make_groups(layout, cluster.topology, request.options.rtp_ring, request.options.zero1_size)
     return Setting(request, network, cluster, layout, training, groups, ClusterCost(cluster))
 
 

@@ -64,7 +64,8 @@ def test_composed_is_the_longest_path(strategy: str, variant: dict[str, object])
 def test_composed_with_contention_is_close_to_the_events(strategy: str) -> None:
     for variant in VARIANTS[1:4]:
         given = setting(strategy, **variant)
-        assert end_ns(compose_pipeline(given)) == pytest.approx(simulated(given, "simpy").timeline.step_time_ns, rel=5e-3)
+        expected = simulated(given, "simpy").timeline.step_time_ns
+        assert end_ns(compose_pipeline(given)) == pytest.approx(expected, rel=5e-3)
 
 
 def test_the_number_of_micro_batches_is_only_counted() -> None:

@@ -8,6 +8,7 @@ lines carry is measured in tests/test_compose_estimate.py; where the numbers are
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from rtp_sim.compose.pipeline import StageResult, compose_pipeline
 from rtp_sim.experiment import Request, Setting, built, run, settle, usable_memory_bytes
@@ -92,7 +93,7 @@ def _on_line(found: list[StepMetrics], at: tuple[int, ...], wanted: int) -> Step
         return found[0]
     first, second = found
     factor = (wanted - at[0]) / (at[1] - at[0])
-    changes = {
+    changes: dict[str, Any] = {
         f.name: _linear(getattr(first, f.name), getattr(second, f.name), factor)
         for f in fields(StepMetrics)
         if isinstance(getattr(first, f.name), int | float) and not isinstance(getattr(first, f.name), bool)

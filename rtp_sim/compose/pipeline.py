@@ -239,7 +239,7 @@ def _result(
     labels += [label for label, *_ in ranges if isinstance(label, tuple) and label[0] == "end"]
     memory: Memory = footprints(program, ranges, shards)
     peak, by_category = sweep(memory, labels, setting.training.num_microbatches)
-    totals = {label: (0, 0, 0) for label in labels}
+    totals = dict.fromkeys(labels, (0, 0, 0))
     for label, _, first, stop in reversed(ranges):
         totals[label] = _traffic(short.schedule, rank, first, stop, prices.duration_ns[stage])
     sent = [totals[label] for label in labels]

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from rtp_sim.engine.costs import CostModel, Phase
 from rtp_sim.engine.fluid import NS_PER_S
-from rtp_sim.engine.lowering import Gathering, Kernel, LoweredOp, Plan, Rotation, Sending, Site, lower
 from rtp_sim.engine.longest_path import unshared_ns
+from rtp_sim.engine.lowering import Gathering, Kernel, LoweredOp, Plan, Rotation, Sending, Site, lower
 from rtp_sim.schedule.ir import Schedule
 
 

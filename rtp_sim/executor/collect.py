@@ -79,7 +79,7 @@ def _result(
     ranks: Sequence[Record], durations_ns: Sequence[int],
 ) -> Record:  # fmt: skip
     finished, measured = len(durations_ns), list(durations_ns[request.warmup :])
-    losses = [_mean([mine[k]["loss"] for mine in steps]) for k in range(finished)]
+    losses = [_mean([mine[k]["loss"] for mine in steps if "loss" in mine[k]]) for k in range(finished)]
     first = ranks[0]
     return {
         "schema": SCHEMA,
@@ -132,6 +132,6 @@ def _write(path: Path, record: Record) -> None:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """None where a rank has no finite number."""
+    """None where a rank has no finite number, or there is none at all."""
     known = [value for value in values if value is not None]
-    return statistics.fmean(known) if len(known) == len(values) else None
+    return statistics.fmean(known) if known and len(known) == len(values) else None

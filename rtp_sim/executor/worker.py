@@ -225,7 +225,7 @@ class Worker:
             self.progress.enter("step", step)
             times = interpreter.run_step()
             losses = machine.losses()
-            loss = sum(losses) * rows / len(losses) if losses else math.nan
+            loss = sum(losses) * rows / len(losses) if losses else None
             self.run.append_step(self.rank, self._step_record(step, times, loss, machine), times.ops)
             if checked:
                 self.progress.enter("checking")
@@ -233,20 +233,22 @@ class Worker:
                 machine.gradients = []
         return found
 
-    def _step_record(self, step: int, times: StepTimes, loss: float, machine: Machine) -> Record:
+    def _step_record(self, step: int, times: StepTimes, loss: float | None, machine: Machine) -> Record:
+        # A rank of a pipeline stage without the head computes no loss, which is not the same as a loss that is no number.
+        own = {} if loss is None else {"loss": loss if math.isfinite(loss) else None}
         return {
             "step": step,
             "warmup": step < self.request.warmup,
             "start_ns": times.start_ns,
             "end_ns": times.end_ns,
-            "loss": loss if math.isfinite(loss) else None,
+            **own,
             "bytes_sent": times.sent.size_bytes,
             "messages": times.sent.messages,
             "peak_memory_bytes": machine.storage.peak_bytes,
             "memory_by_category": machine.storage.peak_by_category,
         }
 
-    def _check(self, machine: Machine, loss: float, groups: Groups) -> Record | None:
+    def _check(self, machine: Machine, loss: float | None, groups: Groups) -> Record | None:
         """Compares loss and gradients of the step just done with dense training, on rank 0."""
         from rtp_sim.executor.compare import compare_with_dense
         from rtp_sim.executor.machine import replicas
@@ -271,7 +273,7 @@ class Worker:
 def _loss_parts(schedule: Schedule) -> int:
     """By what a rank's loss must be multiplied so that the mean over the ranks is the training loss: where tokens are
     split over a tensor-parallel group each rank has its part of a mean, and the parts add up."""
-    for op in schedule.programs[0].ops:
+    for op in (op for program in schedule.programs for op in program.ops):
         action = op.action
         if isinstance(action, Compute) and action.kernel == "cross_entropy" and action.site is not None:
             return schedule.groups["tp"].size if action.site.split == "rows" else 1

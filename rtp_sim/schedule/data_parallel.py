@@ -14,6 +14,9 @@ from rtp_sim.model.layers import Layer
 from rtp_sim.schedule.ir import Compute, Holding, Part, Size
 from rtp_sim.schedule.step import OptimizerShare, Step
 
+ZERO1 = "zero1"
+"""The group of replicas that share the optimizer's state, where it is smaller than all of them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Ready:
@@ -41,6 +44,8 @@ class DataParallel:
     def __init__(self, step: Step, mode: str, group: str = "dp", *, copy: bool = False) -> None:
         self.step, self.mode, self.group, self.copy = step, mode, group, copy
         self.n = step.group_size(group)
+        # Who shares the optimizer's state: all, or under zero1 groups within them.
+        self.sharing = ZERO1 if mode == "zero1" and ZERO1 in step.groups else group
         self._bucket: list[Ready] = []
         self._buckets: list[list[Ready]] = []
         self._all: dict[str, Ready] = {}
@@ -98,16 +103,16 @@ class DataParallel:
             weights = tuple(f"w.{i.name}" for i in bucket)
             grads = tuple(f"g.{i.name}" for i in bucket) if self.mode == "zero1" else (f"g.shard{k}",)
             holds = tuple(i.holding for i in bucket)
-            shares.append(OptimizerShare(f"bucket{k}", self._shard(bucket), grads, weights, holds, self.group))
+            shares.append(OptimizerShare(f"bucket{k}", self._shard(bucket), grads, weights, holds, self.sharing))
         step.optimizer(shares)
         for k, bucket in enumerate(self._buckets):
             weights = tuple(f"w.{i.name}" for i in bucket)
-            step.collective("all_gather", self.group, self.group, f"gather_weights.{k}", self._shard(bucket) * self.n,
-                            weights, weights)  # fmt: skip
+            padded = self._shard(bucket) * step.group_size(self.sharing)
+            step.collective("all_gather", self.sharing, self.group, f"gather_weights.{k}", padded, weights, weights)
 
     def _shard(self, bucket: list[Ready]) -> int:
         """Elements of one rank's share of a bucket, padded."""
-        return -(-sum(i.most for i in bucket) // self.n)
+        return -(-sum(i.most for i in bucket) // self.step.group_size(self.sharing))
 
     def _reduce(self, k: int, bucket: list[Ready]) -> None:
         step, dtype = self.step, self.step.policy.gradient_dtype
@@ -116,8 +121,10 @@ class DataParallel:
         name = f"m{step.micro}.reduce.{k}"
         if self.copy:
             source = (self._copy_in(k, bucket, total, f"{name}.copy_in"),)
-        if self.mode == "ddp":
-            step.collective("all_reduce", self.group, self.group, name, total, source, source, dtype)
+        if self.mode == "ddp" or self.sharing != self.group:
+            kept = source if self.mode == "ddp" else grads
+            reads = tuple(dict.fromkeys((*source, *kept)))
+            step.collective("all_reduce", self.group, self.group, name, total, reads, kept, dtype)
             return
         padded = self._shard(bucket) * self.n
         if self.mode == "zero1":

@@ -15,7 +15,7 @@ from rtp_sim.hardware.topology import Topology
 from rtp_sim.schedule.ir import Group
 from rtp_sim.schedule.pipeline_order import PIPELINES
 
-INNER_AXIS = {"rtp": "rtp", "rtp-inplace": "rtp", "tp": "tp", "tp-sp": "tp"} | dict.fromkeys(PIPELINES, "tp")
+INNER_AXIS = {"rtp": "rtp", "rtp-inplace": "rtp", "tp": "tp", "tp-sp": "tp", "hsdp": "fsdp"} | dict.fromkeys(PIPELINES, "tp")
 ORDERS = ("tp-dp-pp", "tp-pp-dp")
 
 
@@ -49,7 +49,7 @@ def make_layout(
     """
     axis = INNER_AXIS.get(strategy, "")
     if not axis and inner is not None:
-        raise InputError(f"strategy {strategy} has no --rtp or --tp axis: leave the degree {inner} out")
+        raise InputError(f"strategy {strategy} has no --rtp, --tp or --fsdp axis: leave the degree {inner} out")
     if strategy not in PIPELINES and pp is not None:
         raise InputError(f"strategy {strategy} has no pipeline: leave --pp {pp} out, or choose one of "
                          f"{', '.join(PIPELINES)}")  # fmt: skip
@@ -94,14 +94,33 @@ def _quotient(world_size: int, degree: int, flag: str, other: str) -> int:
     return world_size // degree
 
 
-def make_groups(layout: ParallelLayout, topology: Topology, ring: str = "auto") -> dict[str, Group]:
+def make_groups(
+    layout: ParallelLayout, topology: Topology, ring: str = "auto", zero1_size: int = 0
+) -> dict[str, Group]:
     """The groups of a layout: the inner axis, and "dp" across it; groups of one member are left out.
 
     `ring` is "flat", "two-level" or "auto": a two-level ring of (nodes, GPUs of a node) where a group covers whole
-    nodes. InputError for "two-level" where it does not.
+    nodes. InputError for "two-level" where it does not. With `zero1_size`, group "zero1" takes so many neighbours of
+    every "dp" group.
     """
-    if layout.pp > 1:
-        return _pipeline_groups(layout, topology)
+    groups = _pipeline_groups(layout, topology) if layout.pp > 1 else _flat_groups(layout, topology, ring)
+    if zero1_size:
+        groups |= _zero1_groups(layout, groups, zero1_size)
+    return groups
+
+
+def _zero1_groups(layout: ParallelLayout, groups: dict[str, Group], size: int) -> dict[str, Group]:
+    """The dp groups cut into stretches of `size` neighbours."""
+    if layout.dp % size:
+        raise InputError(f"--zero1-size {size} does not divide the {layout.dp} data-parallel replicas")
+    if size in (1, layout.dp):
+        return {}
+    parts = tuple(g[i : i + size] for g in groups["dp"].instances for i in range(0, layout.dp, size))
+    return {"zero1": Group("zero1", (size,), parts)}
+
+
+def _flat_groups(layout: ParallelLayout, topology: Topology, ring: str) -> dict[str, Group]:
+    """The groups of a layout without a pipeline."""
     base = [tuple(range(k * layout.inner, (k + 1) * layout.inner)) for k in range(layout.dp)]
     inner = [topology.ring(ranks) for ranks in base]
     groups: dict[str, Group] = {}

@@ -16,6 +16,8 @@ class Options:
     previous unit. `rtp_chunk_bytes`: the bounce buffer of the in-place form. `rtp_ring`: "flat", "two-level", or
     "auto", which is two-level where a ring covers several whole nodes.
     `dp_sync`: what the data-parallel axis beside rotation or tensor parallelism does: "ddp", "zero1" or "zero2".
+    `zero1_size`: under zero1, so many neighbouring replicas share the optimizer's state instead of all of them;
+    gradients are then all-reduced over all (InternEvo's ZeRO-1 groups). 0 is all.
     `dp_overlap`: reduce gradients while the backward goes on; without it all at once, after it.
     `sequence_parallel`: tensor parallelism inside pipeline stages splits activations between layers by tokens.
     `vpp`: chunks per stage of the interleaved pipeline. `pp_layers`: transformer blocks per piece (stages.py); without
@@ -35,6 +37,7 @@ class Options:
     rtp_chunk_bytes: int = 4 * MIB
     rtp_ring: str = "auto"
     dp_sync: str = "ddp"
+    zero1_size: int = 0
     dp_overlap: bool = True
     sequence_parallel: bool = False
     vpp: int = 1

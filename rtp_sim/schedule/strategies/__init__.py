@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from rtp_sim.schedule.step import Step
-from rtp_sim.schedule.strategies.fsdp import fsdp
+from rtp_sim.schedule.strategies.fsdp import fsdp, hsdp
 from rtp_sim.schedule.strategies.pipeline import gpipe, interleaved, one_f_one_b, zb_h1, zb_h2, zb_v
 from rtp_sim.schedule.strategies.replicated import ddp, single, zero1, zero2
 from rtp_sim.schedule.strategies.rotation import rtp, rtp_inplace
@@ -17,6 +17,7 @@ STRATEGIES: Mapping[str, Callable[[Step], None]] = {
     "zero1": zero1,
     "zero2": zero2,
     "fsdp": fsdp,
+    "hsdp": hsdp,
     "tp": tp,
     "tp-sp": tp_sp,
     "gpipe": gpipe,
