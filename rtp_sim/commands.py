@@ -259,8 +259,8 @@ def _request(a: Namespace, strategy: str) -> Request:
         model=a.model, cluster=a.cluster, strategy=strategy, gpus=a.gpus, nodes=a.nodes, inner=inner,
         dp=a.dp if axis or a.run != "compare" else None, pp=a.pp if strategy in PIPELINES else None,
         order=a.rank_order, micro_batch=a.micro_batch, seq_len=a.seq_len, global_batch=a.global_batch,
-        micro_batches=getattr(a, "micro_batches", None), precision=a.precision, recompute=a.recompute, optimizer=a.optimizer,
-        attention=a.attention, options=_strategy_options(a),
+        micro_batches=getattr(a, "micro_batches", None), precision=a.precision, recompute=a.recompute,
+        optimizer=a.optimizer, attention=a.attention, options=_strategy_options(a),
     )  # fmt: skip
 
 

@@ -33,7 +33,8 @@ MAY_IMPORT = {
     "engine": BASE | {"timeline", "engine.costs"},
     "metrics": BASE | {"timeline", "engine"},
     "experiment": BASE | {"model", "hardware", "schedule", "timeline", "cost", "engine", "metrics"},
-    "compose": BASE | {"model", "hardware", "schedule", "cost", "engine", "metrics", "experiment"},
+    "compose": BASE
+    | {"model", "hardware", "schedule", "timeline", "cost", "engine.costs", "engine", "metrics", "experiment"},
     "validation": BASE
     | {"model", "hardware", "schedule", "timeline", "timeline_file", "cost", "engine", "metrics", "experiment"},
     "report": BASE | {"hardware", "schedule", "timeline", "engine", "metrics", "experiment", "validation"},

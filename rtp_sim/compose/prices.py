@@ -1,9 +1,9 @@
 """`Prices`: what every op of the short programs costs, one number per op, on the slowest of the ranks that run it.
 
 Ranks of a stage differ at most by shards of uneven size and by their place in the cluster. A transfer is priced as all
-those of its class at once (the ranks that fold finds to behave alike go in lockstep), so that what they share is shared;
-what other classes put on the same links is not seen. With `shared` off every transfer has its links to itself, as in
-engine/longest_path.py.
+those of its class at once: the ranks that fold finds to behave alike go in lockstep, and share what they have in
+common. What other classes put on the same links is not seen. With `shared` off every transfer has its links to itself,
+as in engine/longest_path.py.
 """
 
 from __future__ import annotations

@@ -24,12 +24,12 @@ Vector = dict[str, int]
 
 @dataclass(frozen=True)
 class Stretch:
-    """`ends[stream]` is the end of each stream (and of each op that a later stretch asks for), `source` when what is sent is ready to go (None: nothing is).
+    """`ends[stream]` is the end of each stream, and of each op that a later stretch asks for; `source` when what is
+    sent is ready to go (None: nothing is). `meets` is when the rank comes to the collective that ends the stretch,
+    shared with another stage. `issue_ns` is the host's time for all ops, `receive_issue_ns` until the receive is issued.
 
-    `meets` is when the rank comes to the collective that ends the stretch, shared with another stage. `issue_ns` is the
-    host's time for all ops, `receive_issue_ns` until the receive is issued. `compute_ns` is the kernels' time and
-    `exposed_ns` that of communication beside which none runs, where the stretch starts with everything ready;
-    `slowed_ns` is how much longer it takes if kernels beside communication are slower.
+    `compute_ns` is the kernels' time and `exposed_ns` that of communication beside which none runs, where the stretch
+    starts with everything ready; `slowed_ns` how much longer it takes if kernels beside communication are slower.
     """
 
     ends: Mapping[str, Vector]
@@ -54,10 +54,9 @@ def stretch(
     earlier: frozenset[int] = frozenset(), wanted: frozenset[int] = frozenset(), meeting: str = "",
     slowdown_permille: int = 1000,
 ) -> Stretch:  # fmt: skip
-    """Ops [first, stop) of a program. `earlier` are the ops of the stretches that this one continues, `wanted` ops whose
-    own ends matter to others; a dependency on any other op before `first` is taken as one on the end of its stream.
-    With `meeting`, a group, the last op is a
-    collective of that group, whose end is not this rank's to say."""
+    """Ops [first, stop) of a program. `earlier` are the ops of the stretches that this one continues, `wanted` ops
+    whose own ends matter to others; a dependency on any other op before `first` is taken as one on the end of its
+    stream. With `meeting`, a group, the last op is a collective of that group, whose end is not this rank's to say."""
     ends: dict[str, Vector] = {}
     known: dict[int, Vector] = {}
     source = meets = None

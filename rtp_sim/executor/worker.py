@@ -234,7 +234,7 @@ class Worker:
         return found
 
     def _step_record(self, step: int, times: StepTimes, loss: float | None, machine: Machine) -> Record:
-        # A rank of a pipeline stage without the head computes no loss, which is not the same as a loss that is no number.
+        # A rank of a pipeline stage without the head has no loss, which is not the same as a loss that is no number.
         own = {} if loss is None else {"loss": loss if math.isfinite(loss) else None}
         return {
             "step": step,

@@ -15,7 +15,9 @@ from rtp_sim.hardware.topology import Topology
 from rtp_sim.schedule.ir import Group
 from rtp_sim.schedule.pipeline_order import PIPELINES
 
-INNER_AXIS = {"rtp": "rtp", "rtp-inplace": "rtp", "tp": "tp", "tp-sp": "tp", "hsdp": "fsdp"} | dict.fromkeys(PIPELINES, "tp")
+INNER_AXIS = {
+    "rtp": "rtp", "rtp-inplace": "rtp", "tp": "tp", "tp-sp": "tp", "hsdp": "fsdp", **dict.fromkeys(PIPELINES, "tp"),
+}  # fmt: skip
 ORDERS = ("tp-dp-pp", "tp-pp-dp")
 
 

@@ -1,4 +1,4 @@
-"""`fsdp` and `hsdp`: weights, gradients and optimizer state in shards; each unit is gathered just before it is used (ZeRO-3).
+"""`fsdp`, `hsdp`: weights, gradients and optimizer state in shards; each unit is gathered just before its use (ZeRO-3).
 
 A unit is a block, or the whole model with `fsdp_unit="model"`. Where embedding and head share weights, both blocks
 form the root unit, which stays gathered through a pass, as torch's root module does. The next unit is gathered while
