@@ -10,12 +10,13 @@ import argparse
 import gc
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from rtp_sim import __version__
 from rtp_sim.errors import InputError
 from rtp_sim.model.training import ATTENTIONS, OPTIMIZER_STATES, PRECISIONS, RECOMPUTE
+from rtp_sim.units import parse_bandwidth, parse_time_ns
 
 FORMATS = ("table", "json", "csv")
 DEFAULT_CLUSTER = "dgx-a100-80g"
@@ -218,11 +219,24 @@ def _run(p: argparse.ArgumentParser) -> None:
     group.add_argument("--nproc-per-node", type=_count, metavar="N", help="ranks (default: the product of the degrees)")
     group.add_argument("--as-nodes", type=_count, default=1, metavar="N", help="lay out as if on N nodes")
     group.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    group.add_argument("--backend", choices=("auto", "gloo", "nccl"), default="auto")
+    group.add_argument(
+        "--transport", "--backend", choices=("auto", "gloo", "nccl", "shm", "emulated"), default="auto",
+        help="how data move: gloo (CPU), nccl (GPU), shared memory, or that over an emulated link (auto: by device)",
+    )  # fmt: skip
+    group.add_argument("--link-latency", type=_time_ns, default=0, metavar="T", help="of an emulated link, as 200us")
+    group.add_argument("--link-bandwidth", type=_bandwidth, default=0, metavar="B", help="of that link, as 1GB/s")
     group.add_argument("--threads", type=_count, default=1, metavar="N", help="threads a rank computes with (1)")
     group.add_argument("--pin", action="store_true", help="keep each rank on one core: less noise where cores are few")
     group.add_argument("--port", type=_count, metavar="N", help="where the ranks meet (default: a free one)")
     group.add_argument("--timeout", type=float, default=60.0, metavar="S", help="end a run that stands still (60)")
+    group = p.add_argument_group("ranks that only sleep")
+    group.add_argument(
+        "--stated-times", metavar="NAME|FILE", help="nothing is computed or sent: ops take what this profile predicts"
+    )
+    group.add_argument("--stretch", type=_factor, metavar="X", help="stated times X times as long, as 100 (1)")
+    group.add_argument(
+        "--slow-rank", type=_slow_rank, action="append", metavar="R:X", help="rank R computes X times as long, as 1:1.5"
+    )
     group = p.add_argument_group("steps and output")
     group.add_argument("--steps", type=_count, default=10, metavar="N", help="measured steps (10)")
     group.add_argument("--warmup", type=int, default=2, metavar="N", help="steps before them (2)")
@@ -244,6 +258,7 @@ def _calibrate(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     p.add_argument("--threads", type=_count, default=1, metavar="N", help="threads each CPU rank computes with (1)")
     p.add_argument("--pin", action="store_true", help="keep each rank on one core")
+    p.add_argument("--transport", choices=("gloo", "shm"), default="gloo", help="what CPU ranks send with (gloo)")
     p.add_argument("--quick", action="store_true", help="few sizes and repetitions: seconds instead of minutes")
     p.add_argument("--timeout", type=float, default=120.0, metavar="S", help="how long a rank may stand still (120)")
     p.add_argument("--quiet", action="store_true", help="no progress on stderr")
@@ -268,6 +283,38 @@ def _fraction(text: str) -> float:
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a fraction of 1 such as 0.15")
     return value
+
+
+def _time_ns(text: str) -> int:
+    return _quantity(parse_time_ns, text)
+
+
+def _bandwidth(text: str) -> int:
+    return _quantity(parse_bandwidth, text)
+
+
+def _quantity(parse: Callable[[str], int], text: str) -> int:
+    try:
+        return parse(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _factor(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0.001 <= value <= 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a factor such as 1.5")
+    return value
+
+
+def _slow_rank(text: str) -> tuple[int, int]:
+    rank, colon, factor = text.partition(":")
+    if not (rank.isdigit() and colon):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a rank and a factor such as 1:1.5")
+    return int(rank), round(_factor(factor) * 1000)
 
 
 def _count(text: str) -> int:

@@ -14,14 +14,20 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from rtp_sim.cost.model import ClusterCost
+from rtp_sim.cost.stated import priced
+from rtp_sim.errors import InputError
 from rtp_sim.executor.collect import collect
 from rtp_sim.executor.launcher import RunFailed, launch
 from rtp_sim.executor.request import RunRequest
 from rtp_sim.executor.rundir import RunDirectory
 from rtp_sim.experiment import Prepared
+from rtp_sim.hardware.profiles import load_cluster
 from rtp_sim.report.format import format_bytes, format_count, format_percent, format_seconds
 from rtp_sim.report.tables import print_table, write_json
 from rtp_sim.schedule.checks import check
+from rtp_sim.schedule.ir import Schedule
+from rtp_sim.stated import StatedTimes
 
 Result = dict[str, Any]
 
@@ -32,12 +38,14 @@ def execute(a: Namespace, prepared: Prepared) -> int:
     schedule = prepared.schedule
     request = RunRequest(
         network=prepared.network, training=prepared.training, steps=a.steps, warmup=a.warmup, seed=a.seed,
-        device=a.device, backend=a.backend, timeout_s=a.timeout, threads=a.threads, check=a.check, pin=a.pin,
+        device=a.device, transport=a.transport, timeout_s=a.timeout, threads=a.threads, check=a.check, pin=a.pin,
         float_dtype="fp64" if a.fp64 else "", save_tensors=a.save_tensors,
+        link_latency_ns=a.link_latency, link_bandwidth_bytes_per_s=a.link_bandwidth,
+        stated=a.stated_times is not None,
     )  # fmt: skip
     check(schedule)
     run = RunDirectory(Path(a.output))
-    run.prepare(schedule, request)
+    run.prepare(schedule, request, _stated_times(a, schedule))
     if a.prepare:
         print(f"torchrun --nproc-per-node {schedule.world_size} -m rtp_sim.executor {a.output}")
         return 0
@@ -65,6 +73,22 @@ def execute(a: Namespace, prepared: Prepared) -> int:
     return 0 if held else 1
 
 
+def _stated_times(a: Namespace, schedule: Schedule) -> StatedTimes | None:
+    """What every op takes by the profile that --stated-times names; None without it."""
+    if a.stated_times is None:
+        if a.slow_rank or a.stretch is not None:
+            raise InputError("--slow-rank and --stretch change stated times; expected --stated-times with them")
+        return None
+    if a.prepare:
+        raise InputError("--stated-times: ranks that only sleep are started by rtp-sim run; expected no --prepare")
+    slow = dict(a.slow_rank or ())
+    if wrong := [rank for rank in slow if rank >= schedule.world_size]:
+        raise InputError(f"--slow-rank {wrong[0]}: there are {schedule.world_size} ranks, numbered from 0")
+    nodes = a.as_nodes
+    cluster = load_cluster(a.stated_times, nodes, schedule.world_size)
+    return priced(schedule, ClusterCost(cluster), a.stretch or 1.0, slow)
+
+
 def _table(result: Result) -> Table:
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
@@ -76,7 +100,7 @@ def _table(result: Result) -> Table:
 
 def _rows(result: Result) -> Iterator[tuple[str, str]]:
     yield "strategy", f"{result['strategy']} {result['layout']}".rstrip()
-    yield "ranks", f"{result['world_size']} ({result['device']}, {result['backend']})"
+    yield "ranks", f"{result['world_size']} ({result['device']}, {result['transport']})"
     measured = result["step_times_ns"]
     yield "steps measured", str(len(measured))
     if measured:

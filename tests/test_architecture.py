@@ -24,28 +24,32 @@ MAY_IMPORT = {
     "text": set(),
     "units": {"errors"},
     "schedule.ir": set(),
+    "link": {"errors"},
+    "stated": BASE,
     "model": BASE,
     "hardware": BASE,
     "schedule": BASE | {"model", "hardware"},
     "timeline": {"schedule.ir"},
     "engine.costs": {"schedule.ir"},
-    "cost": BASE | {"model", "hardware", "engine.costs"},
+    "cost": BASE | {"link", "stated", "model", "hardware", "engine.costs"},
     "engine": BASE | {"timeline", "engine.costs"},
     "metrics": BASE | {"timeline", "engine"},
     "experiment": BASE | {"model", "hardware", "schedule", "timeline", "cost", "engine", "metrics"},
     "compose": BASE
     | {"model", "hardware", "schedule", "timeline", "cost", "engine.costs", "engine", "metrics", "experiment"},
     "validation": BASE
-    | {"model", "hardware", "schedule", "timeline", "timeline_file", "cost", "engine", "metrics", "experiment"},
+    | {"link", "stated", "model", "hardware", "schedule", "timeline", "timeline_file", "cost", "engine", "metrics"}
+    | {"engine.costs", "experiment"},
     "report": BASE | {"hardware", "schedule", "timeline", "engine", "metrics", "experiment", "validation"},
     "timeline_file": BASE | {"schedule", "timeline"},
     "commands": BASE
     | {"model", "hardware", "schedule", "timeline", "engine", "metrics", "experiment", "compose", "report"}
     | {"commands_run"},
-    "commands_run": BASE | {"model", "schedule", "timeline", "experiment", "report", "executor"},
+    "commands_run": BASE
+    | {"stated", "model", "hardware", "cost", "schedule", "timeline", "experiment", "report", "executor"},
     "commands_validate": BASE | {"hardware", "timeline", "timeline_file", "validation", "report"},
-    "cli": {"", "errors", "model", "commands", "commands_validate", "commands_calibrate"},
-    "executor": BASE | {"model", "schedule", "timeline", "timeline_file"},
+    "cli": {"", "errors", "units", "model", "commands", "commands_validate", "commands_calibrate"},
+    "executor": BASE | {"link", "stated", "model", "schedule", "timeline", "timeline_file"},
     "executor.calibrate": BASE | {"model", "executor"},
     # What turns times into parameters and checks them runs where the simulator is, not on the ranks.
     "executor.calibrate.fit": BASE | {"model", "hardware", "cost", "executor.calibrate"},
@@ -55,6 +59,7 @@ MAY_IMPORT = {
     "commands_calibrate": BASE
     | {
         "experiment",
+        "model",
         "hardware",
         "executor.calibrate",
         "executor.calibrate.fit",
@@ -163,6 +168,12 @@ print([m for m in sys.modules for room in rooms if m.startswith("rtp_sim." + roo
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
+
+
+def test_ranks_that_only_sleep_do_without_torch():
+    code = "import sys; sys.modules['torch'] = None; import rtp_sim.executor.worker, rtp_sim.executor.sleepers"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_document_names_every_room():

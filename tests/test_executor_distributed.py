@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from executor_helpers import Case, prepared, work_off
+from executor_shared import exchanges, parcel, transfers
 from schedule_helpers import Row, kernel, program, shift
 from strategy_helpers import FlatCost
 
@@ -25,10 +26,10 @@ from rtp_sim.executor.compare import gradient_errors
 from rtp_sim.executor.distributed import ordered_after, touched_after
 from rtp_sim.executor.machine import replicas
 from rtp_sim.executor.parameters import Parameters, Share, assembled, initial_parameters
-from rtp_sim.executor.reference import ReferenceResult, run_reference
+from rtp_sim.executor.reference import ReferenceResult, combine, run_reference
 from rtp_sim.executor.rundir import Record, RunDirectory
 from rtp_sim.metrics import communication_totals
-from rtp_sim.schedule.ir import Compute
+from rtp_sim.schedule.ir import Collective, Compute, Recv
 from rtp_sim.timeline import Timeline
 from rtp_sim.timeline_file import load_timeline
 
@@ -69,7 +70,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for case in (c for c in CASES if c.ranks == ranks):
             exact = prepared(path / f"{case.name}.exact", case, steps=STEPS, warmup=0, float_dtype="fp64",
                              save_tensors=True)  # fmt: skip
-            jobs += [{"run": str(exact.path)}, {"run": str(prepared(path / case.name, case, steps=3, warmup=1).path)}]
+            memory = prepared(path / f"{case.name}.shm", case, steps=STEPS, warmup=0, float_dtype="fp64",
+                              save_tensors=True, transport="shm")  # fmt: skip
+            own = prepared(path / case.name, case, steps=3, warmup=1)
+            jobs += [{"run": str(run.path)} for run in (exact, memory, own)]
+        jobs.append({"shared": str(path / f"shared{ranks}")})
         if ranks == 3:
             jobs.append({"moves": str(path / "moves")})
         if ranks == 2:
@@ -114,12 +119,38 @@ def assert_close(ours: Parameters, expected: Parameters, atol: float = 1e-12) ->
 
 
 def test_losses_gradients_and_weights_are_those_of_the_reference(runs: Path, case: Case):
-    expected, path = reference(case), runs / f"{case.name}.exact"
+    expected = reference(case)
     network = expected.machines[0].network
-    assert result_of(path)["loss"] == pytest.approx(expected.losses, rel=1e-12)
-    assert_close(assembled(case.schedule(), network, saved(path, "gradients")), expected.gradients)
-    # Where a gradient is zero but for rounding (biases of keys), Adam divides one rounding error by another.
-    assert_close(assembled(case.schedule(), network, saved(path, "weights")), expected.parameters, atol=1e-10)
+    for path in (runs / f"{case.name}.exact", runs / f"{case.name}.shm"):
+        assert result_of(path)["loss"] == pytest.approx(expected.losses, rel=1e-12)
+        assert_close(assembled(case.schedule(), network, saved(path, "gradients")), expected.gradients)
+        # Where a gradient is zero but for rounding (biases of keys), Adam divides one rounding error by another.
+        assert_close(assembled(case.schedule(), network, saved(path, "weights")), expected.parameters, atol=1e-10)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_shared_memory_moves_what_the_reference_moves(runs: Path, n: int):
+    """Collectives of every kind, dtype and two sizes, shifts and sends, twice, without and with an emulated link."""
+    found = [torch.load(f"{runs}/shared{n}.{rank}") for rank in range(n)]
+    expected: list[list[torch.Tensor]] = [[] for _ in range(n)]
+    for op in exchanges(n).programs[0].ops:
+        if isinstance(op.action, Collective):
+            parcels = [parcel(op, n, rank) for rank in range(n)]
+            combine(parcels)
+            for received, p in zip(expected, parcels, strict=True):
+                received.append(p.receive)
+        else:
+            # What a receive brings is what the op after it, a send, takes away.
+            after = exchanges(n).programs[0].ops[op.index + 1] if isinstance(op.action, Recv) else op
+            sent = [transfers(after, n, rank) for rank in range(n)]
+            for rank in range(n):
+                for j, t in enumerate(transfers(op, n, rank)):
+                    expected[rank].append(sent[t.source][j].send if t.receive.numel() else t.receive)
+    for rank in range(n):
+        assert len(found[rank]) == 4 * len(expected[rank]) > 0
+        for ours, theirs in zip(found[rank], 4 * expected[rank], strict=True):
+            assert ours.dtype == theirs.dtype
+            assert torch.equal(ours, theirs)
 
 
 # ---- the same traffic, memory and ops

@@ -25,8 +25,9 @@ Vector = dict[str, int]
 @dataclass(frozen=True)
 class Stretch:
     """`ends[stream]` is the end of each stream, and of each op that a later stretch asks for; `source` when what is
-    sent is ready to go (None: nothing is). `meets` is when the rank comes to the collective that ends the stretch,
-    shared with another stage. `issue_ns` is the host's time for all ops, `receive_issue_ns` until the receive is issued.
+    sent is ready to go (None: nothing is). `meets` is when the rank comes to the collective that ends the stretch, in
+    which another stage takes part. `issue_ns` is the host's time for all ops, `receive_issue_ns` until the receive is
+    issued.
 
     `compute_ns` is the kernels' time and `exposed_ns` that of communication beside which none runs, where the stretch
     starts with everything ready; `slowed_ns` how much longer it takes if kernels beside communication are slower.

@@ -68,7 +68,9 @@ def _timeline(
         # A clock read a little early on another machine must not put an op before the step.
         measured[rank] = RankTimes(np.maximum(start_ns, 0), np.maximum(end_ns, 0))
     measured = with_partners(schedule, measured)
-    keys = ("device", "backend", "threads", "torch", "clock_error_ns", "median_step_time_ns", "step_time_cv")
+    keys = (
+        "device", "backend", "transport", "threads", "torch", "clock_error_ns", "median_step_time_ns", "step_time_cv",
+    )  # fmt: skip
     meta = {"engine": "executor", "host": result["host"]["name"], "step": k} | {key: result[key] for key in keys}
     offsets = {f"clock_offset_ns.{r}": _offset_ns(rank) for r, rank in enumerate(ranks) if _offset_ns(rank)}
     return Timeline(schedule, "measured", measured, tuple(range(schedule.world_size)), meta | offsets)
@@ -79,7 +81,10 @@ def _result(
     ranks: Sequence[Record], durations_ns: Sequence[int],
 ) -> Record:  # fmt: skip
     finished, measured = len(durations_ns), list(durations_ns[request.warmup :])
-    losses = [_mean([mine[k]["loss"] for mine in steps if "loss" in mine[k]]) for k in range(finished)]
+    # Ranks that only sleep have no loss, send nothing and hold nothing; stages without the head have no loss.
+    counted = finished and not request.stated
+    with_loss = [mine for mine in steps if counted and "loss" in mine[0]]
+    losses = [_mean([mine[k]["loss"] for mine in with_loss]) for k in range(finished)] if counted else []
     first = ranks[0]
     return {
         "schema": SCHEMA,
@@ -87,7 +92,8 @@ def _result(
         **{key: schedule.meta.get(key) for key in ("strategy", "layout", "model", "tokens", "precision")},
         "world_size": schedule.world_size,
         "device": request.device,
-        "backend": request.real_backend,
+        "backend": request.backend,
+        "transport": request.real_transport,
         "threads": request.threads,
         "seed": request.seed,
         "warmup": request.warmup,
@@ -97,10 +103,10 @@ def _result(
         "median_step_time_ns": int(statistics.median_low(measured)) if measured else None,
         "step_time_cv": statistics.stdev(measured) / statistics.fmean(measured) if len(measured) > 1 else None,
         "loss": losses,
-        "bytes_sent": [mine[-1]["bytes_sent"] for mine in steps] if finished else None,
-        "messages": [mine[-1]["messages"] for mine in steps] if finished else None,
-        "peak_memory_bytes": [mine[-1]["peak_memory_bytes"] for mine in steps] if finished else None,
-        "memory_by_category": [mine[-1]["memory_by_category"] for mine in steps] if finished else None,
+        "bytes_sent": [mine[-1]["bytes_sent"] for mine in steps] if counted else None,
+        "messages": [mine[-1]["messages"] for mine in steps] if counted else None,
+        "peak_memory_bytes": [mine[-1]["peak_memory_bytes"] for mine in steps] if counted else None,
+        "memory_by_category": [mine[-1]["memory_by_category"] for mine in steps] if counted else None,
         "clock_error_ns": max((int(r.get("clock_error_ns", 0)) for r in ranks), default=0),
         "check": first.get("check"),
         "torch": first.get("torch"),

@@ -1,4 +1,4 @@
-"""One rank's program on a machine without streams: the interpreter of a schedule over torch.distributed.
+"""One rank's program on a machine without streams: the interpreter of a schedule, over any transport.
 
 The host goes through the program in order. It computes where it stands; a communication op it hands to the thread of
 the op's stream (lanes.py) and goes on, until an op comes that needs the result. What the IR says of streams holds: an
@@ -12,18 +12,19 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from rtp_sim.executor.clocks import now_ns
-from rtp_sim.executor.communicate import Traffic, collective, exchange
-from rtp_sim.executor.groups import Groups
 from rtp_sim.executor.lanes import Board, Job, Lane
-from rtp_sim.executor.machine import Machine
 from rtp_sim.executor.progress import Progress
+from rtp_sim.executor.transport import Traffic, Transport
 from rtp_sim.schedule.ir import Collective, Compute, Op, Program, Recv, Schedule, Send
 from rtp_sim.timeline import TimesNs
+
+if TYPE_CHECKING:
+    from rtp_sim.executor.exchange import Parcel, Transfer
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,23 @@ class StepTimes:
     sent: Traffic
 
 
+class Actor(Protocol):
+    """One rank that carries out the ops an interpreter walks through: a `Machine`, or one that only takes the time for
+    it (sleepers.py)."""
+
+    def run(self, op: Op) -> None:
+        """Does a compute op."""
+
+    def parcel(self, op: Op) -> Parcel:
+        """The rank's part of a collective, when the op is issued."""
+
+    def transfers(self, op: Op) -> list[Transfer]:
+        """What a shift, send or receive moves, when the op is issued."""
+
+    def finish(self, op: Op, parcel: Parcel | None = None) -> None:
+        """Ends a communication op whose data are there."""
+
+
 class Interpreter(Protocol):
     """Runs one rank's program, step by step."""
 
@@ -47,8 +65,10 @@ class Interpreter(Protocol):
 class HostInterpreter:
     """The interpreter for CPUs. `progress` is told about every op."""
 
-    def __init__(self, schedule: Schedule, rank: int, machine: Machine, groups: Groups, progress: Progress) -> None:
-        self._machine, self._groups, self._progress = machine, groups, progress
+    def __init__(
+        self, schedule: Schedule, rank: int, machine: Actor, transport: Transport, progress: Progress
+    ) -> None:
+        self._machine, self._transport, self._progress = machine, transport, progress
         self._program = schedule.program(rank)
         self._tags = transfer_tags(schedule)
         self._waits = ordered_after(self._program)
@@ -69,7 +89,7 @@ class HostInterpreter:
             self._progress.at(op.index)
             if communicates(op):
                 self._settle(board, self._data[op.index])
-                moves = movement(op, self._machine, self._groups, self._tags)
+                moves = movement(op, self._machine, self._transport, self._tags)
                 self._unfinished[op.index] = moves
                 self._lanes[op.stream].put(Job(op, moves.start, self._waits[op.index], board))
                 self._settle(board, (op.index,) if op.blocks_host else ())
@@ -98,15 +118,15 @@ class Movement:
     finish: Callable[[], None]
 
 
-def movement(op: Op, machine: Machine, groups: Groups, tags: Mapping[str, int]) -> Movement:
+def movement(op: Op, machine: Actor, transport: Transport, tags: Mapping[str, int]) -> Movement:
     """Takes the tensors of a communication op from the machine."""
-    group, action = groups.group(op), op.action
+    action = op.action
     if isinstance(action, Collective):
         parcel = machine.parcel(op)
-        return Movement(lambda: collective(parcel, group), lambda: machine.finish(op, parcel))
+        return Movement(lambda: transport.collective(op, parcel), lambda: machine.finish(op, parcel))
     transfers = machine.transfers(op)
     tag = tags[action.tag] if isinstance(action, Send | Recv) else 0
-    return Movement(lambda: exchange(transfers, group, machine.rank, tag), lambda: machine.finish(op))
+    return Movement(lambda: transport.exchange(op, transfers, tag), lambda: machine.finish(op))
 
 
 # ---- what follows from the program alone

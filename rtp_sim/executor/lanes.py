@@ -13,8 +13,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from rtp_sim.executor.clocks import now_ns
-from rtp_sim.executor.communicate import Traffic
 from rtp_sim.executor.progress import Progress
+from rtp_sim.executor.transport import Traffic
 from rtp_sim.schedule.ir import Op
 from rtp_sim.timeline import TimesNs
 

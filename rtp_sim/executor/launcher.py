@@ -57,7 +57,7 @@ def launch(run: RunDirectory, schedule: Schedule, request: RunRequest, port: int
     InputError for a set-up that cannot work (port in use, no GPU, no torch), RunFailed when a rank dies, raises or
     stands still for longer than `request.timeout_s`. Either way no worker is left.
     """
-    if find_spec("torch") is None:
+    if not request.stated and find_spec("torch") is None:
         raise InputError("running a schedule needs torch; install it with: pip install 'rtp-sim[torch]'")
     port = free_port() if port is None else _require_free(port)
     workers: list[Worker] = []

@@ -20,7 +20,7 @@ from rtp_sim.executor.exchange import Parcel, Transfer
 from rtp_sim.executor.kernels import KERNELS
 from rtp_sim.executor.launch import Columns, Launch, Made, Result, Route
 from rtp_sim.executor.optimizer import DEFAULTS, Hyper, State, new_state, update
-from rtp_sim.executor.packing import unpacked
+from rtp_sim.executor.packing import placed
 from rtp_sim.executor.parameters import (
     Parameters,
     Share,
@@ -33,10 +33,10 @@ from rtp_sim.executor.parameters import (
     weight_shares,
 )
 from rtp_sim.executor.parcels import STATISTICS, Wire, deliver, laid_out, make_parcel, sources, spread
-from rtp_sim.executor.plan import Plan, plan
+from rtp_sim.executor.plan import Plan, make_plan
 from rtp_sim.executor.shares import OptimizerWork, local_numel, optimizer_work
 from rtp_sim.executor.storage import Storage, last_uses
-from rtp_sim.model.layers import Experts, Extent, Layer, Split
+from rtp_sim.model.layers import Experts, Extent, Layer
 from rtp_sim.model.network import Network
 from rtp_sim.model.training import TrainingSpec
 from rtp_sim.schedule.ir import DTYPE_BYTES, Collective, Compute, Holding, Op, Recv, Schedule, Send, Shift
@@ -74,8 +74,14 @@ class Machine:
         self._place = place_of(schedule, rank)
         self._wire = Wire(schedule, rank, self.storage)
         self._last_uses = last_uses(self.program)
+        self._shape = {
+            b.name: (local_numel(schedule, rank, b), torch_dtype(b.dtype, float_dtype))
+            for b in self.program.buffers.values()
+        }
         self._extent = Extent(training.micro_batch, self.network.seq)
         self._plans: dict[int, Plan] = {}
+        self._works: dict[int, list[OptimizerWork]] = {}
+        self._offsets: dict[tuple[str, str], int] = {}
         self._routes: dict[tuple[str, str, int], dict[str, Route]] = {}
         # Gradients that backward passes start from instead of 1, by micro-batch.
         self._starts: dict[int, torch.Tensor] = {}
@@ -138,13 +144,14 @@ class Machine:
 
     def dtype(self, buffer: str) -> torch.dtype:
         """The torch dtype of a buffer."""
-        return torch_dtype(self.program.buffers[buffer].dtype, self.float_dtype)
+        return self._shape[buffer][1]
 
     def _numel(self, buffer: str) -> int:
-        return local_numel(self.schedule, self.rank, self.program.buffers[buffer])
+        return self._shape[buffer][0]
 
     def _zeros(self, buffer: str) -> torch.Tensor:
-        return torch.zeros(self._numel(buffer), dtype=self.dtype(buffer), device=self.device)
+        numel, dtype = self._shape[buffer]
+        return torch.zeros(numel, dtype=dtype, device=self.device)
 
     def losses(self) -> list[float]:
         """The rank's loss of each micro-batch (or pass) of the step; of split tokens its part of it."""
@@ -178,14 +185,11 @@ class Machine:
         self._release(op)
 
     def _launch(self, op: Op, action: Compute) -> None:
-        plan = self._plan(op)
+        plan = self._plans.get(op.index)
+        if plan is None:
+            plan = self._plans[op.index] = make_plan(op, self.schedule, self.rank, self.network, self._layers)
         launch = self._prepare(plan)
-        self._store(plan, KERNELS[action.kernel](launch))
-
-    def _plan(self, op: Op) -> Plan:
-        if op.index not in self._plans:
-            self._plans[op.index] = plan(op, self.schedule, self.rank, self.network, self._layers)
-        return self._plans[op.index]
+        self._store(plan, KERNELS[action.kernel](launch), launch.dw)
 
     def _prepare(self, plan: Plan) -> Launch:
         roles, storage = plan.roles, self.storage
@@ -195,10 +199,19 @@ class Machine:
         return Launch(
             roles.layer.op, roles.call, plan.split, plan.dims, self._extent,
             {i: storage[b] for i, b in roles.x.items()}, {i: storage[b] for i, b in roles.y.items() if roles.backward},
-            {} if roles.w is None else self._parameters(roles.w, roles.layer, plan.split), dy,
+            {} if roles.w is None else self._parameters(roles.w, plan), dy,
             tuple(roles.dx), self._dropout_seed(plan), self.dropout, self.gradient_scale,
-            self._routes.setdefault((plan.micro, roles.layer.name, plan.shard), {}),
+            self._routes.setdefault((plan.micro, roles.layer.name, plan.shard), {}), self._weight_gradients(plan),
         )  # fmt: skip
+
+    def _weight_gradients(self, plan: Plan) -> Mapping[str, torch.Tensor]:
+        """Where the launch adds the gradients of its parameters; zeros if it is the first to."""
+        buffer = plan.roles.dw
+        if buffer is None:
+            return {}
+        if buffer not in plan.roles.updated:
+            self.storage.put(buffer, self._zeros(buffer))
+        return self._parameters(buffer, plan)
 
     @cached_property
     def gradient_scale(self) -> float:
@@ -220,48 +233,51 @@ class Machine:
         which = (self.seed, self.step, replica_of(self.schedule, self.rank), plan.micro, plan.site, plan.shard)
         return zlib.crc32(repr(which).encode())
 
-    def _parameters(self, buffer: str, layer: Layer, split: Split) -> dict[str, torch.Tensor]:
+    def _parameters(self, buffer: str, plan: Plan) -> dict[str, torch.Tensor]:
         """Views of the layer's parameters (of the shard that lies there now) in a flat buffer."""
-        weight_split = Split() if split.kind == "rows" else split
+        layer, flat = plan.roles.layer, self.storage[buffer]
+        offset = self._offsets.get((buffer, layer.weight_name))
+        if offset is None:
+            offset = self._offsets[buffer, layer.weight_name] = self._offset(buffer, layer.weight_name)
+        return placed(plan.parameters, flat, offset)
+
+    def _offset(self, buffer: str, weight_name: str) -> int:
+        """Where a layer's parameters begin in a flat buffer."""
         offset = 0
         for h in self.program.buffers[buffer].holds:
-            if h.layer == layer.weight_name:
-                return unpacked(layer.op, weight_split, self.storage[buffer], offset)
+            if h.layer == weight_name:
+                return offset
             offset += self._parameter_count(h)
-        raise ScheduleError(f"buffer {buffer!r} does not hold the parameters of {layer.weight_name}")
+        raise ScheduleError(f"buffer {buffer!r} does not hold the parameters of {weight_name}")
 
     def _parameter_count(self, holding: Holding) -> int:
         """Parameters of a holding that the rank has at rest."""
         return self._layers[holding.layer].op.numel(self._place.split(holding))
 
-    def _store(self, plan: Plan, made: Made) -> None:
+    def _store(self, plan: Plan, made: Made, dw: Mapping[str, torch.Tensor]) -> None:
         roles = plan.roles
         updated, dynamic = roles.updated, isinstance(roles.layer.op, Experts)
         for i, result in enumerate(made.outputs):
             self._write(roles.y[i], result, roles.y[i] in updated, dynamic)
         for i, buffer in roles.dx.items():
             self._write(buffer, made.dx[i], buffer in updated, dynamic)
-        if roles.dw is not None:
-            if roles.dw not in updated:
-                self.storage.put(roles.dw, self._zeros(roles.dw))
-            views = self._parameters(roles.dw, roles.layer, plan.split)
-            for name, gradient in made.dw.items():
-                views[name].add_(gradient.to(views[name].dtype))
+        for name, gradient in made.dw.items():
+            dw[name].add_(gradient)
 
     def _write(self, buffer: str, result: Result, add: bool, dynamic: bool) -> None:
         """Stores a kernel's result, or adds it to what is there; columns go to their place in the whole tensor."""
         values, start = result if isinstance(result, Columns) else (result, 0)
-        numel, dtype = self._numel(buffer), self.dtype(buffer)
+        numel, dtype = self._shape[buffer]
         if not add and (values.numel() == numel or dynamic):
             self.storage.put(buffer, values.reshape(-1).to(dtype))
             return
         flat = self.storage[buffer] if add else self.storage.put(buffer, self._zeros(buffer))
-        if values.numel() == flat.numel():
-            flat.add_(values.reshape(-1).to(dtype))
+        if values.numel() == numel:
+            flat.add_(values.reshape(-1))
             return
         if not isinstance(result, Columns):
             raise ScheduleError(f"buffer {buffer!r} has {numel} elements, but its kernel makes {values.numel()}")
-        flat.view(values.shape[0], -1)[:, start : start + values.shape[1]] += values.to(dtype)
+        flat.view(values.shape[0], -1)[:, start : start + values.shape[1]].add_(values)
 
     # ---- kernels without a layer
 
@@ -272,9 +288,9 @@ class Machine:
         if target in op.reads:
             first, others = self.storage[target], [self.storage[n] for n in op.reads if n != target]
         else:
-            first = self.storage.put(target, first.clone())
+            first = self.storage.put(target, torch.add(first, others.pop(0)) if others else first.clone())
         for other in others:
-            first.add_(other.to(first.dtype))
+            first.add_(other)
 
     def _copy(self, op: Op) -> None:
         """What the op reads, end to end, to what it writes, end to end; to a buffer for a slice only this rank's."""
@@ -289,7 +305,9 @@ class Machine:
         spread(self.storage, op.writes, flat)
 
     def _optimize(self, op: Op) -> None:
-        for work in optimizer_work(self.schedule, self.rank, op, self._parameter_count):
+        if op.index not in self._works:
+            self._works[op.index] = optimizer_work(self.schedule, self.rank, op, self._parameter_count)
+        for work in self._works[op.index]:
             if self.keep_gradients:
                 self.gradients.append(self._gradient_share(work))
             state = self.states[work.state.name]

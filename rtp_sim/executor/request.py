@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rtp_sim.errors import InputError
+from rtp_sim.link import Link
 from rtp_sim.model import layers
 from rtp_sim.model.layers import Layer, LayerOp
 from rtp_sim.model.network import Block, Input, Network
@@ -18,7 +19,7 @@ from rtp_sim.model.training import TrainingSpec
 
 SCHEMA = "rtp-sim/request/1"
 DEVICES = ("cpu", "cuda")
-BACKENDS = ("auto", "gloo", "nccl")
+TRANSPORTS = ("auto", "gloo", "nccl", "shm", "emulated")
 FLOATS = ("", "fp64")
 
 Json = Any  # what json.loads returns
@@ -32,7 +33,9 @@ class RunRequest:
     still. `threads` are the threads that each rank computes with. With `float_dtype` "fp64" every float buffer is
     double precision (to compare results, not times). `check` compares the first step with dense training;
     `save_tensors` keeps the weights and gradients of the last step beside the results. With `pin` a rank stays on one
-    core.
+    core. `transport` moves data by gloo, NCCL, shared memory of this host, or that with an emulated link of
+    `link_latency_ns` and `link_bandwidth_bytes_per_s`. With `stated` ranks neither compute nor send, but sleep for the
+    times in the run's directory.
     """
 
     network: Network
@@ -41,13 +44,16 @@ class RunRequest:
     warmup: int = 2
     seed: int = 0
     device: str = "cpu"
-    backend: str = "auto"
+    transport: str = "auto"
     timeout_s: float = 60.0
     threads: int = 1
     float_dtype: str = ""
     check: bool = False
     save_tensors: bool = False
     pin: bool = False
+    link_latency_ns: int = 0
+    link_bandwidth_bytes_per_s: int = 0
+    stated: bool = False
 
     def __post_init__(self) -> None:
         """InputError naming the field that makes no sense."""
@@ -57,21 +63,38 @@ class RunRequest:
                 raise InputError(f"run: {field} is {value!r}; expected a whole number of at least {least}")
         if isinstance(self.timeout_s, bool) or not isinstance(self.timeout_s, int | float) or not self.timeout_s > 0:
             raise InputError(f"run: timeout is {self.timeout_s!r}; expected seconds, for example 60")
-        for field, choices in (("device", DEVICES), ("backend", BACKENDS), ("float_dtype", FLOATS)):
+        for field, choices in (("device", DEVICES), ("transport", TRANSPORTS), ("float_dtype", FLOATS)):
             if getattr(self, field) not in choices:
                 known = ", ".join(repr(c) for c in choices)
                 raise InputError(f"run: {field} is {getattr(self, field)!r}; expected one of {known}")
         if self.check and self.warmup < 1:
             raise InputError("run: the check takes place in the first warm-up step; expected warmup of at least 1")
-        if self.device == "cpu" and self.backend == "nccl":
-            raise InputError("run: backend nccl moves data between GPUs; with device cpu expected gloo")
-        if self.device == "cuda" and self.backend == "gloo":
-            raise InputError("run: backend gloo cannot send from GPU memory; with device cuda expected nccl")
+        if self.device == "cpu" and self.transport == "nccl":
+            raise InputError("run: transport nccl moves data between GPUs; with device cpu expected gloo or shm")
+        if self.device == "cuda" and self.transport not in ("auto", "nccl"):
+            raise InputError(f"run: transport {self.transport} cannot send from GPU memory; expected nccl with cuda")
+        if self.stated and (self.check or self.save_tensors or self.float_dtype or self.transport != "auto"):
+            raise InputError("run: with stated times nothing is computed or sent: no check, tensors, fp64 or transport")
+        if self.transport == "emulated":
+            self.link()
+        elif self.link_latency_ns or self.link_bandwidth_bytes_per_s:
+            raise InputError(f"run: a link is given, but transport is {self.transport}; expected emulated")
 
     @property
-    def real_backend(self) -> str:
-        """The backend that "auto" stands for: nccl on GPUs, else gloo."""
-        return self.backend if self.backend != "auto" else "nccl" if self.device == "cuda" else "gloo"
+    def real_transport(self) -> str:
+        """The transport that "auto" stands for: nccl on GPUs, else gloo; "none" if nothing is sent."""
+        if self.stated:
+            return "none"
+        return self.transport if self.transport != "auto" else "nccl" if self.device == "cuda" else "gloo"
+
+    @property
+    def backend(self) -> str:
+        """What torch.distributed is started with: other transports use gloo to agree on things between steps."""
+        return "nccl" if self.real_transport == "nccl" else "gloo"
+
+    def link(self) -> Link | None:
+        """The link of an emulated transport; None for a real one."""
+        return Link(self.link_latency_ns, self.link_bandwidth_bytes_per_s) if self.transport == "emulated" else None
 
 
 def to_json(request: RunRequest) -> str:

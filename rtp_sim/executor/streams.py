@@ -14,11 +14,10 @@ import numpy as np
 import torch
 
 from rtp_sim.executor.clocks import now_ns
-from rtp_sim.executor.communicate import Traffic
 from rtp_sim.executor.distributed import StepTimes, communicates, movement, transfer_tags
-from rtp_sim.executor.groups import Groups
 from rtp_sim.executor.machine import Machine
 from rtp_sim.executor.progress import Progress
+from rtp_sim.executor.transport import Traffic, Transport
 from rtp_sim.schedule.ir import Op, Schedule
 from rtp_sim.timeline import TimesNs
 
@@ -29,8 +28,10 @@ _cuda: Any = torch.cuda
 class StreamInterpreter:
     """The interpreter for GPUs. `progress` is told what the host issues."""
 
-    def __init__(self, schedule: Schedule, rank: int, machine: Machine, groups: Groups, progress: Progress) -> None:
-        self._machine, self._groups, self._progress = machine, groups, progress
+    def __init__(
+        self, schedule: Schedule, rank: int, machine: Machine, transport: Transport, progress: Progress
+    ) -> None:
+        self._machine, self._transport, self._progress = machine, transport, progress
         self._program = schedule.program(rank)
         self._tags = transfer_tags(schedule)
         # What the machine made before the first step lies on the current stream.
@@ -71,7 +72,7 @@ class StreamInterpreter:
             self._mark(op, stream)
             self._machine.run(op)
             return Traffic()
-        moves = movement(op, self._machine, self._groups, self._tags)
+        moves = movement(op, self._machine, self._transport, self._tags)
         self._mark(op, stream)
         sent = moves.start()
         moves.finish()

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rtp_sim.errors import InputError
+from rtp_sim.executor import sleepers
 from rtp_sim.executor.environment import (
     Environment,
     calm_gloo_threads,
@@ -27,6 +28,7 @@ from rtp_sim.executor.environment import (
     pin_to_core,
     read_environment,
     require_device,
+    sharpen_timers,
 )
 from rtp_sim.executor.launcher import START_UP_S
 from rtp_sim.executor.progress import Progress
@@ -35,10 +37,12 @@ from rtp_sim.executor.rundir import Record, RunDirectory
 from rtp_sim.schedule.ir import Compute, Schedule
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from rtp_sim.executor.clocks import Clock
     from rtp_sim.executor.distributed import Interpreter, StepTimes
-    from rtp_sim.executor.groups import Groups
     from rtp_sim.executor.machine import Batch, Machine
+    from rtp_sim.executor.transport import Transport
 
 LAUNCHER_GRACE_S = 10.0
 """How much longer than our launcher torch waits: the launcher knows better who is to blame."""
@@ -64,7 +68,10 @@ def main(arguments: Sequence[str]) -> int:
     run.clear_rank(environment.rank)
     progress = Progress(run.of_rank(environment.rank, "progress"))
     try:
-        Worker(run, schedule, request, environment, progress).work()
+        if request.stated:
+            sleepers.work(run, schedule, request, environment, progress)
+        else:
+            Worker(run, schedule, request, environment, progress).work()
     except BaseException as error:
         _fail(run, environment, error)
     # Not even torch's own threads may keep a finished worker.
@@ -116,52 +123,65 @@ class Worker:
         keep_freed_memory()
         if self.request.pin:
             pin_to_core(self.environment.local_rank)
+        sharpen_timers()
         require_device(self.request, self.environment)
         self.progress.enter("joining the group")
-        groups = self._join()
-        clock = self._align(groups)
+        control, transport = self._join()
+        clock = self._align(control)
         self.progress.enter("preparing")
         machine = self._machine()
-        interpreter = self._interpreter(machine, groups)
+        interpreter = self._interpreter(machine, transport)
         record = self._description(clock)
         self.run.write_rank(self.rank, "rank.json", record)
-        check = self._steps(machine, interpreter, groups, clock)
+        check = self._steps(machine, interpreter, control, clock)
         self.progress.enter("writing results")
         if self.request.save_tensors:
             _save_tensors(machine, self.run.of_rank(self.rank, "tensors.pt"))
         self.run.write_rank(self.rank, "rank.json", record | {"check": check})
-        self._finish(groups)
+        self._finish(control)
 
     # ---- joining
 
-    def _join(self) -> Groups:
-        """The process groups; InputError where another program has our port."""
+    def _join(self) -> tuple[ProcessGroup, Transport]:
+        """The group of all ranks for what they agree on between steps, and what moves the step's data. InputError where
+        another program has our port."""
         import torch
         import torch.distributed as dist
-
-        from rtp_sim.executor.groups import make_groups
 
         torch.set_num_threads(self.request.threads)
         if self.request.device == "cuda":
             torch.cuda.set_device(self.environment.local_rank)
         patience = timedelta(seconds=max(self.request.timeout_s, START_UP_S))
         try:
-            dist.init_process_group(self.request.real_backend, timeout=patience)
+            dist.init_process_group(self.request.backend, timeout=patience)
         except (RuntimeError, ValueError) as error:
             if "address already in use" in str(error).lower() or "EADDRINUSE" in str(error):
                 where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
                 raise InputError(f"port in use: the ranks cannot meet at {where}; expected a free port") from None
             raise
         timeout_s = self.request.timeout_s + (LAUNCHER_GRACE_S if self.environment.watched else 0)
-        groups = make_groups(self.schedule, self.rank, self.request.real_backend, timeout_s)
+        joined = self._transport(timeout_s)
         if self.request.pin:
             calm_gloo_threads()
-        return groups
+        return joined
 
-    def _align(self, groups: Groups) -> Clock:
+    def _transport(self, timeout_s: float) -> tuple[ProcessGroup, Transport]:
+        from rtp_sim.executor.groups import make_control, make_groups, require_same_streams
+        from rtp_sim.executor.shm import SharedMemoryTransport
+
+        request = self.request
+        if request.real_transport == request.backend:
+            groups = make_groups(self.schedule, self.rank, request.backend, timeout_s)
+            return groups.control, groups
+        require_same_streams(self.schedule)
+        control, itemsize = make_control(timeout_s), 8 if request.float_dtype == "fp64" else None
+        transport = SharedMemoryTransport(self.schedule, self.rank, control, timeout_s, request.link(), itemsize)
+        return control, transport
+
+    def _align(self, control: ProcessGroup) -> Clock:
         from rtp_sim.executor.clocks import align
 
-        return align(groups.control)
+        return align(control)
 
     # ---- preparing
 
@@ -180,14 +200,14 @@ class Worker:
             keep_gradients=request.save_tensors,
         )  # fmt: skip
 
-    def _interpreter(self, machine: Machine, groups: Groups) -> Interpreter:
+    def _interpreter(self, machine: Machine, transport: Transport) -> Interpreter:
         if self.request.device == "cuda":
             from rtp_sim.executor.streams import StreamInterpreter
 
-            return StreamInterpreter(self.schedule, self.rank, machine, groups, self.progress)
+            return StreamInterpreter(self.schedule, self.rank, machine, transport, self.progress)
         from rtp_sim.executor.distributed import HostInterpreter
 
-        return HostInterpreter(self.schedule, self.rank, machine, groups, self.progress)
+        return HostInterpreter(self.schedule, self.rank, machine, transport, self.progress)
 
     def _batch(self, replica: int, step: int) -> Batch:
         from rtp_sim.executor.batches import random_batch
@@ -209,7 +229,9 @@ class Worker:
 
     # ---- steps
 
-    def _steps(self, machine: Machine, interpreter: Interpreter, groups: Groups, clock: Clock) -> Record | None:
+    def _steps(
+        self, machine: Machine, interpreter: Interpreter, control: ProcessGroup, clock: Clock
+    ) -> Record | None:
         """All steps; returns what the check found (rank 0 of a run with a check)."""
         from rtp_sim.executor.clocks import start_together
         from rtp_sim.executor.machine import replica_of
@@ -221,7 +243,7 @@ class Worker:
             checked = self.request.check and step == 0
             machine.keep_gradients = checked or self.request.save_tensors
             machine.start_step(self._batch(replica, step))
-            start_together(groups.control, clock)
+            start_together(control, clock)
             self.progress.enter("step", step)
             times = interpreter.run_step()
             losses = machine.losses()
@@ -229,7 +251,7 @@ class Worker:
             self.run.append_step(self.rank, self._step_record(step, times, loss, machine), times.ops)
             if checked:
                 self.progress.enter("checking")
-                found = self._check(machine, loss, groups)
+                found = self._check(machine, loss, control)
                 machine.gradients = []
         return found
 
@@ -248,25 +270,25 @@ class Worker:
             "memory_by_category": machine.storage.peak_by_category,
         }
 
-    def _check(self, machine: Machine, loss: float | None, groups: Groups) -> Record | None:
+    def _check(self, machine: Machine, loss: float | None, control: ProcessGroup) -> Record | None:
         """Compares loss and gradients of the step just done with dense training, on rank 0."""
         from rtp_sim.executor.compare import compare_with_dense
         from rtp_sim.executor.machine import replicas
 
         batches = [self._batch(replica, 0) for replica in range(replicas(self.schedule))]
-        return compare_with_dense(machine, self.request, loss, batches, groups.control)
+        return compare_with_dense(machine, self.request, loss, batches, control)
 
-    def _finish(self, groups: Groups) -> None:
+    def _finish(self, control: ProcessGroup) -> None:
         """Waits for the others, then under torchrun rank 0 makes the results that our launcher would make."""
         import torch.distributed as dist
 
-        dist.barrier(group=groups.control)
+        dist.barrier(group=control)
         if self.rank == 0 and not self.environment.watched:
             from rtp_sim.executor.collect import collect
 
             collect(self.run, self.schedule, self.request)
             print(f"rtp-sim: wrote {self.run.result} and {self.run.measured}", file=sys.stderr)
-        dist.barrier(group=groups.control)
+        dist.barrier(group=control)
         self.progress.enter("done")
 
 

@@ -3,6 +3,7 @@
     request.json    what was asked for: model, strategy and training (shown in reports)
     schedule.json   the schedule that was executed
     measured.json   the timeline of the median step
+    stated.json     what every op takes, of a run whose ranks only slept
     result.json     "step_times_ns" of all measured steps; by rank "bytes_sent", "messages", "peak_memory_bytes"
 
 A run is as predicted if the median step time and the highest peak memory are within the tolerance, and every rank sent
@@ -20,19 +21,22 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from rtp_sim.cost.model import ClusterCost
-from rtp_sim.engine.longest_path import longest_path
 from rtp_sim.errors import InputError, ScheduleError
 from rtp_sim.hardware.spec import Cluster
+from rtp_sim.link import Link
 from rtp_sim.metrics import communication_totals
 from rtp_sim.model.json_file import read_json_object, validated
 from rtp_sim.schedule.ir import Compute, Schedule
 from rtp_sim.schedule.serialize import from_json
+from rtp_sim.stated import from_json as from_stated_json
 from rtp_sim.timeline import Timeline
 from rtp_sim.timeline_file import load_timeline
 from rtp_sim.validation.diff import TimelineDiff, diff, relative_error, with_numbers
+from rtp_sim.validation.predict import Conditions, predict
 from rtp_sim.validation.same_schedule import first_difference
 
 REQUEST, SCHEDULE, MEASURED, RESULT = FILES = ("request.json", "schedule.json", "measured.json", "result.json")
+STATED = "stated.json"
 
 
 class ResultFile(BaseModel):
@@ -56,6 +60,7 @@ class MeasuredRun:
     path: Path
     request: Mapping[str, object]
     timeline: Timeline
+    conditions: Conditions
     failure: str
     step_times_ns: tuple[int, ...]
     bytes_sent: tuple[int, ...]
@@ -137,7 +142,8 @@ def load_run(path: Path) -> MeasuredRun:
         _by_rank(path / RESULT, name, getattr(result, name), schedule.world_size)
         for name in ("bytes_sent", "messages", "peak_memory_bytes")
     ]
-    return MeasuredRun(path, request, timeline, result.failure or "", tuple(result.step_times_ns), *by_rank)
+    conditions, times = _conditions(path, request), tuple(result.step_times_ns)
+    return MeasuredRun(path, request, timeline, conditions, result.failure or "", times, *by_rank)
 
 
 def validate(run: MeasuredRun, cluster: Cluster, tolerance: float, engine: str = "simpy") -> Validation:
@@ -152,7 +158,7 @@ def validate(run: MeasuredRun, cluster: Cluster, tolerance: float, engine: str =
             f"{run.path} was run on {schedule.world_size} ranks, {cluster.name} as asked for has {cluster.world_size}; "
             "expected a profile with as many"
         )
-    predicted = _predict(schedule, cost, engine)
+    predicted = predict(schedule, cluster, run.conditions, engine)
     measured = run.timeline
     for key in ("bytes_sent", "messages", "peak_memory_bytes"):
         measured = with_numbers(measured, key, dict(enumerate(getattr(run, key))))
@@ -176,13 +182,22 @@ def spread_of(times_ns: Sequence[int]) -> Spread:
     return Spread(len(times_ns), median_low(times_ns), p10, p90)
 
 
-def _predict(schedule: Schedule, cost: ClusterCost, engine: str) -> Timeline:
-    if engine == "longest-path":
-        return longest_path(schedule, cost)
-    # Imported here: the event engine needs SimPy, the other does not.
-    from rtp_sim.engine.simulate import simulate
+def _conditions(path: Path, request: Mapping[str, object]) -> Conditions:
+    """How the run was made, by its request."""
+    link = times = None
+    if request.get("transport") == "emulated":
+        link = Link(*(_whole(path, request, name) for name in ("link_latency_ns", "link_bandwidth_bytes_per_s")))
+    if request.get("stated"):
+        _require(path / STATED)
+        times = from_stated_json((path / STATED).read_text(encoding="utf-8"))
+    return Conditions(str(request.get("device", "")), str(request.get("transport", "auto")), link, times)
 
-    return simulate(schedule, cost)
+
+def _whole(path: Path, request: Mapping[str, object], name: str) -> int:
+    value = request.get(name)
+    if not isinstance(value, int):
+        raise InputError(f"{path / REQUEST}: {name!r} is {value!r}; expected a whole number")
+    return value
 
 
 def _notes(run: MeasuredRun, cost: ClusterCost) -> tuple[str, ...]:
@@ -192,6 +207,8 @@ def _notes(run: MeasuredRun, cost: ClusterCost) -> tuple[str, ...]:
     notes = [note for note in map(cost.rate_note, dtypes) if note]
     if run.failure:
         notes.append(f"the run broke off: {run.failure}; what it finished before is compared")
+    if run.conditions.times is not None:
+        notes.append(f"ranks slept for the times in {STATED}: they are predicted with these, not with the profile's")
     if computed_in := run.request.get("float_dtype"):
         notes.append(f"the run computed in {computed_in}, whatever the schedule says: times and memory do not compare")
     return tuple(notes)

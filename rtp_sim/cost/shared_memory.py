@@ -1,0 +1,74 @@
+"""`SharedMemoryCost`: a host's compute, and transfers through its memory, with or without an emulated link.
+
+A rank copies what it sends into shared memory, meets its partners, and copies what it receives out of it
+(`executor/shm.py`); over an emulated link, the link's stated time passes in between, and the first copy lies in it.
+A copy reads and writes each byte at the device's memory bandwidth and takes a core meanwhile.
+"""
+
+from __future__ import annotations
+
+from rtp_sim.cost.model import ClusterCost
+from rtp_sim.engine.costs import OpCost, Phase
+from rtp_sim.link import Link
+from rtp_sim.schedule.ir import Dims, Op
+
+MEET_NS = 100_000
+"""From the moment the last rank is ready until threads on all of them run again, twice (the stream's, then the host's):
+assumed, of the size that prototypes measured between threads of a rank."""
+
+
+class SharedMemoryCost:
+    """Implements engine.costs.CostModel: kernels and cores are those of `base`, transfers over `link` if given."""
+
+    overlap_slowdown_permille = 1000
+
+    def __init__(self, base: ClusterCost, link: Link | None = None) -> None:
+        self.base, self.link = base, link
+        device = base.cluster.device
+        self._touched_bytes_per_s = device.memory_bandwidth_bytes_per_s.value * device.memory_efficiency.value
+
+    def compute(self, kernel: str, dtype: str, dims: Dims) -> OpCost:
+        """Time of one kernel."""
+        return self.base.compute(kernel, dtype, dims)
+
+    def host_issue_ns(self, op: Op) -> int:
+        """Host time to issue one op."""
+        return self.base.host_issue_ns(op)
+
+    def link_capacity(self, link: int) -> int:
+        """Of a pool of cores."""
+        return self.base.link_capacity(link)
+
+    def point_to_point(self, src_rank: int, dst_rank: int, size_bytes: int, chunk_bytes: int | None) -> Phase:
+        """One message. There is no need for chunks, but an emulated link counts them."""
+        if self.link is None:
+            return self._phase(0, 4 * size_bytes, 1, dst_rank)
+        stated_ns = self.link.message_ns(src_rank, dst_rank, size_bytes, chunk_bytes)
+        return self._phase(stated_ns, 2 * size_bytes, 1, dst_rank)
+
+    def collective(self, kind: str, ranks: tuple[int, ...], size_bytes: int, dtype: str) -> tuple[Phase, ...]:
+        """One phase in which all ranks copy at once."""
+        n = len(ranks)
+        touched = _after(kind, n) * size_bytes
+        if self.link is None:
+            touched += 2 * size_bytes / (n if kind == "all_gather" else 1)
+            return (self._phase(0, touched, n, ranks[0]),)
+        return (self._phase(self.link.collective_ns(kind, ranks, size_bytes, dtype), touched, n, ranks[0]),)
+
+    def compute_pool(self, rank: int) -> tuple[int, int] | None:
+        """The pool of cores that ranks of one host share."""
+        return self.base.compute_pool(rank)
+
+    def _phase(self, stated_ns: int, touched_bytes: float, copying: int, rank: int) -> Phase:
+        """After the stated time so many ranks read or write `touched_bytes` each."""
+        pool, rate = self.base.compute_pool(rank), max(1, int(self._touched_bytes_per_s))
+        usage = {} if pool is None else {pool[0]: max(1, round(copying * pool[1] * 1e9 / rate))}
+        return Phase(MEET_NS + stated_ns, round(touched_bytes), usage, rate)
+
+
+def _after(kind: str, n: int) -> float:
+    """How often a rank reads or writes the whole array once it has met the others."""
+    if kind == "all_reduce":
+        # Two add up everything; of more each adds up its part, leaves it, and copies the others' results.
+        return 3 if n == 2 else (n + 1) / n + 2 / n + 2 * (n - 1) / n
+    return {"reduce_scatter": 1 + 1 / n, "reduce": n + 1}.get(kind, 2)
