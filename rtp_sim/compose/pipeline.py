@@ -75,11 +75,11 @@ def compose_pipeline(
             made[key] = _stretches(short.schedule.programs[kind], short.ranges[kind], prices, s, permille)
         tables.append(made[key])
     progress = [Progress() for _ in range(stages.count)]
-    walk(progress, [_turns(stages, s, orders[s], tables[s], prices) for s in range(stages.count)], permille)
-    _finish(progress, tables, short, prices)
-    return [
-        _result(setting, short, progress[s], s, orders[s], prices) for s in range(stages.count)
-    ]  # fmt: skip
+    turns = [_turns(stages, s, orders[s], tables[s], prices) for s in range(stages.count)]
+    paced = not setting.request.options.pp_overlap
+    walk(progress, turns, permille, paced)
+    _finish(progress, tables, short, prices, paced)
+    return [_result(setting, short, progress[s], s, orders[s], prices) for s in range(stages.count)]
 
 
 def _orders(setting: Setting, stages: Stages) -> list[list[Action]]:
@@ -212,13 +212,13 @@ def _turns(
 
 
 def _finish(
-    progress: Sequence[Progress], tables: Sequence[Mapping[Label, Stretch]], short: _Short, prices: Prices
+    progress: Sequence[Progress], tables: Sequence[Mapping[Label, Stretch]], short: _Short, prices: Prices, paced: bool
 ) -> None:
     """The end of the step: stages that share weights meet, each time all that have such a collective."""
     number = 0
     while any(("end", number) in table for table in tables):
         turns = [[Turn(table["end", number])] if ("end", number) in table else [] for table in tables]
-        walk(progress, turns)
+        walk(progress, turns, paced=paced)
         meeting = [s for s, table in enumerate(tables) if ("end", number + 1) in table]
         if meeting:
             ranges, program = short.ranges[short.kind_of_stage[meeting[0]]], short.kind_of_stage[meeting[0]]

@@ -76,9 +76,10 @@ def stretch(
                 _later(start, known[d])
             elif d in wanted:
                 _later(start, {mark_of(d): 0})
-            elif d in earlier:
+            elif d in earlier and not isinstance(ops[d].action, Send):
                 _later(start, {EARLIER + ops[d].stream: 0})
-            elif ops[d].stream != op.stream:
+            # What waits for a send is pacing between stretches, whichever they are: the walk's business.
+            elif ops[d].stream != op.stream and not isinstance(ops[d].action, Send):
                 _later(start, {ops[d].stream: 0})
         if isinstance(op.action, Send):
             # The end of the send is the exchange's to say; its stream is not free earlier.

@@ -45,8 +45,13 @@ class Progress:
         return max((t for name, t in self.clocks.items() if name != HOST), default=0)
 
 
-def walk(stages: Sequence[Progress], turns: Sequence[Sequence[Turn]], slowdown_permille: int = 1000) -> None:
-    """All stages through their turns. ValueError where none can go on: the stages' orders do not fit together."""
+def walk(
+    stages: Sequence[Progress], turns: Sequence[Sequence[Turn]], slowdown_permille: int = 1000, paced: bool = False
+) -> None:
+    """All stages through their turns; `paced`, kernels wait for the sends before them.
+
+    ValueError where none can go on: the stages' orders do not fit together.
+    """
     posted = _receive_hosts(stages, turns)
     arrived: dict[Key, int] = {}
     at = [0] * len(stages)
@@ -58,6 +63,8 @@ def walk(stages: Sequence[Progress], turns: Sequence[Sequence[Turn]], slowdown_p
                 turn = mine[at[number]]
                 if turn.receives is not None and turn.receives not in arrived:
                     break
+                if paced:
+                    stage.clocks["compute"] = max(stage.clocks.get("compute", 0), _sent_ns(stage))
                 _take(stage, turn, posted, arrived, slowdown_permille)
                 at[number] += 1
                 going = True
@@ -113,11 +120,16 @@ def _take(
         stage.ends[turn.known_as] = {stream: clocks[stream] for stream in stretch.ends}
 
 
+def _sent_ns(stage: Progress) -> int:
+    """When the last of the stage's sends is through."""
+    return max((t for name, t in stage.clocks.items() if name.startswith("send")), default=0)
+
+
 def _beside_messages(stage: Progress, turn: Turn, slowdown_permille: int) -> int:
     """How much longer the kernels take beside the stage's own sends that are still under way when they begin."""
     if slowdown_permille <= 1000:
         return 0
     begin = stage.clocks.get("compute", 0)
-    under_way = max((t for name, t in stage.clocks.items() if name.startswith("send")), default=0) - begin
+    under_way = _sent_ns(stage) - begin
     beside = min(max(0, under_way), turn.stretch.compute_ns)
     return beside - beside * 1000 // slowdown_permille
