@@ -140,7 +140,6 @@ def build_pipeline(
         groups["dp"] = Group("dp", (dp,), tuple(tuple(r[t] for r in stage) for stage in grid for t in range(tp)))
     if pp > 1:
         groups["pp"] = Group("pp", (pp,), lines)
-        groups["embedding"] = Group("embedding", (2,), tuple((line[0], line[-1]) for line in lines))
     layout = ParallelLayout("tp", tp, dp, pp)
     return build_schedule(strategy, network, training, layout, groups, Options(**options))  # type: ignore[arg-type]
 

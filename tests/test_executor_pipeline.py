@@ -87,6 +87,15 @@ def test_fewer_micro_batches_than_stages_and_uneven_stages() -> None:
     assert_equal(trained("zb-v", tied(4), 2, micros=1))
 
 
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_stage_with_the_loss_alone(tp: int) -> None:
+    """Balanced by cost: 4 blocks of 6,912 weights and a head of 24 x 576 on 4 stages; logits cross the last cut."""
+    network = transformer_network(find_model("gpt2-tiny", num_layers=4, hidden_size=24, vocab_size=576), 4)
+    pair = trained("1f1b", network, 4, tp=tp, pp_balance="cost", sequence_parallel=tp > 1)
+    assert next(iter(pair.schedule.programs[3].buffers)) == "m0/targets"
+    assert_equal(pair)
+
+
 @pytest.mark.parametrize("strategy", ["1f1b", "interleaved", "zb-v"])
 def test_messages_and_bytes_are_those_of_the_simulator(strategy: str) -> None:
     """Counted from the tensors that were sent, in fp32, on every rank."""

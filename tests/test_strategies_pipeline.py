@@ -257,14 +257,17 @@ def test_blocks_per_stage(layers: int, parts: int, expected: tuple[int, ...]) ->
 
 def test_balance_by_cost_counts_the_head() -> None:
     """16 layers of 4 h h + 3 h f = 67.1 M weights and a head of 131,072 x 2,048 = 268.4 M: half of 1,342.2 M is passed
-    by the 11th layer (10 layers reach it exactly); at 4 stages by the 6th, 11th and 16th."""
+    by the 11th layer (10 layers reach it exactly); at 4 stages by the 6th, 11th and 16th. At 8 the 7th has norm and
+    logits, and the 8th is left with the loss."""
     network = transformer_network(
         find_model("llama2-7b", num_layers=16, hidden_size=2048, ffn_hidden_size=8192, vocab_size=131072,
                    num_heads=32, num_kv_heads=32), 4096,
     )  # fmt: skip
-    for parts, expected in ((2, (11, 5)), (4, (6, 5, 5, 0))):
+    for parts, expected in ((2, (11, 5)), (4, (6, 5, 5, 0)), (8, (3, 3, 2, 3, 2, 3, 0, 0))):
         stages = cut(network, parts, 1, False, (), "cost")
         assert tuple(sum(b.recomputable for b in piece) for piece in stages.pieces) == expected
+    assert [[x.name for x in b.layers] for b in stages.pieces[-2]] == [["head.norm", "head.logits"]]
+    assert stages.crossing[-1] == "head.logits.y"
 
 
 def test_a_v_turns_at_the_last_stage() -> None:
@@ -282,7 +285,7 @@ def test_a_v_turns_at_the_last_stage() -> None:
         ("1f1b", 2, {"vpp": 2}, "--vpp 2: 1f1b has 1 chunk(s) per stage"),
         ("1f1b", 2, {"dp_sync": "zero2"}, "expected ddp or zero1"),
         ("interleaved", 2, {"vpp": 2}, "3 micro-batches are no multiple of 2 stages"),
-        ("1f1b", 2, {"tp": 3, "sequence_parallel": True}, "needs tokens that divide: 16 over 3"),
+        ("1f1b", 2, {"tp": 3, "sequence_parallel": True}, "what stages exchange must divide: 16 tokens over 3"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_cut_is_said(strategy: str, pp: int, options: dict[str, object], said: str) -> None:

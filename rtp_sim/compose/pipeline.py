@@ -21,7 +21,7 @@ from rtp_sim.schedule.layout import stage_of_rank
 from rtp_sim.schedule.pipeline_order import PIPELINES, Action
 from rtp_sim.schedule.stages import Stages
 from rtp_sim.schedule.step import Step
-from rtp_sim.schedule.strategies.pipeline import TIED, stages_of, write_stage
+from rtp_sim.schedule.strategies.pipeline import TIED, stages_of, with_sharing_stages, write_stage
 
 Ranges = list[tuple[Label, int, int, int]]
 """(label, micro-batch, first op, end) of every stretch of a short program."""
@@ -61,7 +61,8 @@ def compose_pipeline(
     """
     cost = cost or setting.cost
     permille = cost.overlap_slowdown_permille if slowdown else 1000
-    stages = stages_of(_step(setting, 0, 1), setting.request.strategy)
+    stages = stages_of(setting.network, setting.request.options, setting.layout.pp, setting.request.strategy)
+    setting = replace(setting, groups=with_sharing_stages(setting.groups, stages))
     orders = _orders(setting, stages)
     short = _short(setting, stages, orders)
     prices = priced(short.schedule, cost, [stage_of_rank(setting.layout, r) for r in range(setting.layout.world_size)],

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 from rtp_sim.errors import InputError
 from rtp_sim.model.layers import split_sizes
 from rtp_sim.model.network import Network, unfused
 from rtp_sim.model.training import TrainingSpec
-from rtp_sim.schedule.ir import Compute, Group, Schedule
+from rtp_sim.schedule.ir import Group, Schedule
 from rtp_sim.schedule.layout import ParallelLayout, stage_of_rank
 from rtp_sim.schedule.options import Options
 from rtp_sim.schedule.sharding import parts, rotation_kind, tensor_kind
 from rtp_sim.schedule.step import Step
 from rtp_sim.schedule.strategies import STRATEGIES
+from rtp_sim.schedule.strategies.pipeline import stages_of, with_sharing_stages
 
 BACKWARD_TO_FORWARD_FLOPS = 2
 
@@ -30,28 +31,30 @@ def build_schedule(
         raise InputError(f"{strategy}: evaluation passes are a matter of rotation; expected rtp or rtp-inplace")
     if layout.axis == "rtp" and not options.rtp_fuse_mlp:
         network = unfused(network)
+    try:
+        if layout.pp > 1:
+            groups = with_sharing_stages(groups, stages_of(network, options, layout.pp, strategy))
+        steps = _steps(strategy, network, training, layout, groups, options)
+    except InputError as error:
+        raise InputError(f"{strategy} with {layout}: {error}") from None
+    meta = step_meta(strategy, network, training, layout, options)
+    programs = tuple(step.b.program() for step in steps)
+    stages = tuple(stage_of_rank(layout, r) for r in range(layout.world_size))
+    return Schedule(strategy, layout.world_size, dict(groups), programs, stages, meta)
+
+
+def _steps(
+    strategy: str, network: Network, training: TrainingSpec, layout: ParallelLayout, groups: Mapping[str, Group],
+    options: Options,
+) -> list[Step]:  # fmt: skip
+    """The finished steps, one per pipeline stage."""
     steps = [
         Step(f"{strategy}.stage{s}" if layout.pp > 1 else strategy, network, training, groups, options, stage=s)
         for s in range(layout.pp)
     ]
-    try:
-        for step in steps:
-            STRATEGIES[strategy](step)
-    except InputError as error:
-        raise InputError(f"{strategy} with {layout}: {error}") from None
-    return assemble(strategy, steps, layout, groups, step_meta(strategy, network, training, layout, options))
-
-
-def assemble(
-    strategy: str, steps: Sequence[Step], layout: ParallelLayout, groups: Mapping[str, Group],
-    meta: Mapping[str, str | int | float | bool | None],
-) -> Schedule:  # fmt: skip
-    """The schedule of finished steps, one per pipeline stage, each run by all ranks of its stage."""
-    programs = tuple(step.b.program() for step in steps)
-    used = {op.action.group for program in programs for op in program.ops if not isinstance(op.action, Compute)}
-    kept = {name: group for name, group in groups.items() if layout.pp == 1 or name != "embedding" or name in used}
-    ranks = range(layout.world_size)
-    return Schedule(strategy, layout.world_size, kept, programs, tuple(stage_of_rank(layout, r) for r in ranks), meta)
+    for step in steps:
+        STRATEGIES[strategy](step)
+    return steps
 
 
 def replicas(layout: ParallelLayout) -> int:

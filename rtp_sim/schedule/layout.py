@@ -143,7 +143,7 @@ def stage_of_rank(layout: ParallelLayout, rank: int) -> int:
 
 
 def _pipeline_groups(layout: ParallelLayout, topology: Topology) -> dict[str, Group]:
-    """Groups "tp", "dp", "pp" and "embedding" (first and last stage). Positions in tp and dp agree across stages, so
+    """Groups "tp", "dp" and "pp". Positions in tp and dp agree across stages, so
     that a rank's neighbours in the pipeline hold the same shard and work on the same micro-batches."""
     tp, dp, pp = layout.inner, layout.dp, layout.pp
     near, far = (tp, tp * dp) if layout.order == "tp-dp-pp" else (tp * pp, tp)
@@ -160,7 +160,6 @@ def _pipeline_groups(layout: ParallelLayout, topology: Topology) -> dict[str, Gr
         groups["dp"] = Group("dp", (dp,), across)
     lines = tuple(tuple(stage[d][t] for stage in ranks) for d in range(dp) for t in range(tp))
     groups["pp"] = Group("pp", (pp,), lines)
-    groups["embedding"] = Group("embedding", (2,), tuple((line[0], line[-1]) for line in lines))
     return groups
 
 

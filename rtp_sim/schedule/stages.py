@@ -46,24 +46,24 @@ def cut(network: Network, stages: int, chunks: int, v_shape: bool, layers: tuple
 
     `layers` says how many transformer blocks each piece has; without it `balance` does: "layers" gives equal numbers,
     one less to the first and the last piece where that comes out even (embedding and head count as a block), else the
-    larger ones first; "cost" closes a piece once the weights of its matrices reach its share, counting the head.
+    larger ones first; "cost" closes a piece once the weights of its matrices exceed its share, counting the head, whose
+    layers may then lie on two pieces.
 
     InputError if the numbers do not fit, a piece would be empty, or more than one tensor crosses a cut.
     """
     first, middle, last = _ends(network)
     parts = stages * chunks
-    if len(middle) < parts:
-        raise InputError(f"{len(middle)} blocks are too few for {stages} stages with {chunks} chunks each: give every "
-                         f"chunk at least one block")  # fmt: skip
-    if layers:
-        counts = _given(layers, parts, len(middle))
+    if balance == "cost" and not layers:
+        pieces = _by_cost(first, middle, last, parts)
     else:
-        counts = _by_cost(middle, last, parts) if balance == "cost" else _by_number(len(middle), parts)
-    pieces, at = [], 0
-    for k, count in enumerate(counts):
-        own = middle[at : at + count]
-        pieces.append((*(first if k == 0 else ()), *own, *(last if k == parts - 1 else ())))
-        at += count
+        if len(middle) < parts:
+            raise InputError(f"{len(middle)} blocks are too few for {stages} stages with {chunks} chunks each: give "
+                             f"every chunk at least one block")  # fmt: skip
+        counts = _given(layers, parts, len(middle)) if layers else _by_number(len(middle), parts)
+        ends = [sum(counts[: k + 1]) for k in range(parts)]
+        pieces = [middle[end - count : end] for count, end in zip(counts, ends, strict=True)]
+        pieces[0] = (*first, *pieces[0])
+        pieces[-1] = (*pieces[-1], *last)
     crossing = tuple(_crossing(pieces, k) for k in range(parts - 1))
     return Stages(stages, chunks, v_shape, tuple(pieces), crossing)
 
@@ -91,22 +91,36 @@ def _by_number(total: int, parts: int) -> tuple[int, ...]:
     return tuple(split_sizes(total, parts))
 
 
-def _by_cost(middle: Blocks, last: Blocks, parts: int) -> tuple[int, ...]:
-    """Nanotron's rule: walk the blocks, and go on to the next piece once the cost so far exceeds the pieces' share."""
-    costs = [_matrix_weights(block) for block in middle]
-    total = sum(costs) + sum(_matrix_weights(block) for block in last)
-    counts, so_far = [0], 0
-    for cost in costs:
-        counts[-1] += 1
+def _by_cost(first: Blocks, middle: Blocks, last: Blocks, parts: int) -> list[Blocks]:
+    """Nanotron's rule: walk blocks, and the layers of the head one by one, and go on to the next piece once the cost so
+    far exceeds the pieces' share. A piece may have a part of the head alone."""
+    head = [Block(block.name, (layer,)) for block in last for layer in block.layers]
+    units = [*middle, *head]
+    costs = [_matrix_weights(block) for block in units]
+    pieces: list[list[Block]] = [[*first]]
+    so_far = 0
+    for unit, cost in zip(units, costs, strict=True):
+        pieces[-1].append(unit)
         so_far += cost
-        # Integers, so that the comparison is exact.
-        if so_far * parts > total * len(counts):
-            counts.append(0)
-    counts = counts[:-1] if len(counts) == parts + 1 and not counts[-1] else counts
-    if len(counts) != parts or min(counts[:-1], default=1) < 1:
-        raise InputError(f"balanced by cost, {len(middle)} blocks give {len(counts)} of {parts} pieces: give "
+        # Integers, so that the comparison is exact; what comes after the last costly unit stays with it.
+        if so_far * parts > sum(costs) * len(pieces) and len(pieces) < parts:
+            pieces.append([])
+    if len(pieces) != parts or not all(pieces):
+        full = sum(map(bool, pieces))
+        raise InputError(f"balanced by cost, {len(middle)} blocks and the head fill {full} of {parts} pieces: give "
                          f"--pp-layers, or fewer stages")  # fmt: skip
-    return tuple(counts)
+    return [_joined(piece) for piece in pieces]
+
+
+def _joined(blocks: list[Block]) -> Blocks:
+    """Neighbours of one name, which are layers of one block, as one block again."""
+    found: list[Block] = []
+    for block in blocks:
+        if found and found[-1].name == block.name:
+            found[-1] = Block(block.name, (*found[-1].layers, *block.layers))
+        else:
+            found.append(block)
+    return tuple(found)
 
 
 def _matrix_weights(block: Block) -> int:

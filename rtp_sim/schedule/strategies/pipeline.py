@@ -7,13 +7,14 @@ step. Where embedding and head share weights and lie on different stages, both k
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from rtp_sim.errors import InputError
-from rtp_sim.model.layers import Layer
-from rtp_sim.model.network import Block
+from rtp_sim.model.layers import Layer, Linear
+from rtp_sim.model.network import Block, Network
 from rtp_sim.schedule.data_parallel import DataParallel
-from rtp_sim.schedule.ir import Compute, Recv, Send
+from rtp_sim.schedule.ir import Compute, Group, Recv, Send
+from rtp_sim.schedule.options import Options
 from rtp_sim.schedule.pipeline_order import PIPELINES, Action
 from rtp_sim.schedule.sharding import lower
 from rtp_sim.schedule.stages import Stages, cut
@@ -22,7 +23,7 @@ from rtp_sim.schedule.strategies.tensor_parallel import Tensor
 
 GROUP = "pp"
 TIED = "embedding"
-"""The group of the first and the last stage, where they share weights."""
+"""The group of the stages that share weights, the first and usually the last."""
 
 
 def gpipe(step: Step) -> None:
@@ -56,20 +57,37 @@ def zb_v(step: Step) -> None:
 
 
 def _run(step: Step, name: str) -> None:
-    stages = stages_of(step, name)
+    stages = stages_of(step.whole, step.options, step.group_size(GROUP), name)
     order = PIPELINES[name].order
     actions = order(stages.count, step.stage, step.training.num_microbatches, stages.chunks)
     write_stage(step, stages, actions)
 
 
-def stages_of(step: Step, name: str) -> Stages:
-    """The network of a step in pieces for the pipeline schedule `name`. InputError if it cannot be cut so."""
-    options, pipeline = step.options, PIPELINES[name]
+def stages_of(network: Network, options: Options, count: int, name: str) -> Stages:
+    """The network in pieces for the pipeline schedule `name` on `count` stages. InputError if it cannot be cut so."""
+    pipeline = PIPELINES[name]
     if pipeline.chunks is not None and options.vpp not in (1, pipeline.chunks):
         raise InputError(f"--vpp {options.vpp}: {name} has {pipeline.chunks} chunk(s) per stage; only interleaved "
                          f"takes another number")  # fmt: skip
     chunks = pipeline.chunks or options.vpp
-    return cut(step.whole, step.group_size(GROUP), chunks, pipeline.v_shape, options.pp_layers, options.pp_balance)
+    return cut(network, count, chunks, pipeline.v_shape, options.pp_layers, options.pp_balance)
+
+
+def with_sharing_stages(groups: Mapping[str, Group], stages: Stages) -> dict[str, Group]:
+    """The groups, and "embedding" of the stages that share weights, where these are several."""
+    shared = {x.shares for block in _all_blocks(stages) for x in block.layers if x.shares}
+    sharing = [
+        s for s in range(stages.count)
+        if any(x.weight_name in shared for block in stages.blocks(s) for x in block.layers)
+    ]  # fmt: skip
+    if len(sharing) < 2:
+        return dict(groups)
+    lines = tuple(tuple(line[s] for s in sharing) for line in groups[GROUP].instances)
+    return {**groups, TIED: Group(TIED, (len(sharing),), lines)}
+
+
+def _all_blocks(stages: Stages) -> Iterator[Block]:
+    return (block for piece in stages.pieces for block in piece)
 
 
 def write_stage(step: Step, stages: Stages, actions: Sequence[Action]) -> None:
@@ -210,7 +228,7 @@ class _Stage:
         name, offset = f"m{step.micro}.{d}{tensor}", there - step.stage
         buffer = buffer or self._declared(tensor, grad)
         size_bytes = self._numel(tensor) * step.b.itemsize(step.b.declared(buffer).dtype)
-        shared = step.options.pp_scatter_gather and self._whole_everywhere()
+        shared = step.options.pp_scatter_gather and self.tensor.n > 1 and self._parts(tensor) is None
         if sends:
             source = self._share(buffer, name) if shared else buffer
             size_bytes = step.b.bytes_of(source) if shared else size_bytes
@@ -236,20 +254,26 @@ class _Stage:
         return step.b.buffer(name, "activations", dtype, self._numel(tensor))
 
     def _numel(self, tensor: str) -> int:
-        """Elements of a tensor between pieces on one rank. InputError where ranks have different numbers of tokens."""
-        numel = lower(self._producer[tensor].op, self.step.extent).numel["y"]
+        """Elements of a tensor between pieces on one rank. InputError where ranks have different numbers of them."""
+        numel, n = lower(self._producer[tensor].op, self.step.extent).numel["y"], self.tensor.n
         assert isinstance(numel, int)
-        if not self.tensor.sequence:
+        parts = self._parts(tensor)
+        if parts is None:
             return numel
-        tokens, n = self.step.extent.tokens, self.tensor.n
-        if tokens % n:
-            raise InputError(f"sequence parallelism in a pipeline needs tokens that divide: {tokens} over {n} ranks")
+        if parts[0] % n:
+            raise InputError(f"what stages exchange must divide: {parts[0]} {parts[1]} over {n} ranks do not")
         return numel // n
 
-    # ---- the scatter/gather optimisation
+    def _parts(self, tensor: str) -> tuple[int, str] | None:
+        """Along what a tensor between pieces is split over the tensor-parallel ranks; None if each has all of it."""
+        op = self._producer[tensor].op
+        if self.tensor.n == 1:
+            return None
+        if isinstance(op, Linear) and op.vocab:
+            return op.out_features, "vocabulary rows"
+        return (self.step.extent.tokens, "tokens") if self.tensor.sequence else None
 
-    def _whole_everywhere(self) -> bool:
-        return self.tensor.n > 1 and not self.tensor.sequence
+    # ---- the scatter/gather optimisation
 
     def _padded(self, buffer: str) -> int:
         numel = self.step.b.declared(buffer).numel
