@@ -1,4 +1,4 @@
-"""Sharding over fewer ranks than there are replicas: `hsdp`, and ZeRO-1's optimizer groups. Volumes, memory, training."""
+"""Sharding over fewer ranks than there are replicas: `hsdp`, and ZeRO-1's optimizer groups: volumes, training."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ def test_hsdp_in_one_group_is_fsdp() -> None:
 @pytest.mark.parametrize(("n", "dp", "micros"), [(2, 2, 1), (3, 2, 2), (2, 3, 2)])
 def test_hsdp_trains_as_dense(n: int, dp: int, micros: int) -> None:
     torch.set_num_threads(1)
-    assert_equal(run_both("hsdp", gpt2_tiny(4), n, TrainingSpec(2, 4, num_microbatches=micros, precision="fp32"), dp=dp))
+    training = TrainingSpec(2, 4, num_microbatches=micros, precision="fp32")
+    assert_equal(run_both("hsdp", gpt2_tiny(4), n, training, dp=dp))
 
 
 def in_groups(n: int, size: int, micros: int) -> Schedule:
