@@ -192,9 +192,8 @@ def test_without_overlap_one_reduction_follows_the_last_backward() -> None:
     for program in schedule.programs:
         places = [op.index for op in program.ops if isinstance(op.action, Collective) and op.action.group == "dp"]
         backwards = [op.index for op in program.ops if ".B." in op.name]
-        # The reduction of the shared weights comes before, in a bucket of its own.
-        assert places[-1] > max(backwards)
-        assert len(places) <= 2
+        assert len(places) == 1
+        assert places[0] > max(backwards)
 
 
 # ---- every combination is sound

@@ -23,6 +23,9 @@ from rtp_sim.schedule.sharding import ShardedLayer, Sharding, lower
 
 OnInputGrad = Callable[[str], None]
 
+PutOff = tuple[Layer, Callable[[], None]]
+"""A weight gradient that is emitted later: whose it is, and what emits it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Work:
@@ -83,8 +86,8 @@ class Step:
         self._inputs = {i.name for i in network.inputs}
         self._loss = network.blocks[-1].layers[-1].output
         self._pending: dict[str, str] = {}
-        # Weight gradients put off, as (layer, what emits them); None where they are emitted at once.
-        self._put_off: list[tuple[Layer, Callable[[], None]]] | None = None
+        # Weight gradients put off; None where they are emitted at once.
+        self._put_off: list[PutOff] | None = None
 
     def take_part(self, blocks: tuple[Block, ...]) -> None:
         """From now on `network` is only what this rank works on, in a pipeline; `whole` stays all of it."""
@@ -300,10 +303,10 @@ class Step:
                     on_input_grad(buffer)
 
     @contextmanager
-    def putting_off(self) -> Iterator[list[tuple[Layer, Callable[[], None]]]]:
+    def putting_off(self) -> Iterator[list[PutOff]]:
         """Backwards emitted inside leave their weight gradients out and list what emits them, where a kernel of its
         own makes these."""
-        found: list[tuple[Layer, Callable[[], None]]] = []
+        found: list[PutOff] = []
         self._put_off = found
         try:
             yield found

@@ -18,7 +18,7 @@ from rtp_sim.schedule.options import Options
 from rtp_sim.schedule.pipeline_order import PIPELINES, Action
 from rtp_sim.schedule.sharding import lower
 from rtp_sim.schedule.stages import Stages, cut
-from rtp_sim.schedule.step import Step
+from rtp_sim.schedule.step import PutOff, Step
 from rtp_sim.schedule.strategies.tensor_parallel import Tensor
 
 GROUP = "pp"
@@ -117,7 +117,7 @@ class _Stage:
         self.step, self.stages = step, stages
         self.tensor = Tensor(step, step.options.sequence_parallel)
         self.sync = DataParallel(step, step.options.dp_sync)
-        self._put_off: dict[tuple[int, int], list[tuple[Layer, object]]] = {}
+        self._put_off: dict[tuple[int, int], list[PutOff]] = {}
         # Gradients that one chunk hands to another on the same stage: (micro-batch, tensor) -> buffer.
         self._handed: dict[tuple[int, str], str] = {}
         self._producer = {x.output: x for x in step.whole.layers()}
@@ -171,7 +171,7 @@ class _Stage:
     def weight_gradients(self, action: Action, last: bool) -> None:
         """What the backward of this chunk and micro-batch put off."""
         for _, emit in self._put_off.pop((action.chunk, action.micro)):
-            emit()  # type: ignore[operator]
+            emit()
         if last:
             for layer in reversed(list(self._layers(self.stages.piece(self.step.stage, action.chunk)))):
                 self._ready(layer)
@@ -192,8 +192,8 @@ class _Stage:
     def _ready(self, layer: Layer) -> None:
         if self.tensor.partial_gradient(layer):
             return
-        # Shared weights have a bucket to themselves, so that under zero1 both stages keep the same slices of them.
-        alone = layer in self._tied
+        # Under zero1 shared weights have a bucket to themselves, so that both stages keep the same slices of them.
+        alone = layer in self._tied and self.sync.mode == "zero1"
         if alone:
             self.sync.flush()
         self.sync.ready(layer, *self.tensor.shard(layer), self.tensor.split(layer))
