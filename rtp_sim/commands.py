@@ -260,7 +260,8 @@ def _request(a: Namespace, strategy: str) -> Request:
         dp=a.dp if axis or a.run != "compare" else None, pp=a.pp if strategy in PIPELINES else None,
         order=a.rank_order, micro_batch=a.micro_batch, seq_len=a.seq_len, global_batch=a.global_batch,
         micro_batches=getattr(a, "micro_batches", None), precision=a.precision, recompute=a.recompute,
-        optimizer=a.optimizer, attention=a.attention, options=_strategy_options(a),
+        optimizer=a.optimizer, attention=a.attention, clip_norm=a.clip_norm,
+        loss_scale=a.loss_scale, dropout=a.dropout, options=_strategy_options(a),
     )  # fmt: skip
 
 

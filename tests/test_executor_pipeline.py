@@ -87,6 +87,20 @@ def test_fewer_micro_batches_than_stages_and_uneven_stages() -> None:
     assert_equal(trained("zb-v", tied(4), 2, micros=1))
 
 
+@pytest.mark.parametrize(("strategy", "tp", "dp"), [("1f1b", 1, 1), ("zb-h1", 2, 2), ("zb-v", 2, 1)])
+def test_clipping_by_the_norm_over_all_stages(strategy: str, tp: int, dp: int) -> None:
+    """Shared weights lie on two stages and count once."""
+    spec = TrainingSpec(2, 4, num_microbatches=4, precision="fp32", clip_norm=0.05)
+    schedule = build_pipeline(strategy, tied(), 2, spec, tp=tp, dp=dp, dp_sync="zero1")
+    parameters = initial_parameters(tied(), dtype=torch.float64)
+    batches = batches_of(schedule, tied(), spec, 2)
+    reference = run_reference(schedule, tied(), spec, parameters, batches, hyper=HYPER)
+    dense = train_dense(tied(), parameters, batches, 2, "adamw", HYPER.lr, HYPER.weight_decay, HYPER.momentum,
+                        HYPER.eps, clip_norm=0.05)  # fmt: skip
+    assert reference.grad_norms == pytest.approx(dense.grad_norms, rel=1e-12)
+    assert_equal(Pair(schedule, reference, dense))
+
+
 @pytest.mark.parametrize("tp", [1, 2])
 def test_a_stage_with_the_loss_alone(tp: int) -> None:
     """Balanced by cost: 4 blocks of 6,912 weights and a head of 24 x 576 on 4 stages; logits cross the last cut."""

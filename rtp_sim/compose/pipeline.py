@@ -16,12 +16,12 @@ from rtp_sim.compose.walk import Progress, Turn, meet, walk
 from rtp_sim.engine.costs import CostModel
 from rtp_sim.experiment import Setting
 from rtp_sim.metrics import op_traffic
-from rtp_sim.schedule.ir import Collective, Compute, Group, Program, Recv, Schedule, Send
+from rtp_sim.schedule.ir import Collective, Compute, Group, Op, Program, Recv, Schedule, Send
 from rtp_sim.schedule.layout import stage_of_rank
 from rtp_sim.schedule.pipeline_order import PIPELINES, Action
 from rtp_sim.schedule.stages import Stages
 from rtp_sim.schedule.step import Step
-from rtp_sim.schedule.strategies.pipeline import TIED, stages_of, with_sharing_stages, write_stage
+from rtp_sim.schedule.strategies.pipeline import GROUP, TIED, stages_of, with_sharing_stages, write_stage
 
 Ranges = list[tuple[Label, int, int, int]]
 """(label, micro-batch, first op, end) of every stretch of a short program."""
@@ -153,7 +153,7 @@ def _ranges(step: Step, program: Program, last: int) -> Ranges:
         cuts = [
             op.index + 1
             for op in program.ops[first:stop]
-            if isinstance(op.action, Collective) and op.action.group == TIED
+            if isinstance(op.action, Collective) and op.action.group in (TIED, GROUP)
         ]
         for number, (a, b) in enumerate(zip([first, *cuts], [*cuts, stop], strict=True)):
             found.append((("end", number), action.micro, a, b))
@@ -185,7 +185,7 @@ def _stretches(program: Program, ranges: Ranges, prices: Prices, stage: int, per
             before += forward[("I", chunk, False), micro]
         found[label] = stretch(
             program.ops, first, stop, prices.duration_ns[stage], prices.issue_ns[stage], frozenset(before), wanted,
-            TIED, permille,
+            (TIED, GROUP), permille,
         )  # fmt: skip
     return found
 
@@ -215,18 +215,31 @@ def _turns(
 def _finish(
     progress: Sequence[Progress], tables: Sequence[Mapping[Label, Stretch]], short: _Short, prices: Prices, paced: bool
 ) -> None:
-    """The end of the step: stages that share weights meet, each time all that have such a collective."""
-    number = 0
-    while any(("end", number) in table for table in tables):
-        turns = [[Turn(table["end", number])] if ("end", number) in table else [] for table in tables]
-        walk(progress, turns, paced=paced)
-        meeting = [s for s, table in enumerate(tables) if ("end", number + 1) in table]
-        if meeting:
-            ranges, program = short.ranges[short.kind_of_stage[meeting[0]]], short.kind_of_stage[meeting[0]]
-            stop = next(b for label, _, _, b in ranges if label == ("end", number))
-            stream = short.schedule.programs[program].ops[stop - 1].stream
-            meet([progress[s] for s in meeting], stream, prices.duration_ns[meeting[0]][stop - 1])
-        number += 1
+    """The end of the step. Where a stretch ends with a collective of several stages, all of them must be there."""
+    at, waiting = [0] * len(tables), dict[int, Op]()
+    while True:
+        going = [s for s, table in enumerate(tables) if s not in waiting and ("end", at[s]) in table]
+        if not going:
+            break
+        walk(progress, [[Turn(tables[s]["end", at[s]])] if s in going else [] for s in range(len(tables))], paced=paced)
+        for s in going:
+            kind = short.kind_of_stage[s]
+            stop = next(b for label, _, _, b in short.ranges[kind] if label == ("end", at[s]))
+            if tables[s]["end", at[s]].meets is not None:
+                waiting[s] = short.schedule.programs[kind].ops[stop - 1]
+            at[s] += 1
+        _meetings(progress, waiting, short, prices)
+
+
+def _meetings(progress: Sequence[Progress], waiting: dict[int, Op], short: _Short, prices: Prices) -> None:
+    """The collectives for which all stages of their group wait now."""
+    for group in (TIED, GROUP):
+        members = [s for s, op in waiting.items() if isinstance(op.action, Collective) and op.action.group == group]
+        if members and len(members) == short.schedule.groups[group].size:
+            op = waiting[members[0]]
+            meet([progress[s] for s in members], op.stream, prices.duration_ns[members[0]][op.index])
+            for s in members:
+                del waiting[s]
 
 
 def _result(

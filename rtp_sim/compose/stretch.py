@@ -52,12 +52,12 @@ class Stretch:
 
 def stretch(
     ops: Sequence[Op], first: int, stop: int, duration_ns: Sequence[int], issue_ns: Sequence[int],
-    earlier: frozenset[int] = frozenset(), wanted: frozenset[int] = frozenset(), meeting: str = "",
+    earlier: frozenset[int] = frozenset(), wanted: frozenset[int] = frozenset(), meeting: tuple[str, ...] = (),
     slowdown_permille: int = 1000,
 ) -> Stretch:  # fmt: skip
     """Ops [first, stop) of a program. `earlier` are the ops of the stretches that this one continues, `wanted` ops
     whose own ends matter to others; a dependency on any other op before `first` is taken as one on the end of its
-    stream. With `meeting`, a group, the last op is a collective of that group, whose end is not this rank's to say."""
+    stream. With a last op that is a collective of a group of `meeting`, its end is not this rank's to say."""
     ends: dict[str, Vector] = {}
     known: dict[int, Vector] = {}
     source = meets = None
@@ -85,7 +85,7 @@ def stretch(
             # The end of the send is the exchange's to say; its stream is not free earlier.
             source, send, send_ns = start, op, duration_ns[op.index]
             continue
-        if isinstance(op.action, Collective) and op.action.group == meeting and op.index == stop - 1:
+        if isinstance(op.action, Collective) and op.action.group in meeting and op.index == stop - 1:
             meets = start
             continue
         end = {name: constant + duration_ns[op.index] for name, constant in start.items()}
