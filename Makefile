@@ -54,6 +54,7 @@ benchmarks: $(DEMO)/installed
 	@$(DEMO)/bin/python benchmarks/compare_time.py
 	@$(DEMO)/bin/python benchmarks/scale.py
 	@$(DEMO)/bin/python benchmarks/unfolded64.py
+	@$(DEMO)/bin/python benchmarks/estimate.py
 	@$(DEMO)/bin/python benchmarks/parts.py
 
 # Core dependencies only: what a user of the simulator needs.

@@ -88,13 +88,15 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _workload(p: argparse.ArgumentParser) -> None:
+def _workload(p: argparse.ArgumentParser, per_replica: bool = True) -> None:
     group = p.add_argument_group("model and training")
     group.add_argument("--model", required=True, metavar="NAME|FILE", help="preset, config.json or layer-list file")
     group.add_argument(
         "--micro-batch", type=_count, default=1, metavar="N", help="sequences per replica and micro-step"
     )
     group.add_argument("--global-batch", type=_count, metavar="N", help="sequences per step (default: see below)")
+    if per_replica:
+        group.add_argument("--micro-batches", type=_count, metavar="N", help="the same in micro-batches per replica")
     group.add_argument("--seq-len", type=_count, metavar="N", help="tokens per sequence (1024, or what the model has)")
     group.add_argument("--precision", choices=sorted(PRECISIONS), default="bf16")
     group.add_argument("--recompute", choices=RECOMPUTE, default="none")
@@ -118,8 +120,20 @@ def _options(p: argparse.ArgumentParser) -> None:
     group = p.add_argument_group("strategy options")
     group.add_argument("--rtp", type=_count, metavar="N", help="ranks of a rotation ring")
     group.add_argument("--tp", type=_count, metavar="N", help="ranks of a tensor-parallel group")
+    group.add_argument("--fsdp", type=_count, metavar="N", help="ranks that share the shards of hsdp")
     group.add_argument("--dp", type=_count, metavar="N", help="data-parallel replicas")
     group.add_argument("--dp-sync", choices=("ddp", "zero1", "zero2"), default="ddp", help="of rotation and tp over dp")
+    group.add_argument("--zero1-size", type=_count, metavar="N", help="ranks that share the optimizer under zero1")
+    group.add_argument("--no-dp-overlap", action="store_true", help="reduce gradients after the backward, all at once")
+    group.add_argument("--sequence-parallel", action="store_true", help="in pipelines, tp with sequence parallelism")
+    group.add_argument("--pp", type=_count, metavar="N", help="stages of a pipeline")
+    group.add_argument("--vpp", type=_count, default=1, metavar="N", help="chunks per stage (interleaved)")
+    group.add_argument("--pp-layers", type=_counts, default=(), metavar="A,B,...", help="blocks of each stage or chunk")
+    group.add_argument("--pp-balance", choices=("layers", "cost"), default="layers", help="cost counts the head, too")
+    group.add_argument("--no-pp-overlap", action="store_true", help="a stage waits for its sends")
+    group.add_argument("--pp-scatter-gather", action="store_true", help="tp ranks each send a share to the next stage")
+    group.add_argument("--rank-order", choices=("tp-dp-pp", "tp-pp-dp"), default="tp-dp-pp",
+                       help="which degrees take neighbouring ranks, nearest first")  # fmt: skip
     group.add_argument("--ddp-bucket-mib", type=_count, default=25, metavar="N")
     group.add_argument("--fsdp-unit", choices=("block", "model"), default="block")
     group.add_argument("--no-fsdp-prefetch", action="store_true")
@@ -133,7 +147,8 @@ def _options(p: argparse.ArgumentParser) -> None:
 
 def _engine(p: argparse.ArgumentParser) -> None:
     group = p.add_argument_group("engine and output")
-    group.add_argument("--engine", choices=("simpy", "longest-path"), default="simpy")
+    group.add_argument("--engine", choices=("simpy", "longest-path", "estimate"), default="simpy",
+                       help="estimate: compose or extrapolate what repeats, for large steps")  # fmt: skip
     group.add_argument("--no-fold", action="store_true", help="simulate every rank, also symmetric ones")
     group.add_argument("--format", choices=FORMATS, default="table")
     group.add_argument("--report", metavar="FILE.html", help="write a self-contained report")
@@ -143,7 +158,7 @@ def _engine(p: argparse.ArgumentParser) -> None:
 def _compare(p: argparse.ArgumentParser) -> None:
     p.set_defaults(run="compare")
     p.epilog = "Without --global-batch every strategy does micro-batch x GPUs sequences per step, so steps compare."
-    _workload(p)
+    _workload(p, per_replica=False)
     _machine(p)
     p.add_argument("--strategies", default=DEFAULT_STRATEGIES, metavar="A,B,...", help=DEFAULT_STRATEGIES)
     _options(p)
@@ -365,6 +380,10 @@ def _count(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return value
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(_count(part) for part in text.split(","))
 
 
 if __name__ == "__main__":

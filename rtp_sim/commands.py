@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rtp_sim.engine.memory import MemoryProfile
 from rtp_sim.errors import InputError
-from rtp_sim.experiment import Request, Result, prepare, run, usable_memory_bytes
+from rtp_sim.experiment import Request, Result, Setting, prepare, run, settle, usable_memory_bytes
 from rtp_sim.hardware.profiles import list_clusters, list_devices, load_cluster, load_device
 from rtp_sim.hardware.spec import Cluster
 from rtp_sim.metrics import StepMetrics, peak_memory_rank
@@ -29,6 +29,7 @@ from rtp_sim.report.tables import (
 )
 from rtp_sim.schedule.layout import INNER_AXIS
 from rtp_sim.schedule.options import MIB, Options
+from rtp_sim.schedule.pipeline_order import PIPELINES
 from rtp_sim.schedule.strategies import STRATEGIES
 from rtp_sim.text import nearest
 from rtp_sim.timeline import Timeline
@@ -69,6 +70,8 @@ def simulate(a: Namespace) -> int:
     _check_degrees(a)
     _check_outputs(a)
     a.cluster = a.cluster or a.default_cluster
+    if a.engine == "estimate":
+        return _estimate(a)
     _progress(a, f"building {a.strategy}")
     prepared = prepare(_request(a, a.strategy))
     _progress(a, f"simulating {prepared.schedule.name} on {prepared.schedule.world_size} GPUs")
@@ -92,13 +95,38 @@ def simulate(a: Namespace) -> int:
     return 0 if result.metrics.fits else 1
 
 
+def _estimate(a: Namespace) -> int:
+    """One strategy without a timeline. Exit code 1 if it does not fit into memory."""
+    setting = settle(_request(a, a.strategy))
+    outcome = _estimated(setting)
+    if a.format == "table":
+        print_table(summary_table(outcome.metrics, usable_memory_bytes(setting.cluster)))
+        _print_notes([outcome])
+    elif a.format == "json":
+        write_json(simulate_json(outcome.metrics, _inputs(a, int(str(outcome.meta["global_batch"])))))
+    else:
+        write_csv([outcome.metrics])
+    return 0 if outcome.metrics.fits else 1
+
+
+def _estimated(setting: Setting) -> _Outcome:
+    # Imported here: only estimates need it.
+    from rtp_sim.compose.estimate import estimate
+    from rtp_sim.schedule.build import step_meta
+
+    found, options = estimate(setting), setting.request.options
+    meta = step_meta(setting.request.strategy, setting.network, setting.training, setting.layout, options)
+    notes = [note for note in str(meta["notes"] or "").split("; ") if note]
+    return _Outcome(found.metrics, meta, (*notes, f"{setting.request.strategy} was {found.how}"), None, None)
+
+
 def schedule(a: Namespace) -> int:
     """`rtp-sim schedule`: the program of a rank, or the whole schedule as text or JSON."""
     _known_strategies([a.strategy])
     _check_degrees(a)
-    if a.cluster is None and a.gpus is None and a.nodes is None and (a.rtp or a.tp or a.dp):
+    if a.cluster is None and a.gpus is None and a.nodes is None and (a.rtp or a.tp or a.fsdp or a.dp or a.pp):
         # A schedule needs ranks, not a machine: the degrees alone say how many.
-        a.cluster = f"generic:a100-sxm-80gb,gpus={(a.rtp or a.tp or 1) * (a.dp or 1)},nics=1,nic=200Gb/s"
+        a.cluster = f"generic:a100-sxm-80gb,gpus={_degrees(a)},nics=1,nic=200Gb/s"
     a.cluster = a.cluster or a.default_cluster
     built = prepare(_request(a, a.strategy)).schedule
     if not 0 <= a.rank < built.world_size:
@@ -125,7 +153,7 @@ def run_schedule(a: Namespace) -> int:
 
     _known_strategies([a.strategy])
     _check_degrees(a)
-    ranks = a.nproc_per_node or (a.rtp or a.tp or 1) * (a.dp or 1)
+    ranks = a.nproc_per_node or _degrees(a)
     if ranks % a.as_nodes:
         raise InputError(
             f"--as-nodes {a.as_nodes} does not divide {ranks} processes; expected a divisor, for example 1"
@@ -195,13 +223,23 @@ def _known_strategies(names: Sequence[str]) -> None:
 def _check_degrees(a: Namespace) -> None:
     """InputError for a degree of an axis that the strategy does not have."""
     axis = INNER_AXIS.get(a.strategy, "")
-    for other in ("rtp", "tp"):
+    for other in ("rtp", "tp", "fsdp"):
         if other != axis and getattr(a, other) is not None:
             raise InputError(f"strategy {a.strategy} has no --{other} axis: leave --{other} {getattr(a, other)} out")
+    if a.strategy not in PIPELINES and a.pp is not None:
+        raise InputError(f"strategy {a.strategy} has no --pp axis: leave --pp {a.pp} out")
+
+
+def _degrees(a: Namespace) -> int:
+    """How many ranks the degrees that were given make."""
+    return int((a.rtp or a.tp or a.fsdp or 1) * (a.dp or 1) * (a.pp or 1))
 
 
 def _check_outputs(a: Namespace) -> None:
     """InputError for files that cannot be written, before any work is done for them."""
+    for flag in ("report", "trace"):
+        if a.engine == "estimate" and getattr(a, flag, None):
+            raise InputError(f"--engine estimate has no timeline for --{flag}: leave one of the two out")
     for flag in ("report", "plot", "trace"):
         given = getattr(a, flag, None)
         if given and not Path(given).parent.is_dir():
@@ -216,13 +254,14 @@ def _check_outputs(a: Namespace) -> None:
 
 def _request(a: Namespace, strategy: str) -> Request:
     axis = INNER_AXIS.get(strategy, "")
-    inner = {"rtp": a.rtp, "tp": a.tp}.get(axis)
+    inner = {"rtp": a.rtp, "tp": a.tp, "fsdp": a.fsdp}.get(axis)
     return Request(
         model=a.model, cluster=a.cluster, strategy=strategy, gpus=a.gpus, nodes=a.nodes, inner=inner,
-        dp=a.dp if axis or a.run != "compare" else None, micro_batch=a.micro_batch, seq_len=a.seq_len,
-        global_batch=a.global_batch, precision=a.precision, recompute=a.recompute, optimizer=a.optimizer,
-        attention=a.attention, clip_norm=a.clip_norm, loss_scale=a.loss_scale, dropout=a.dropout,
-        options=_strategy_options(a),
+        dp=a.dp if axis or a.run != "compare" else None, pp=a.pp if strategy in PIPELINES else None,
+        order=a.rank_order, micro_batch=a.micro_batch, seq_len=a.seq_len, global_batch=a.global_batch,
+        micro_batches=getattr(a, "micro_batches", None), precision=a.precision, recompute=a.recompute,
+        optimizer=a.optimizer, attention=a.attention, clip_norm=a.clip_norm,
+        loss_scale=a.loss_scale, dropout=a.dropout, options=_strategy_options(a),
     )  # fmt: skip
 
 
@@ -231,6 +270,9 @@ def _strategy_options(a: Namespace) -> Options:
         ddp_bucket_bytes=a.ddp_bucket_mib * MIB, fsdp_unit=a.fsdp_unit, fsdp_prefetch=not a.no_fsdp_prefetch,
         rtp_fuse_mlp=a.rtp_fuse_mlp, rtp_hide_gradient_hop=a.rtp_hide_gradient_hop, rtp_prefetch=a.rtp_prefetch,
         rtp_chunk_bytes=a.rtp_chunk_mib * MIB, rtp_ring=a.rtp_ring, dp_sync=a.dp_sync, eval_passes=a.eval_passes or 0,
+        dp_overlap=not a.no_dp_overlap, sequence_parallel=a.sequence_parallel, vpp=a.vpp, pp_layers=a.pp_layers,
+        pp_balance=a.pp_balance, pp_overlap=not a.no_pp_overlap, pp_scatter_gather=a.pp_scatter_gather,
+        zero1_size=a.zero1_size or 0,
     )  # fmt: skip
 
 
@@ -253,6 +295,8 @@ def _outcome(result: Result, details: bool) -> _Outcome:
 
 
 def _one(request: Request, engine: str, fold: bool, details: bool) -> _Outcome:
+    if engine == "estimate":
+        return _estimated(settle(request))
     return _outcome(run(prepare(request), engine, fold), details)
 
 

@@ -23,8 +23,8 @@ from rtp_sim.model.network import Network, transformer_network, with_dropout
 from rtp_sim.model.presets import find_model
 from rtp_sim.model.training import TrainingSpec
 from rtp_sim.schedule.build import build_schedule, replicas
-from rtp_sim.schedule.ir import Compute, Schedule
-from rtp_sim.schedule.layout import ParallelLayout, make_groups, make_layout
+from rtp_sim.schedule.ir import Compute, Group, Schedule
+from rtp_sim.schedule.layout import ORDERS, ParallelLayout, make_groups, make_layout
 from rtp_sim.schedule.options import Options
 from rtp_sim.schedule.strategies import STRATEGIES
 from rtp_sim.text import nearest
@@ -38,10 +38,11 @@ ENGINES = ("simpy", "longest-path")
 class Request:
     """What to simulate. `model` and `cluster` are preset names or paths; `gpus` or `nodes` sizes the cluster.
 
-    `inner` is the degree of the strategy's own axis (rtp or tp), `dp` that of data parallelism; one may be left out.
-    `micro_batch` counts sequences per replica and micro-batch; `global_batch` per step, by default one micro-batch per
-    replica. `seq_len` is 1024 by default, or what the model's learned positions allow if that is less. `dropout`, where
-    given, replaces the model's own probability (0 for presets).
+    `inner` is the degree of the strategy's own axis (rtp or tp), `dp` that of data parallelism, `pp` the stages of a
+    pipeline; what is left out follows (layout.make_layout, which also says what `order` is). `micro_batch` counts
+    sequences per replica and micro-batch. The step is `global_batch` sequences, or `micro_batches` micro-batches per
+    replica, by default one. `seq_len` is 1024 by default, or what the model's learned positions allow if that is less.
+    `dropout`, where given, replaces the model's own probability (0 for presets).
     """
 
     model: str
@@ -51,9 +52,12 @@ class Request:
     nodes: int | None = None
     inner: int | None = None
     dp: int | None = None
+    pp: int | None = None
+    order: str = ORDERS[0]
     micro_batch: int = 1
     seq_len: int | None = None
     global_batch: int | None = None
+    micro_batches: int | None = None
     precision: str = "bf16"
     recompute: str = "none"
     optimizer: str = "adamw"
@@ -62,6 +66,19 @@ class Request:
     loss_scale: str = "none"
     dropout: float | None = None
     options: Options = field(default_factory=Options)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A request with everything looked up and checked, before any schedule is built."""
+
+    request: Request
+    network: Network
+    cluster: Cluster
+    layout: ParallelLayout
+    training: TrainingSpec
+    groups: Mapping[str, Group]
+    cost: ClusterCost
 
 
 @dataclass(frozen=True)
@@ -120,6 +137,11 @@ def find_network(
 
 def prepare(request: Request, cluster: Cluster | None = None, network: Network | None = None) -> Prepared:
     """Looks up model and cluster (unless given), makes the layout and builds the schedule. Raises InputError."""
+    return built(settle(request, cluster, network))
+
+
+def settle(request: Request, cluster: Cluster | None = None, network: Network | None = None) -> Setting:
+    """Looks up model and cluster (unless given) and makes the layout. Raises InputError."""
     if request.strategy not in STRATEGIES:
         raise InputError(f"unknown strategy {request.strategy!r}: {nearest(request.strategy, STRATEGIES)}")
     if cluster is None:
@@ -128,18 +150,30 @@ def prepare(request: Request, cluster: Cluster | None = None, network: Network |
         # Evaluation drops nothing.
         dropout = 0.0 if request.options.eval_passes else request.dropout
         network = find_network(request.model, request.seq_len, request.attention, dropout)
-    layout = make_layout(request.strategy, cluster.world_size, request.inner, request.dp)
+    layout = make_layout(
+        request.strategy, cluster.world_size, request.inner, request.dp, request.pp, request.order
+    )
     training = TrainingSpec(
         micro_batch=request.micro_batch, seq_len=network.seq, precision=request.precision, recompute=request.recompute,
         optimizer=request.optimizer, attention=request.attention, clip_norm=request.clip_norm,
         loss_scale=request.loss_scale, num_microbatches=_microbatches(request, layout),
     )  # fmt: skip
-    groups = make_groups(layout, cluster.topology, request.options.rtp_ring)
-    schedule = build_schedule(request.strategy, network, training, layout, groups, request.options)
-    return Prepared(request, network, cluster, layout, training, schedule, ClusterCost(cluster))
+    groups = make_groups(layout, cluster.topology, request.options.rtp_ring, request.options.zero1_size)
+    return Setting(request, network, cluster, layout, training, groups, ClusterCost(cluster))
+
+
+def built(s: Setting) -> Prepared:
+    """The setting with its schedule. InputError if the network cannot be split that way."""
+    schedule = build_schedule(s.request.strategy, s.network, s.training, s.layout, s.groups, s.request.options)
+    return Prepared(s.request, s.network, s.cluster, s.layout, s.training, schedule, s.cost)
 
 
 def _microbatches(request: Request, layout: ParallelLayout) -> int:
+    if request.micro_batches is not None:
+        if request.global_batch is not None:
+            raise InputError(f"{request.strategy}: --micro-batches {request.micro_batches} and --global-batch "
+                             f"{request.global_batch} are both given; expected one of them")  # fmt: skip
+        return request.micro_batches
     if request.global_batch is None:
         return 1
     per_pass = request.micro_batch * replicas(layout)

@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from strategy_helpers import build, gpt2_tiny
+from strategy_helpers import build, build_pipeline, gpt2_tiny
 
 from rtp_sim.executor.launcher import LAUNCHER_PID, free_port
 from rtp_sim.executor.request import RunRequest
@@ -27,8 +27,8 @@ PATIENCE_S = 100
 
 @dataclass(frozen=True)
 class Case:
-    """A strategy to run: `n` ranks of its axis, times `dp`; `options` are words of Options, `changes` of
-    TrainingSpec."""
+    """A strategy to run: `n` ranks of its axis, times `dp`, times `pp` stages; `options` are words of Options,
+    `changes` of TrainingSpec."""
 
     name: str
     strategy: str
@@ -41,6 +41,12 @@ class Case:
     options: tuple[tuple[str, object], ...] = ()
     changes: tuple[tuple[str, object], ...] = ()
     dropout: float = 0.0
+    pp: int = 1
+
+    @property
+    def ranks(self) -> int:
+        """How many processes it takes."""
+        return self.n * self.dp * self.pp
 
     @property
     def network(self) -> Network:
@@ -58,6 +64,9 @@ class Case:
 
     def schedule(self) -> Schedule:
         """The schedule of the case."""
+        if self.pp > 1:
+            return build_pipeline(self.strategy, self.network, self.pp, self.training, tp=self.n, dp=self.dp,
+                                  **dict(self.options))  # fmt: skip
         return build(self.strategy, self.network, self.n, self.training, dp=self.dp, dims=self.dims,
                      **dict(self.options))  # fmt: skip
 

@@ -23,8 +23,9 @@ from rtp_sim.schedule.build import build_schedule
 from rtp_sim.schedule.ir import Collective, Compute, Dims, Group, Hop, Op, Schedule, Shift
 from rtp_sim.schedule.layout import INNER_AXIS, ParallelLayout
 from rtp_sim.schedule.options import Options
+from rtp_sim.schedule.pipeline_order import PIPELINES
 
-INNER = {name: axis for name, axis in INNER_AXIS.items() if axis}
+INNER = {name: axis for name, axis in INNER_AXIS.items() if axis and name not in PIPELINES}
 DATA_PARALLEL = ("ddp", "zero1", "zero2", "fsdp")
 EVERY_STRATEGY = ("single", *DATA_PARALLEL, *INNER)
 
@@ -123,6 +124,23 @@ def build(
     training = training or TrainingSpec(2, network.seq, precision="fp32", optimizer="sgd")
     inner, across = (n, dp) if strategy in INNER else (1, n)
     layout, groups = groups_of(strategy, inner, across, dims)
+    return build_schedule(strategy, network, training, layout, groups, Options(**options))  # type: ignore[arg-type]
+
+
+def build_pipeline(
+    strategy: str, network: Network, pp: int, training: TrainingSpec, *, tp: int = 1, dp: int = 1, **options: object
+) -> Schedule:
+    """The schedule of a pipeline strategy, tp fastest, then dp, stages slowest."""
+    grid = [[[(s * dp + d) * tp + t for t in range(tp)] for d in range(dp)] for s in range(pp)]
+    lines = tuple(tuple(grid[s][d][t] for s in range(pp)) for d in range(dp) for t in range(tp))
+    groups = {}
+    if tp > 1:
+        groups["tp"] = Group("tp", (tp,), tuple(tuple(row) for stage in grid for row in stage))
+    if dp > 1:
+        groups["dp"] = Group("dp", (dp,), tuple(tuple(r[t] for r in stage) for stage in grid for t in range(tp)))
+    if pp > 1:
+        groups["pp"] = Group("pp", (pp,), lines)
+    layout = ParallelLayout("tp", tp, dp, pp)
     return build_schedule(strategy, network, training, layout, groups, Options(**options))  # type: ignore[arg-type]
 
 

@@ -58,6 +58,9 @@ CASES = (
     Case("fsdp-uneven", "fsdp", 3),
     Case("tp-sp-uneven", "tp-sp", 3),
     Case("rtp-pair", "rtp", 2, options=HIDDEN),
+    Case("pipeline-tp", "1f1b", 2, pp=2, micros=3, options=(("sequence_parallel", True),)),
+    Case("pipeline-dp", "1f1b", 1, dp=2, pp=2, micros=2, options=(("dp_sync", "zero1"),)),
+    Case("pipeline-pair", "zb-h1", 1, pp=2, micros=4),
     Case("zero1-pair", "zero1", 2),
     # What real steps add: clipping, a loss scale, dropout.
     Case("rtp-dp-clipped", "rtp", 2, dp=2, micros=2, options=(("dp_sync", "zero1"),), changes=SCALED),
@@ -90,7 +93,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("runs")
     for ranks in (2, 3, 4):
         jobs: list[dict[str, object]] = []
-        for case in (c for c in CASES if c.n * c.dp == ranks):
+        for case in (c for c in CASES if c.ranks == ranks):
             exact = prepared(path / f"{case.name}.exact", case, steps=STEPS, warmup=0, float_dtype="fp64",
                              save_tensors=True)  # fmt: skip
             memory = prepared(path / f"{case.name}.shm", case, steps=STEPS, warmup=0, float_dtype="fp64",

@@ -91,9 +91,10 @@ def _result(
     ranks: Sequence[Record], durations_ns: Sequence[int],
 ) -> Record:  # fmt: skip
     finished, measured = len(durations_ns), list(durations_ns[request.warmup :])
-    # Ranks that only sleep have no loss, send nothing and hold nothing.
+    # Ranks that only sleep have no loss, send nothing and hold nothing; stages without the head have no loss.
     counted = finished and not request.stated
-    losses = [_mean([mine[k]["loss"] for mine in steps]) for k in range(finished)] if counted else []
+    with_loss = [mine for mine in steps if counted and "loss" in mine[0]]
+    losses = [_mean([mine[k]["loss"] for mine in with_loss]) for k in range(finished)] if counted else []
     first = ranks[0]
     return {
         "schema": SCHEMA,
@@ -161,6 +162,6 @@ def _write(path: Path, record: Record) -> None:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    """None where a rank has no finite number."""
+    """None where a rank has no finite number, or there is none at all."""
     known = [value for value in values if value is not None]
-    return statistics.fmean(known) if len(known) == len(values) else None
+    return statistics.fmean(known) if known and len(known) == len(values) else None

@@ -26,16 +26,17 @@ TINY, HUGE = 1e-300, 1e300
 
 
 def compare_with_dense(
-    machine: Machine, request: RunRequest, start: Callable[[], Parameters], loss: float, batches: Sequence[Batch],
-    control: dist.ProcessGroup,
+    machine: Machine, request: RunRequest, start: Callable[[], Parameters], loss: float | None,
+    batches: Sequence[Batch], control: dist.ProcessGroup,
 ) -> Record | None:  # fmt: skip
     """Gathers the gradients of all ranks on rank 0 and compares; None on the others.
 
     The step is the first whose update was not left out; `start` makes the full parameters that it began with. `loss` is
-    this rank's share of the mean (its mean over the ranks is the training loss), `batches` those of all replicas.
+    this rank's share of the mean (its mean over those that have one is the training loss), `batches` those of all
+    replicas.
     """
     mine = (loss, machine.gradients)
-    everyone: list[tuple[float, list[Share]] | None] | None = [None] * machine.schedule.world_size
+    everyone: list[tuple[float | None, list[Share]] | None] | None = [None] * machine.schedule.world_size
     everyone = everyone if machine.rank == 0 else None
     dist.gather_object(mine, everyone, dst=0, group=control)
     if everyone is None:
@@ -49,7 +50,8 @@ def compare_with_dense(
         network, given, [batches], request.training.micro_batch, clip_norm=request.training.clip_norm,
         keep=_masks(machine),
     )  # fmt: skip
-    losses = sum(loss for loss, _ in found) / len(found)
+    computed = [loss for loss, _ in found if loss is not None]
+    losses = sum(computed) / len(computed) if computed else math.nan
     errors = {"loss": _finite(abs(losses - dense.losses[0]) / abs(dense.losses[0]))}
     if found[0][1]:
         ours = assembled(machine.schedule, network, [shares for _, shares in found])

@@ -20,7 +20,7 @@ from rtp_sim.executor.shares import OptimizerWork, Stretch, local_numel
 from rtp_sim.model.layers import Layer
 from rtp_sim.model.training import TrainingSpec
 from rtp_sim.schedule.ir import Op, Program, Schedule
-from rtp_sim.schedule.update import GRAD_NORM, LOSS_SCALE
+from rtp_sim.schedule.update import GRAD_NORM, LOSS_SCALE, STAGES
 
 CLIP_EPS = 1e-6
 LARGEST_SCALE = torch.finfo(torch.float32).max
@@ -70,13 +70,22 @@ def _parameters(
     found, offset = [], 0
     for holding in work.state.holds:
         op, split = layers[holding.layer].op, place.split(holding)
-        at = offset
+        at, stages = offset, _stages_with(schedule, rank, holding.layer)
         for param in op.params(split):
-            copies = place.n if ranges(op, param.name, split) is None else 1
+            copies = stages * (place.n if ranges(op, param.name, split) is None else 1)
             found.append((at, at + param.numel, copies))
             at += param.numel
         offset += room.get(holding, at - offset)
     return found
+
+
+def _stages_with(schedule: Schedule, rank: int, layer: str) -> int:
+    """How many stages of the rank's pipeline keep the weights of a layer: of shared ones each has a copy."""
+    if STAGES not in schedule.groups:
+        return 1
+    line = schedule.groups[STAGES].instances[schedule.groups[STAGES].place[rank][0]]
+    kept = [{h.layer for b in schedule.program(r).buffers.values() for h in b.holds if b.live_in} for r in line]
+    return sum(layer in stage for stage in kept)
 
 
 @dataclass

@@ -29,6 +29,7 @@ from rtp_sim.executor.parameters import (
     executed_network,
     owners,
     place_of,
+    slice_place,
     unfused_parameters,
     weight_shares,
 )
@@ -320,11 +321,15 @@ class Machine:
             first.add_(other)
 
     def _copy(self, op: Op) -> None:
-        """What the op reads, end to end, to what it writes, end to end."""
+        """What the op reads, end to end, to what it writes, end to end; to a buffer for a slice only this rank's."""
         flat = laid_out(self.storage, sources(op))
         for name in op.writes:
             if name not in op.reads:
                 self.storage.put(name, self._zeros(name))
+        target = self.program.buffers[op.writes[0]]
+        if target.slice_of and not any(self.program.buffers[name].slice_of for name in op.reads):
+            numel = self._numel(target.name)
+            flat = flat[slice_place(self.schedule, self.rank, target.slice_of).index * numel :][:numel]
         spread(self.storage, op.writes, flat)
 
     def _counted(self) -> list[Counted]:
@@ -435,12 +440,16 @@ class Machine:
 
 
 def replicas(schedule: Schedule) -> int:
-    """Ranks that work on micro-batches of their own: those of a tensor-parallel group share them."""
-    return schedule.world_size // (schedule.groups["tp"].size if "tp" in schedule.groups else 1)
+    """Parts of the ranks that work on micro-batches of their own: the ranks of a tensor-parallel group and the stages
+    of a pipeline share theirs."""
+    shared = 1
+    for name in ("tp", "pp"):
+        shared *= schedule.groups[name].size if name in schedule.groups else 1
+    return schedule.world_size // shared
 
 
 def replica_of(schedule: Schedule, rank: int) -> int:
     """Which replica's micro-batches the rank works on."""
-    if "tp" not in schedule.groups:
+    if "tp" not in schedule.groups and "pp" not in schedule.groups:
         return rank
     return schedule.groups["dp"].position(rank) if "dp" in schedule.groups else 0

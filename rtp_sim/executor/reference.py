@@ -1,11 +1,11 @@
-"""The reference interpreter: all ranks' machines in one process, op by op in lockstep. Slow, exact, deterministic.
+"""The reference interpreter: all ranks' machines in one process, op by op. Slow, exact, deterministic.
 
 What it computes is what a schedule means; distributed runs are compared with it, and it with plain dense training.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -46,7 +46,7 @@ def run_reference(
 ) -> ReferenceResult:  # fmt: skip
     """One training step per entry of `batches`; `batches[step][replica][micro-batch]` are the network's inputs.
 
-    ScheduleError if ranks run different programs (they are not in lockstep then) or an op cannot be carried out.
+    ScheduleError if an op cannot be carried out, or ranks wait for each other.
     """
     dtype = torch.float64 if float64 else None
     machines = [
@@ -78,23 +78,24 @@ def mean_loss(schedule: Schedule, by_rank: Sequence[Sequence[float]]) -> float:
         and op.action.kernel == "cross_entropy"
         and op.action.site is not None
         and op.action.site.split == "rows"
-        for op in schedule.programs[0].ops
+        for program in schedule.programs
+        for op in program.ops
     )
-    shared = schedule.world_size // replicas(schedule)
+    # Of a pipeline only the stage with the head has losses.
+    shared = sum(map(bool, by_rank)) // replicas(schedule)
     total = sum(sum(micros) / len(micros) for micros in by_rank if micros)
     return total / replicas(schedule) / (1 if split_by_rows else shared)
 
 
 def run_step(schedule: Schedule, machines: Sequence[Machine], step: Sequence[Batch]) -> list[Traffic]:
-    """One step of all machines; returns what each sent."""
-    if len(schedule.programs) != 1:
-        raise ScheduleError(
-            "the reference interpreter runs all ranks in lockstep; expected one program for all of them"
-        )
+    """One step of all machines; returns what each sent. ScheduleError if ranks wait for each other."""
     for m in machines:
         m.start_step(step[replica_of(schedule, m.rank)])
     traffic: list[Traffic] = [{} for _ in machines]
     mail: dict[tuple[int, int, str], torch.Tensor] = {}
+    if len(schedule.programs) > 1:
+        _run_programs(schedule, machines, mail, traffic)
+        return traffic
     for op in schedule.programs[0].ops:
         match op.action:
             case Compute():
@@ -107,6 +108,63 @@ def run_step(schedule: Schedule, machines: Sequence[Machine], step: Sequence[Bat
             case Send() | Recv():
                 _post(machines, op, op.action, mail, traffic)
     return traffic
+
+
+def _run_programs(
+    schedule: Schedule, machines: Sequence[Machine], mail: dict[tuple[int, int, str], torch.Tensor],
+    traffic: list[Traffic],
+) -> None:  # fmt: skip
+    """Ranks with different programs: each goes on through its own until what it receives has not been sent, or the
+    others of a collective are not there. Sends wait for nobody."""
+    at = [0] * len(machines)
+
+    def next_op(rank: int) -> Op | None:
+        ops = machines[rank].program.ops
+        return ops[at[rank]] if at[rank] < len(ops) else None
+
+    going = True
+    while going:
+        going = False
+        for m in machines:
+            while (op := next_op(m.rank)) is not None and _advance(schedule, machines, m, op, next_op, mail, traffic):
+                going = True
+                together = isinstance(op.action, Collective)
+                for rank in _members(schedule, op.action.group, m.rank) if together else (m.rank,):  # type: ignore[union-attr]
+                    at[rank] += 1
+    stuck = next((m for m in machines if next_op(m.rank) is not None), None)
+    if stuck is not None:
+        raise ScheduleError(f"rank {stuck.rank} waits at {machines[stuck.rank].program.ops[at[stuck.rank]].name!r}, "
+                            f"and nobody goes on")  # fmt: skip
+
+
+def _members(schedule: Schedule, group: str, rank: int) -> tuple[int, ...]:
+    return schedule.groups[group].instances[schedule.groups[group].place[rank][0]]
+
+
+def _advance(
+    schedule: Schedule, machines: Sequence[Machine], m: Machine, op: Op, next_op: Callable[[int], Op | None],
+    mail: dict[tuple[int, int, str], torch.Tensor], traffic: list[Traffic],
+) -> bool:  # fmt: skip
+    """Carries out the op if it can be; a collective for all its members."""
+    match op.action:
+        case Compute():
+            m.run(op)
+        case Collective() as action:
+            members = _members(schedule, action.group, m.rank)
+            theirs = [next_op(rank) for rank in members]
+            if any(o is None or o.action != action for o in theirs):
+                return False
+            _combined(machines, members, [o for o in theirs if o is not None], action.kind, traffic)
+        case Recv() as action:
+            source = schedule.groups[action.group].neighbour(m.rank, action.offset)
+            if source is not None and (source, m.rank, action.tag) not in mail:
+                return False
+            _post([m], op, action, mail, traffic)
+        case Send() as action:
+            _post([m], op, action, mail, traffic)
+        case Shift():
+            raise ScheduleError(f"{op.name}: ring shifts want one program for all ranks")
+    return True
 
 
 def _count(traffic: list[Traffic], rank: int, kind: str, size_bytes: int, messages: int) -> None:
@@ -163,12 +221,19 @@ def _collective(
     schedule: Schedule, machines: Sequence[Machine], op: Op, action: Collective, traffic: list[Traffic]
 ) -> None:
     for members in schedule.groups[action.group].instances:
-        parcels = [machines[r].parcel(op) for r in members]
-        combine(parcels)
-        for r, p in zip(members, parcels, strict=True):
-            size_bytes, messages = p.traffic()
-            _count(traffic, r, action.kind, size_bytes, messages)
-            machines[r].finish(op, p)
+        _combined(machines, members, [op] * len(members), action.kind, traffic)
+
+
+def _combined(
+    machines: Sequence[Machine], members: Sequence[int], ops: Sequence[Op], kind: str, traffic: list[Traffic]
+) -> None:
+    """One collective of one instance of its group; each member knows it by an op of its own."""
+    parcels = [machines[r].parcel(op) for r, op in zip(members, ops, strict=True)]
+    combine(parcels)
+    for r, op, p in zip(members, ops, parcels, strict=True):
+        size_bytes, messages = p.traffic()
+        _count(traffic, r, kind, size_bytes, messages)
+        machines[r].finish(op, p)
 
 
 def combine(parcels: Sequence[Parcel]) -> None:

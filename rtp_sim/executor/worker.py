@@ -296,7 +296,7 @@ class Worker:
             times = interpreter.run_step()
             # What a rank computes from made-up data is no loss.
             losses = machine.losses() if self.request.only_rank is None else []
-            loss = sum(losses) * rows / len(losses) if losses else math.nan
+            loss = sum(losses) * rows / len(losses) if losses else None
             self.run.append_step(self.rank, self._step_record(step, times, loss, scale, machine), times.ops)
             if checked:
                 self.progress.enter("checking")
@@ -327,18 +327,20 @@ class Worker:
         interpreter.around = op_range
         with profile.step(step):
             times = interpreter.run_step()
-        self.run.append_step(self.rank, self._step_record(step, times, math.nan, scale, machine), times.ops)
+        self.run.append_step(self.rank, self._step_record(step, times, None, scale, machine), times.ops)
         self.progress.enter("writing results")
         profile.finish(self.run.of_rank(self.rank, TRACE))
 
-    def _step_record(self, step: int, times: StepTimes, loss: float, scale: float, machine: Machine) -> Record:
+    def _step_record(self, step: int, times: StepTimes, loss: float | None, scale: float, machine: Machine) -> Record:
+        # A rank of a pipeline stage without the head has no loss, which is not the same as a loss that is no number.
+        own = {} if loss is None else {"loss": loss if math.isfinite(loss) else None}
         norm, scaler = machine.watch.norm, machine.watch.scaler
         return {
             "step": step,
             "warmup": step < self.request.warmup,
             "start_ns": times.start_ns,
             "end_ns": times.end_ns,
-            "loss": loss if math.isfinite(loss) else None,
+            **own,
             "grad_norm": norm if norm is None or math.isfinite(norm) else None,
             "loss_scale": None if scaler is None else scale,
             "skipped": machine.watch.skipped,
@@ -349,7 +351,7 @@ class Worker:
             "allocator_peak_bytes": allocator_peak_bytes(machine),
         }
 
-    def _check(self, machine: Machine, loss: float, control: ProcessGroup) -> Record | None:
+    def _check(self, machine: Machine, loss: float | None, control: ProcessGroup) -> Record | None:
         """Compares loss and gradients of the step just done, the first update, with dense training, on rank 0."""
         from rtp_sim.executor.checkpoint import full_parameters
         from rtp_sim.executor.compare import compare_with_dense
@@ -399,7 +401,7 @@ def allocator_peak_bytes(machine: Machine) -> int | None:
 def _loss_parts(schedule: Schedule) -> int:
     """By what a rank's loss must be multiplied so that the mean over the ranks is the training loss: where tokens are
     split over a tensor-parallel group each rank has its part of a mean, and the parts add up."""
-    for op in schedule.programs[0].ops:
+    for op in (op for program in schedule.programs for op in program.ops):
         action = op.action
         if isinstance(action, Compute) and action.kernel == "cross_entropy" and action.site is not None:
             return schedule.groups["tp"].size if action.site.split == "rows" else 1

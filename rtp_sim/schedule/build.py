@@ -9,11 +9,12 @@ from rtp_sim.model.layers import Dropout, split_sizes
 from rtp_sim.model.network import Network, unfused
 from rtp_sim.model.training import TrainingSpec
 from rtp_sim.schedule.ir import Group, Schedule
-from rtp_sim.schedule.layout import ParallelLayout
+from rtp_sim.schedule.layout import ParallelLayout, stage_of_rank
 from rtp_sim.schedule.options import Options
 from rtp_sim.schedule.sharding import parts, rotation_kind, tensor_kind
 from rtp_sim.schedule.step import Step
 from rtp_sim.schedule.strategies import STRATEGIES
+from rtp_sim.schedule.strategies.pipeline import stages_of, with_sharing_stages
 
 BACKWARD_TO_FORWARD_FLOPS = 2
 
@@ -30,14 +31,30 @@ def build_schedule(
         raise InputError(f"{strategy}: evaluation passes are a matter of rotation; expected rtp or rtp-inplace")
     if layout.axis == "rtp" and not options.rtp_fuse_mlp:
         network = unfused(network)
-    step = Step(strategy, network, training, groups, options)
     try:
-        STRATEGIES[strategy](step)
+        if layout.pp > 1:
+            groups = with_sharing_stages(groups, stages_of(network, options, layout.pp, strategy))
+        steps = _steps(strategy, network, training, layout, groups, options)
     except InputError as error:
         raise InputError(f"{strategy} with {layout}: {error}") from None
-    meta = _meta(strategy, network, training, layout, options)
-    ranks = layout.world_size
-    return Schedule(strategy, ranks, dict(groups), (step.b.program(),), (0,) * ranks, meta)
+    meta = step_meta(strategy, network, training, layout, options)
+    programs = tuple(step.b.program() for step in steps)
+    stages = tuple(stage_of_rank(layout, r) for r in range(layout.world_size))
+    return Schedule(strategy, layout.world_size, dict(groups), programs, stages, meta)
+
+
+def _steps(
+    strategy: str, network: Network, training: TrainingSpec, layout: ParallelLayout, groups: Mapping[str, Group],
+    options: Options,
+) -> list[Step]:  # fmt: skip
+    """The finished steps, one per pipeline stage."""
+    steps = [
+        Step(f"{strategy}.stage{s}" if layout.pp > 1 else strategy, network, training, groups, options, stage=s)
+        for s in range(layout.pp)
+    ]
+    for step in steps:
+        STRATEGIES[strategy](step)
+    return steps
 
 
 def replicas(layout: ParallelLayout) -> int:
@@ -45,9 +62,10 @@ def replicas(layout: ParallelLayout) -> int:
     return layout.dp if layout.axis == "tp" else layout.world_size
 
 
-def _meta(
+def step_meta(
     strategy: str, network: Network, training: TrainingSpec, layout: ParallelLayout, options: Options
 ) -> dict[str, str | int | float | bool | None]:
+    """What reports print about a step: `Schedule.meta`."""
     passes = options.eval_passes or training.num_microbatches
     sequences = training.micro_batch * passes * replicas(layout)
     flops = network.forward_flops(training.micro_batch) * passes * replicas(layout)

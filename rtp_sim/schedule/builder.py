@@ -26,6 +26,7 @@ class Builder:
         # What each op knows to be done when it ends: stream -> index of the latest op of that stream.
         self._known: list[dict[str, int]] = []
         self._host_known: dict[str, int] = {}
+        self._next_after: dict[str, list[int]] = {}
 
     def buffer(
         self, name: str, category: str, dtype: str, numel: Size, *,
@@ -45,6 +46,15 @@ class Builder:
         """The buffer of that name. KeyError if it was not declared."""
         return self._buffers[name]
 
+    def bytes_of(self, name: str) -> int:
+        """Bytes of a declared buffer whose size is the same for all shards."""
+        return self._buffers[name].size_bytes()
+
+    @property
+    def count(self) -> int:
+        """Ops so far."""
+        return len(self._ops)
+
     @staticmethod
     def itemsize(dtype: str) -> int:
         """Bytes of one element."""
@@ -62,13 +72,17 @@ class Builder:
         """The latest op of a stream, as a tuple for `after`; empty if there is none."""
         return (self._last[stream],) if stream in self._last else ()
 
+    def next_waits(self, stream: str, op: int) -> None:
+        """The next op of a stream starts after `op` (pacing that no buffer carries)."""
+        self._next_after.setdefault(stream, []).append(op)
+
     def op(
         self, name: str, stream: str, action: Action, reads: tuple[str, ...] = (), writes: tuple[str, ...] = (), *,
         after: tuple[int, ...] = (), blocks_host: bool = False,
     ) -> int:  # fmt: skip
         """Appends an op and returns its index; `after` adds dependencies that no buffer carries (pacing)."""
         index = len(self._ops)
-        needed = set(after)
+        needed = {*after, *self._next_after.pop(stream, ())}
         for b in reads:
             if b in self._writer:
                 needed.add(self._writer[b])

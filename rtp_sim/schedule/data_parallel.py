@@ -15,6 +15,9 @@ from rtp_sim.schedule.ir import Compute, Holding, Part, Size
 from rtp_sim.schedule.step import Step
 from rtp_sim.schedule.update import OptimizerShare
 
+ZERO1 = "zero1"
+"""The group of replicas that share the optimizer's state, where it is smaller than all of them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Ready:
@@ -42,6 +45,8 @@ class DataParallel:
     def __init__(self, step: Step, mode: str, group: str = "dp", *, copy: bool = False) -> None:
         self.step, self.mode, self.group, self.copy = step, mode, group, copy
         self.n = step.group_size(group)
+        # Who shares the optimizer's state: all, or under zero1 groups within them.
+        self.sharing = ZERO1 if mode == "zero1" and ZERO1 in step.groups else group
         self._bucket: list[Ready] = []
         self._buckets: list[list[Ready]] = []
         self._all: dict[str, Ready] = {}
@@ -53,12 +58,14 @@ class DataParallel:
 
     def ready(self, layer: Layer, numel: Size | None = None, part: Part | None = None, split: str = "") -> None:
         """The gradient of a layer's own weights is finished for this micro-batch."""
-        if layer.owned_numel == 0:
+        if not self.step.keeps(layer):
             return
-        item = Ready(layer.name, layer.op.numel() if numel is None else numel, part, split)
-        self._all[layer.name] = item
+        item = Ready(layer.weight_name, layer.op.numel() if numel is None else numel, part, split)
+        self._all[item.name] = item
         self._bucket.append(item)
         options = self.step.options
+        if not options.dp_overlap:
+            return
         limit = options.ddp_first_bucket_bytes if not self._buckets else options.ddp_bucket_bytes
         if sum(i.most for i in self._bucket) * self.step.policy.gradient_bytes >= limit:
             self.flush()
@@ -97,16 +104,16 @@ class DataParallel:
             weights = tuple(f"w.{i.name}" for i in bucket)
             grads = tuple(f"g.{i.name}" for i in bucket) if self.mode == "zero1" else (f"g.shard{k}",)
             holds = tuple(i.holding for i in bucket)
-            shares.append(OptimizerShare(f"bucket{k}", self._shard(bucket), grads, weights, holds, self.group))
+            shares.append(OptimizerShare(f"bucket{k}", self._shard(bucket), grads, weights, holds, self.sharing))
         step.optimizer(shares)
         for k, bucket in enumerate(self._buckets):
             weights = tuple(f"w.{i.name}" for i in bucket)
-            step.collective("all_gather", self.group, self.group, f"gather_weights.{k}", self._shard(bucket) * self.n,
-                            weights, weights)  # fmt: skip
+            padded = self._shard(bucket) * step.group_size(self.sharing)
+            step.collective("all_gather", self.sharing, self.group, f"gather_weights.{k}", padded, weights, weights)
 
     def _shard(self, bucket: list[Ready]) -> int:
         """Elements of one rank's share of a bucket, padded."""
-        return -(-sum(i.most for i in bucket) // self.n)
+        return -(-sum(i.most for i in bucket) // self.step.group_size(self.sharing))
 
     def _reduce(self, k: int, bucket: list[Ready]) -> None:
         step, dtype = self.step, self.step.policy.gradient_dtype
@@ -115,8 +122,10 @@ class DataParallel:
         name = f"m{step.micro}.reduce.{k}"
         if self.copy:
             source = (self._copy_in(k, bucket, total, f"{name}.copy_in"),)
-        if self.mode == "ddp":
-            step.collective("all_reduce", self.group, self.group, name, total, source, source, dtype)
+        if self.mode == "ddp" or self.sharing != self.group:
+            kept = source if self.mode == "ddp" else grads
+            reads = tuple(dict.fromkeys((*source, *kept)))
+            step.collective("all_reduce", self.group, self.group, name, total, reads, kept, dtype)
             return
         padded = self._shard(bucket) * self.n
         if self.mode == "zero1":

@@ -16,6 +16,15 @@ class Options:
     previous unit. `rtp_chunk_bytes`: the bounce buffer of the in-place form. `rtp_ring`: "flat", "two-level", or
     "auto", which is two-level where a ring covers several whole nodes.
     `dp_sync`: what the data-parallel axis beside rotation or tensor parallelism does: "ddp", "zero1" or "zero2".
+    `zero1_size`: under zero1, so many neighbouring replicas share the optimizer's state instead of all of them;
+    gradients are then all-reduced over all (InternEvo's ZeRO-1 groups). 0 is all.
+    `dp_overlap`: reduce gradients while the backward goes on; without it all at once, after it.
+    `sequence_parallel`: tensor parallelism inside pipeline stages splits activations between layers by tokens.
+    `vpp`: chunks per stage of the interleaved pipeline. `pp_layers`: transformer blocks per piece (stages.py); without
+    them `pp_balance`, "layers" or "cost". `pp_overlap`: a stage computes on while it sends; without it the next
+    computation waits for the sends, as in Megatron's plain 1F1B.
+    `pp_scatter_gather`: tensor-parallel ranks each send a share of an activation that all of them have, and gather it
+    behind (arXiv 2104.04473, section 4.1).
     `eval_passes`: forward-only passes instead of a training step (rotation alternates direction)."""
 
     ddp_bucket_bytes: int = 25 * MIB
@@ -28,4 +37,12 @@ class Options:
     rtp_chunk_bytes: int = 4 * MIB
     rtp_ring: str = "auto"
     dp_sync: str = "ddp"
+    zero1_size: int = 0
+    dp_overlap: bool = True
+    sequence_parallel: bool = False
+    vpp: int = 1
+    pp_layers: tuple[int, ...] = ()
+    pp_balance: str = "layers"
+    pp_overlap: bool = True
+    pp_scatter_gather: bool = False
     eval_passes: int = 0

@@ -8,7 +8,8 @@ backward op where autograd would have saved it, and full recompute is emitting a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
 from rtp_sim.model.kernels import BACKWARD, PASS_THROUGH, Rule
 from rtp_sim.model.layers import Attention, Call, Extent, Layer
@@ -17,10 +18,14 @@ from rtp_sim.model.training import TrainingSpec
 from rtp_sim.schedule.builder import Builder
 from rtp_sim.schedule.ir import Collective, Compute, Group, Holding, Part, Site, Size
 from rtp_sim.schedule.options import Options
+from rtp_sim.schedule.pipeline_order import Action
 from rtp_sim.schedule.sharding import ShardedLayer, Sharding, lower
 from rtp_sim.schedule.update import OptimizerShare, loss_scale_buffer, take_step
 
 OnInputGrad = Callable[[str], None]
+
+PutOff = tuple[Layer, Callable[[], None]]
+"""A weight gradient that is emitted later: whose it is, and what emits it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,21 +53,38 @@ class Step:
     """The program of one rank class under construction, with what strategies need to know about the run."""
 
     def __init__(
-        self, name: str, network: Network, training: TrainingSpec, groups: Mapping[str, Group], options: Options
-    ) -> None:
+        self, name: str, network: Network, training: TrainingSpec, groups: Mapping[str, Group], options: Options,
+        stage: int = 0,
+    ) -> None:  # fmt: skip
         self.b = Builder(name)
-        self.network = network
+        self.whole = network
+        self.take_part(network.blocks)
+        self.stage = stage
         self.training = training
         self.groups = groups
         self.options = options
         self.extent = Extent(training.micro_batch, network.seq)
         self.policy = training.policy
         self.micro = 0
+        # Where the program of a pipeline's stage goes from one action to the next: (action, index of its first op).
+        self.actions: list[tuple[Action, int]] = []
         self._inputs = {i.name for i in network.inputs}
         self._loss = network.blocks[-1].layers[-1].output
         self._pending: dict[str, str] = {}
         # The stream on which collectives of a group were issued last.
         self._streams: dict[str, str] = {}
+        # Weight gradients put off; None where they are emitted at once.
+        self._put_off: list[PutOff] | None = None
+
+    def take_part(self, blocks: tuple[Block, ...]) -> None:
+        """From now on `network` is only what this rank works on, in a pipeline; `whole` stays all of it."""
+        self.network = self.whole if blocks == self.whole.blocks else replace(self.whole, blocks=blocks)
+        self._keeper = {x.weight_name: x.name for x in reversed(list(self.network.layers()))}
+        self._read = {tensor for layer in self.network.layers() for tensor in layer.inputs}
+
+    def keeps(self, layer: Layer) -> bool:
+        """Whether the rank keeps the layer's weights under this layer: the first of those here that share them."""
+        return bool(layer.op.numel()) and self._keeper.get(layer.weight_name) == layer.name
 
     # ---- what strategies loop over
 
@@ -75,7 +97,7 @@ class Step:
     def start_pass(self, micro: int) -> None:
         """Goes on with micro-batch `micro`, whose input tensors are there from the start of the step."""
         self.micro = micro
-        for i in self.network.inputs:
+        for i in (i for i in self.network.inputs if i.name in self._read):
             numel = i.numel_per_sample * self.training.micro_batch
             self.b.buffer(self.tensor(i.name), "activations", i.dtype, numel, live_in=True)
 
@@ -208,6 +230,14 @@ class Step:
         """Puts `buffer` (a gathered copy, say) in the place of the layer's output gradient."""
         self._pending[layer.output] = buffer
 
+    def set_tensor_grad(self, tensor: str, buffer: str) -> None:
+        """Puts the gradient of a tensor, which comes from elsewhere, where its maker's backward finds it."""
+        self._pending[tensor] = buffer
+
+    def take_tensor_grad(self, tensor: str) -> str:
+        """The buffer with the gradient of a tensor made elsewhere; KeyError if the backward has not come there."""
+        return self._pending.pop(tensor)
+
     def backward_layer(self, layer: Layer, work: Work = ALL, on_input_grad: OnInputGrad | None = None) -> None:
         """Emits the backward kernels of a layer or shard. Input gradients go to buffers that `merge_input_grads` takes
         up; `on_input_grad` is called with each as soon as it is complete (to start communicating it)."""
@@ -232,6 +262,10 @@ class Step:
         on_input_grad: OnInputGrad | None,
     ) -> None:  # fmt: skip
         call = lowered.calls[i]
+        if self._put_off is not None and rule.makes == ("dw",):
+            micro = self.micro
+            self._put_off.append((layer, lambda: self._later(micro, layer, lowered, i, rule, grads, work)))
+            return
         asked = call.inputs if "dx" in rule.makes else call.inputs[:1] if "dx0" in rule.makes else ()
         wanted = [n for n in asked if self._differentiable(layer, n)]
         if not wanted and "dw" not in rule.makes:
@@ -257,6 +291,23 @@ class Step:
             for name, buffer in zip(wanted, writes, strict=False):
                 if name.startswith("x"):
                     on_input_grad(buffer)
+
+    @contextmanager
+    def putting_off(self) -> Iterator[list[PutOff]]:
+        """Backwards emitted inside leave their weight gradients out and list what emits them, where a kernel of its
+        own makes these."""
+        found: list[PutOff] = []
+        self._put_off = found
+        try:
+            yield found
+        finally:
+            self._put_off = None
+
+    def _later(
+        self, micro: int, layer: Layer, lowered: ShardedLayer, i: int, rule: Rule, grads: dict[str, str], work: Work
+    ) -> None:
+        self.micro = micro
+        self._backward_call(layer, lowered, i, rule, grads, work, None)
 
     def _rule_reads(
         self, layer: Layer, lowered: ShardedLayer, call: Call, rule: Rule, grads: dict[str, str], work: Work

@@ -21,6 +21,9 @@ GRAD_NORM, LOSS_SCALE = "grad_norm", "loss_scale"
 SPLIT_GROUPS = ("rtp", "tp")
 """Groups along which layers are split (`Holding.split`)."""
 
+STAGES = "pp"
+"""The group of the stages of a pipeline."""
+
 
 @dataclass(frozen=True, slots=True)
 class OptimizerShare:
@@ -81,11 +84,11 @@ def _look_at_gradients(
 
 
 def _different_along(shares: Sequence[OptimizerShare], groups: Mapping[str, Group]) -> Iterator[str]:
-    """Groups whose ranks update with different gradients: shards of layers, or slices of a sequence."""
+    """Groups whose ranks update with different gradients: shards of layers, slices of a sequence, pipeline stages."""
     split = any(h.split for s in shares for h in s.holds)
     sliced = {s.slice_of for s in shares}
     for name, group in groups.items():
-        if group.size > 1 and (name in sliced or (split and name in SPLIT_GROUPS)):
+        if group.size > 1 and (name == STAGES or name in sliced or (split and name in SPLIT_GROUPS)):
             yield name
 
 

@@ -1,8 +1,11 @@
-"""`fsdp`: weights, gradients and optimizer state in shards; each unit is gathered just before it is used (ZeRO-3).
+"""`fsdp`, `hsdp`: weights, gradients and optimizer state in shards; each unit is gathered just before its use (ZeRO-3).
 
 A unit is a block, or the whole model with `fsdp_unit="model"`. Where embedding and head share weights, both blocks
 form the root unit, which stays gathered through a pass, as torch's root module does. The next unit is gathered while
 the current one computes; its gather waits for the end of the one before, so at most two units are whole at a time.
+
+`hsdp` shards inside groups of neighbouring ranks and keeps a replica of the shards per group: gathers and
+reduce-scatters stay in the group, and the last micro-batch's gradient shards are all-reduced across groups.
 """
 
 from __future__ import annotations
@@ -15,24 +18,35 @@ from rtp_sim.schedule.ir import Compute, Holding
 from rtp_sim.schedule.step import Step, Work
 from rtp_sim.schedule.update import OptimizerShare
 
-GROUP = "dp"
+DP, FSDP = "dp", "fsdp"
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Layers whose weights are gathered together; `shard` is one rank's padded share of `numel` parameters."""
+    """Layers whose weights are gathered together; `shard` is one rank's padded share of `numel` parameters
+    over `group`."""
 
     name: str
     numel: int
     shard: int
     holds: tuple[Holding, ...]
+    group: str
 
 
 def fsdp(step: Step) -> None:
     """Forward: gather each unit, compute, drop it. Backward: gather again, compute, reduce-scatter its gradient."""
-    units, blocks = _units(step), step.network.blocks
+    _run(step, DP)
+
+
+def hsdp(step: Step) -> None:
+    """As fsdp inside groups of ranks; gradient shards are all-reduced between the groups."""
+    _run(step, FSDP)
+
+
+def _run(step: Step, group: str) -> None:
+    units, blocks = _units(step, group), step.network.blocks
     order = [units[b.name] for b in blocks]
-    for _ in step.microbatches():
+    for last in step.microbatches():
         gathered: set[str] = set()
         for i, block in enumerate(blocks):
             _gather(step, order[i : i + 1 + step.options.fsdp_prefetch], gathered, "F")
@@ -47,11 +61,13 @@ def fsdp(step: Step) -> None:
                 pass
             if order[i] not in order[:i]:
                 _reduce(step, order[i])
+                if group == FSDP and last:
+                    _reduce_across(step, order[i])
     owned = [u for u in dict.fromkeys(order) if u.numel]
-    step.optimizer([OptimizerShare(u.name, u.shard, (f"g.{u.name}",), (f"w.{u.name}",), u.holds, GROUP) for u in owned])
+    step.optimizer([OptimizerShare(u.name, u.shard, (f"g.{u.name}",), (f"w.{u.name}",), u.holds, group) for u in owned])
 
 
-def _units(step: Step) -> dict[str, Unit]:
+def _units(step: Step, group: str) -> dict[str, Unit]:
     """block name -> its unit; declares the sharded weights."""
     shared = {layer.shares for layer in step.network.layers() if layer.shares}
 
@@ -63,10 +79,10 @@ def _units(step: Step) -> dict[str, Unit]:
     owners: dict[str, list[Layer]] = {}
     for block in step.network.blocks:
         owners.setdefault(key(block), []).extend(x for x in block.layers if x.owned_numel)
-    n, units = step.group_size(GROUP), {}
+    n, units = step.group_size(group), {}
     for name, layers in owners.items():
         count = sum(x.owned_numel for x in layers)
-        units[name] = Unit(name, count, -(-count // n), tuple(Holding(x.name) for x in layers))
+        units[name] = Unit(name, count, -(-count // n), tuple(Holding(x.name) for x in layers), group)
     for u in units.values():
         if u.numel:
             _sharded(step, u, f"w.{u.name}", "weights", step.policy.weight_dtype, persistent=True)
@@ -76,15 +92,15 @@ def _units(step: Step) -> dict[str, Unit]:
 def _sharded(step: Step, unit: Unit, name: str, category: str, dtype: str, persistent: bool = False) -> str:
     """Declares a buffer for this rank's share of the unit."""
     share = unit.shard
-    return step.b.buffer(name, category, dtype, share, persistent=persistent, holds=unit.holds, slice_of=GROUP)
+    return step.b.buffer(name, category, dtype, share, persistent=persistent, holds=unit.holds, slice_of=unit.group)
 
 
 def _work(step: Step, unit: Unit) -> Work:
     """Where the unit's layers find whole weights and leave whole gradients; the shards themselves in a group of one."""
-    if step.group_size(GROUP) == 1 or not unit.numel:
+    if step.group_size(unit.group) == 1 or not unit.numel:
         _sharded(step, unit, f"g.{unit.name}", "gradients", step.policy.gradient_dtype)
         return Work(weight=f"w.{unit.name}", grad=f"g.{unit.name}")
-    padded = unit.shard * step.group_size(GROUP)
+    padded = unit.shard * step.group_size(unit.group)
     policy, holds = step.policy, unit.holds
     weight = step.b.buffer(f"full.{unit.name}", "communication", policy.weight_dtype, padded, holds=holds)
     grad = step.b.buffer(f"gfull.{unit.name}", "communication", policy.gradient_dtype, padded, holds=holds)
@@ -97,23 +113,32 @@ def _gather(step: Step, wanted: list[Unit], gathered: set[str], tag: str) -> Non
         if unit.name in gathered or not unit.numel:
             continue
         gathered.add(unit.name)
-        padded = unit.shard * step.group_size(GROUP)
+        padded = unit.shard * step.group_size(unit.group)
         name, target = f"m{step.micro}.gather.{tag}.{unit.name}", _work(step, unit).weight or ""
         shard, after = (f"w.{unit.name}",), step.b.last("compute")
-        step.collective("all_gather", GROUP, "fsdp", name, padded, shard, (target,), after=after)
+        step.collective("all_gather", unit.group, "fsdp", name, padded, shard, (target,), after=after)
 
 
 def _reduce(step: Step, unit: Unit) -> None:
     """Reduce-scatters the unit's gradient into the shard, or adds it to what earlier micro-batches left there."""
-    if not unit.numel or step.group_size(GROUP) == 1:
+    if not unit.numel or step.group_size(unit.group) == 1:
         return
-    dtype, padded = step.policy.gradient_dtype, unit.shard * step.group_size(GROUP)
+    dtype, padded = step.policy.gradient_dtype, unit.shard * step.group_size(unit.group)
     shard = _sharded(step, unit, f"g.{unit.name}", "gradients", dtype)
     name, source = f"m{step.micro}.reduce.{unit.name}", f"gfull.{unit.name}"
     first = step.b.fresh(shard)
     target = shard if first else _sharded(step, unit, f"g.arrived.{unit.name}", "communication", dtype)
-    step.collective("reduce_scatter", GROUP, "fsdp", name, padded, (source,), (target,), dtype)
+    step.collective("reduce_scatter", unit.group, "fsdp", name, padded, (source,), (target,), dtype)
     step.b.drop(source)
     if not first:
         add = Compute("add", dtype, (("numel", unit.shard),))
         step.b.op(f"{name}.add", "compute", add, (shard, target), (shard,))
+
+
+def _reduce_across(step: Step, unit: Unit) -> None:
+    """All-reduces the unit's gradient shard over the replicas of the shards."""
+    if not unit.numel:
+        return
+    grad = (f"g.{unit.name}",)
+    step.collective("all_reduce", DP, DP, f"m{step.micro}.reduce_across.{unit.name}", unit.shard, grad, grad,
+                    step.policy.gradient_dtype)  # fmt: skip

@@ -21,15 +21,15 @@ HERE = Part(GROUP, (0,))
 
 def tp(step: Step) -> None:
     """Activations between split layers are whole on every rank."""
-    _run(step, _Tensor(step, sequence=False))
+    _run(step, Tensor(step, sequence=False))
 
 
 def tp_sp(step: Step) -> None:
     """Activations between split layers are split by tokens."""
-    _run(step, _Tensor(step, sequence=True))
+    _run(step, Tensor(step, sequence=True))
 
 
-def _run(step: Step, tensor: _Tensor) -> None:
+def _run(step: Step, tensor: Tensor) -> None:
     sync = DataParallel(step, step.options.dp_sync)
     for last in step.microbatches():
         for layer in step.network.layers():
@@ -49,18 +49,18 @@ def _run(step: Step, tensor: _Tensor) -> None:
     sync.finish()
 
 
-class _Tensor:
+class Tensor:
     """One rank's view of the split: which work each layer is, and the communication at its edges."""
 
     def __init__(self, step: Step, sequence: bool) -> None:
         self.step, self.n = step, step.group_size(GROUP)
         self.sequence = sequence and self.n > 1
-        self._producer = {x.output: x for x in step.network.layers()}
+        self._producer = {x.output: x for x in step.whole.layers()}
         self._require_splits(sequence)
 
     def _require_splits(self, sequence: bool) -> None:
         """InputError where there is nothing to split, or a rank would get no part and idle while others compute."""
-        layers = list(self.step.network.layers())
+        layers = list(self.step.whole.layers())
         if self.n > 1 and not any(self.kind(x) for x in layers):
             raise InputError(
                 "nothing to split: expected attention, MLPs, experts, an embedding or a language-model head"
@@ -113,7 +113,7 @@ class _Tensor:
 
     def partial_gradient(self, layer: Layer) -> bool:
         """Whether each rank has seen only its tokens, so that gradients of whole weights must be added up."""
-        return self._by_rows(layer) and layer.owned_numel > 0
+        return self._by_rows(layer) and self.step.keeps(layer)
 
     # ---- forward
 

@@ -1,0 +1,142 @@
+"""`estimate`: the metrics of a step without simulating every layer and micro-batch of it.
+
+A pipeline is composed of stretches (pipeline.py). Any other step repeats its micro-batches and its blocks: it is
+simulated with few of each, and what is found is a straight line in both numbers from there on. How far the straight
+lines carry is measured in tests/test_compose_estimate.py; where the numbers are small anyway the step is simulated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from rtp_sim.compose.pipeline import StageResult, compose_pipeline
+from rtp_sim.experiment import Request, Setting, built, run, settle, usable_memory_bytes
+from rtp_sim.hardware.spec import Cluster
+from rtp_sim.metrics import NS_PER_S, StepMetrics
+from rtp_sim.model.layers import Layer
+from rtp_sim.model.network import Block, Network
+from rtp_sim.schedule.build import step_meta
+from rtp_sim.schedule.ir import CATEGORIES
+from rtp_sim.schedule.pipeline_order import PIPELINES
+
+FEW_BLOCKS = (6, 12)
+FEW_MICROS = (2, 3)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """`how` says what the metrics rest on: "simulated", "composed", or what was simulated instead. Of a composed step
+    the share of measured prices is not known, and messages between stages count as bubble, not as communication."""
+
+    metrics: StepMetrics
+    extrapolated: bool
+    how: str
+
+
+def estimate(
+    request: Request | Setting, cluster: Cluster | None = None, network: Network | None = None, engine: str = "simpy"
+) -> Estimate:
+    """The metrics of a request, or of one that is looked up already. InputError as `experiment.prepare`."""
+    setting = request if isinstance(request, Setting) else settle(request, cluster, network)
+    if setting.request.strategy in PIPELINES and setting.layout.pp > 1:
+        return Estimate(_of_stages(setting, compose_pipeline(setting, slowdown=engine == "simpy")), True, "composed")
+    blocks = sum(block.recomputable for block in setting.network.blocks)
+    micros = setting.training.num_microbatches
+    few_blocks = FEW_BLOCKS if blocks > FEW_BLOCKS[1] + 2 and not setting.request.options.eval_passes else (blocks,)
+    few_micros = FEW_MICROS if micros > FEW_MICROS[1] else (micros,)
+    if few_blocks == (blocks,) and few_micros == (micros,):
+        return Estimate(run(built(setting), engine).metrics, False, "simulated")
+    rows = [[_simulated(setting, b, m, engine) for m in few_micros] for b in few_blocks]
+    along_micros = [_on_line(row, few_micros, micros) for row in rows]
+    metrics = _on_line(along_micros, few_blocks, blocks)
+    how = f"simulated with {_and(few_blocks)} blocks, {_and(few_micros)} micro-batches"
+    return Estimate(_with_rates(setting, metrics), True, how)
+
+
+def _and(numbers: tuple[int, ...]) -> str:
+    return " and ".join(str(n) for n in numbers)
+
+
+# ---- fewer of what repeats
+
+
+def _simulated(setting: Setting, blocks: int, micros: int, engine: str) -> StepMetrics:
+    training = replace(setting.training, num_microbatches=micros)
+    smaller = replace(setting, network=shortened(setting.network, blocks), training=training)
+    return run(built(smaller), engine).metrics
+
+
+def shortened(network: Network, count: int) -> Network:
+    """The network with only the first `count` of its repeated blocks; what follows reads the last of these."""
+    repeated = [block for block in network.blocks if block.recomputable]
+    if count >= len(repeated):
+        return network
+    kept, dropped = repeated[:count], set(repeated[count:])
+    renamed = {repeated[-1].layers[-1].output: kept[-1].layers[-1].output}
+
+    def reading(layer: Layer) -> Layer:
+        return replace(layer, inputs=tuple(renamed.get(t, t) for t in layer.inputs))
+
+    blocks = tuple(b for b in network.blocks if b not in dropped)
+    after = blocks.index(kept[-1]) + 1
+    rest = tuple(Block(b.name, tuple(reading(x) for x in b.layers), b.recomputable) for b in blocks[after:])
+    return replace(network, blocks=(*blocks[:after], *rest))
+
+
+# ---- straight lines
+
+
+def _on_line(found: list[StepMetrics], at: tuple[int, ...], wanted: int) -> StepMetrics:
+    """The metrics at `wanted` on the line through two points; the point itself if there is only one."""
+    if len(found) == 1:
+        return found[0]
+    first, second = found
+    factor = (wanted - at[0]) / (at[1] - at[0])
+    changes: dict[str, Any] = {
+        f.name: _linear(getattr(first, f.name), getattr(second, f.name), factor)
+        for f in fields(StepMetrics)
+        if isinstance(getattr(first, f.name), int | float) and not isinstance(getattr(first, f.name), bool)
+    }
+    memory = {c: int(_linear(first.memory_by_category[c], second.memory_by_category[c], factor)) for c in CATEGORIES}
+    return replace(second, **changes, memory_by_category=memory)
+
+
+def _linear(a: float, b: float, factor: float) -> float:
+    value = a + (b - a) * factor
+    return round(value) if isinstance(a, int) else value
+
+
+def _with_rates(setting: Setting, metrics: StepMetrics) -> StepMetrics:
+    """With what follows from step time and memory for the whole network."""
+    meta = step_meta(setting.request.strategy, setting.network, setting.training, setting.layout,
+                     setting.request.options)  # fmt: skip
+    ranks, step_s = setting.layout.world_size, metrics.step_time_s
+    peak = setting.cost.peak_flops_per_s(setting.training.policy.compute_dtype)
+    tokens, flops = float(meta["tokens"] or 0), float(meta["model_flops"] or 0)
+    return replace(
+        metrics, tokens_per_s=tokens / step_s if step_s else None,
+        tokens_per_s_per_gpu=tokens / step_s / ranks if step_s else None,
+        mfu=flops / (step_s * ranks * peak) if step_s and peak else None,
+        fits=metrics.peak_memory_bytes <= usable_memory_bytes(setting.cluster),
+    )  # fmt: skip
+
+
+# ---- pipelines
+
+
+def _of_stages(setting: Setting, stages: list[StageResult]) -> StepMetrics:
+    """Times are those of the stage that ends last, memory that of the one with the highest peak."""
+    step_ns = max(stage.end_ns for stage in stages)
+    last = next(stage for stage in stages if stage.end_ns == step_ns)
+    highest = max(stages, key=lambda stage: stage.peak_bytes)
+    metrics = StepMetrics(
+        strategy=setting.request.strategy, layout=str(setting.layout), step_time_s=step_ns / NS_PER_S,
+        tokens_per_s=None, tokens_per_s_per_gpu=None, mfu=None, peak_memory_bytes=highest.peak_bytes,
+        memory_by_category=dict(highest.peak_by_category), fits=False, compute_time_s=last.compute_ns / NS_PER_S,
+        exposed_communication_s=last.exposed_ns / NS_PER_S,
+        overlapped_communication_s=max(0, last.communication_ns - last.exposed_ns) / NS_PER_S,
+        bubble_s=max(0, step_ns - last.compute_ns - last.exposed_ns) / NS_PER_S,
+        bytes_sent_per_rank=last.sent_bytes, messages_per_rank=last.messages, cost_provenance={},
+    )  # fmt: skip
+    return _with_rates(setting, metrics)

@@ -1,0 +1,120 @@
+"""Memory of a composed step: what each stretch adds and gives back, swept over the order of the stretches.
+
+A buffer is held from its fresh write to its last use, as in engine/memory.py, here in the order of the program instead
+of in time: what arrives early or leaves late beside computation is not seen. What belongs to a micro-batch (its name
+says so) comes with each one; everything else is there from the first stretch that makes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from rtp_sim.engine.memory import live_intervals
+from rtp_sim.schedule.ir import CATEGORIES, Program
+
+Label = object
+"""What names a stretch: kind, chunk, and whether it is the last micro-batch's."""
+
+Amount = dict[str, int]
+"""Bytes by category."""
+
+
+@dataclass
+class Footprint:
+    """`net` is what stays after a stretch, `peak` the most within it beyond what was there before, at the peak of the
+    total; both by category."""
+
+    net: Amount = field(default_factory=dict)
+    peak: Amount = field(default_factory=dict)
+    highest: int = 0
+
+
+@dataclass(frozen=True)
+class Memory:
+    """`resident` is there all the time; `per_input` is each micro-batch's input, there from the start. `each[label]` is
+    what a stretch does every time, `first[label]` what it does the first time, where something arises that stays."""
+
+    resident: Amount
+    per_input: Amount
+    each: Mapping[Label, Footprint]
+    first: Mapping[Label, Footprint]
+
+
+Delta = tuple[int, int, str, int]
+"""Op, 0 for a write or 1 for a last use, category, bytes."""
+
+
+def footprints(
+    program: Program, ranges: Sequence[tuple[Label, int, int, int]], shards: Mapping[str, int]
+) -> Memory:
+    """The memory of a program's stretches, given as (label, micro-batch, first op, end). `shards` is the index of this
+    rank's shard by buffer (0 where absent)."""
+    label_of = {i: (label, micro) for label, micro, first, stop in ranges for i in range(first, stop)}
+    deltas: dict[tuple[Label, int], list[Delta]] = {}
+    arising: dict[Label, list[Delta]] = {}
+    resident: Amount = {}
+    inputs: dict[str, Amount] = {}
+    for version in live_intervals(program):
+        buffer = program.buffers[version.buffer]
+        size, category = buffer.size_bytes(shards.get(version.buffer, 0)), buffer.category
+        micro = version.buffer.partition("/")[0] if "/" in version.buffer and version.buffer[0] == "m" else ""
+        if version.writer is None:
+            _add(inputs.setdefault(micro, {}) if micro else resident, category, size)
+        elif micro:
+            deltas.setdefault(label_of[version.writer], []).append((version.writer, 0, category, size))
+        else:
+            arising.setdefault(label_of[version.writer][0], []).append((version.writer, 0, category, size))
+        if micro and not version.kept and version.users:
+            last = max(version.users)
+            deltas.setdefault(label_of[last], []).append((last, 1, category, -size))
+    each: dict[Label, list[Delta]] = {}
+    for (label, _), found in deltas.items():
+        each.setdefault(label, found)
+    return Memory(
+        resident,
+        next(iter(inputs.values()), {}),
+        {label: _footprint(found) for label, found in each.items()},
+        {label: _footprint([*found, *each.get(label, [])]) for label, found in arising.items()},
+    )
+
+
+def sweep(memory: Memory, order: Sequence[Label], micros: int) -> tuple[int, dict[str, int]]:
+    """The peak over stretches in this order, and its categories."""
+    level = dict.fromkeys(CATEGORIES, 0)
+    for category, size in memory.resident.items():
+        level[category] += size
+    for category, size in memory.per_input.items():
+        level[category] += micros * size
+    total = most = sum(level.values())
+    at_most, seen = dict(level), set()
+    for label in order:
+        mark = memory.each.get(label, _NOTHING)
+        if label not in seen:
+            seen.add(label)
+            mark = memory.first.get(label, mark)
+        if total + mark.highest > most:
+            most = total + mark.highest
+            at_most = {c: level[c] + mark.peak.get(c, 0) for c in CATEGORIES}
+        for category, size in mark.net.items():
+            level[category] += size
+            total += size
+    return most, at_most
+
+
+_NOTHING = Footprint()
+
+
+def _footprint(deltas: list[Delta]) -> Footprint:
+    found, best = Footprint(), 0
+    for _, _, category, size in sorted(deltas):
+        _add(found.net, category, size)
+        total = sum(found.net.values())
+        if total > best:
+            best, found.peak = total, dict(found.net)
+    found.highest = best
+    return found
+
+
+def _add(amount: Amount, category: str, size: int) -> None:
+    amount[category] = amount.get(category, 0) + size
