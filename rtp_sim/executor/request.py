@@ -75,6 +75,8 @@ class RunRequest:
             raise InputError(f"run: transport {self.transport} cannot send from GPU memory; expected nccl with cuda")
         if self.stated and (self.check or self.save_tensors or self.float_dtype or self.transport != "auto"):
             raise InputError("run: with stated times nothing is computed or sent: no check, tensors, fp64 or transport")
+        if self.stated and self.device != "cpu":
+            raise InputError(f"run: with stated times no device computes; expected device cpu, given {self.device}")
         if self.transport == "emulated":
             self.link()
         elif self.link_latency_ns or self.link_bandwidth_bytes_per_s:
