@@ -243,6 +243,7 @@ def _calibrate(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     p.add_argument("--threads", type=_count, default=1, metavar="N", help="threads each CPU rank computes with (1)")
     p.add_argument("--pin", action="store_true", help="keep each rank on one core")
+    p.add_argument("--transport", choices=("gloo", "shm"), default="gloo", help="what CPU ranks send with (gloo)")
     p.add_argument("--quick", action="store_true", help="few sizes and repetitions: seconds instead of minutes")
     p.add_argument("--timeout", type=float, default=120.0, metavar="S", help="how long a rank may stand still (120)")
     p.add_argument("--quiet", action="store_true", help="no progress on stderr")

@@ -56,6 +56,7 @@ MAY_IMPORT = {
     "commands_calibrate": BASE
     | {
         "experiment",
+        "model",
         "hardware",
         "executor.calibrate",
         "executor.calibrate.fit",
