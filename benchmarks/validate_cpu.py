@@ -1,11 +1,12 @@
 """Predicted against measured step times on this machine's CPUs: python benchmarks/validate_cpu.py -o DIR.
 
 Needs torch, a quiet machine and patience (`--settings`, `--cases` and `--launches` make it shorter). It calibrates once
-for 2 and for 4 ranks (`rtp-sim calibrate`; profiles that are there already are used), then measures 24 cases in every
-setting: each launch is a fresh set of processes, a case's time the median over its launches of the launch's median
-step. A launch while other programs took more than `--foreign` of the cores does not count and is made again, up to
-three times. Every launch is written to DIR/launches.jsonl at once, so a benchmark that was interrupted goes on where it
-was, and `--report` predicts again without measuring, with the program as it is now. Nothing is fitted to these cases.
+per number of ranks and transport (`rtp-sim calibrate`; profiles that are there already are used), then measures 24
+cases in every setting: each launch is a fresh set of processes, a case's time the median over its launches of the
+launch's median step. A launch while other programs took more than `--foreign` of the cores does not count and is made
+again, up to three times. Every launch is written to DIR/launches.jsonl at once, so a benchmark that was interrupted
+goes on where it was, and `--report` predicts again without measuring, with the program as it is now. Nothing is fitted
+to these cases.
 
 Writes DIR/validation.md and DIR/validation.json. Exit code 1 if a setting misses its bar.
 """
@@ -116,7 +117,7 @@ class Job:
     @property
     def conditions(self) -> Conditions:
         link = LINK if self.setting.transport == "emulated" else None
-        return Conditions("cpu", self.setting.transport, link, self.times)
+        return Conditions("cpu", link, self.times)
 
 
 def job(setting: Setting, case: Case) -> Job:
@@ -215,12 +216,14 @@ def read(log: Path) -> Iterator[Launch]:
                 yield Launch(**json.loads(line))
 
 
-def calibrated(a: argparse.Namespace, ranks: int) -> Path:
-    """The profile for so many ranks, made if it is not there."""
-    path: Path = a.output / f"cpu{ranks}.toml"
+def calibrated(a: argparse.Namespace, setting: Setting) -> Path:
+    """The profile for the setting's ranks and transport, made if it is not there."""
+    ranks, transport = str(setting.ranks), "gloo" if setting.transport == "gloo" else "shm"
+    path: Path = a.output / f"cpu{ranks}-{transport}.toml"
     if not path.exists():
-        say(f"calibrating for {ranks} ranks")
-        command = [sys.executable, "-m", "rtp_sim", "calibrate", "-o", str(path), "--nproc", str(ranks), "--quiet"]
+        say(f"calibrating {transport} for {ranks} ranks")
+        command = [sys.executable, "-m", "rtp_sim", "calibrate", "-o", str(path), "--nproc", ranks, "--quiet"]
+        command += ["--transport", transport]
         subprocess.run([*command, *(["--pin"] if a.pin else [])], check=True, stdout=subprocess.DEVNULL)
     return path
 
@@ -256,7 +259,7 @@ def rows(a: argparse.Namespace, jobs: Sequence[Job], log: Path) -> list[Row]:
             continue
         cluster = job.prepared.cluster
         if job.times is None:
-            cluster = load_cluster(str(calibrated(a, job.setting.ranks)), 1, job.setting.ranks)
+            cluster = load_cluster(str(calibrated(a, job.setting)), 1, job.setting.ranks)
         predicted_ns = predict(job.prepared.schedule, cluster, job.conditions).step_time_ns
         times = [one.median_ns for one in mine]
         measured_ns = statistics.median(times)
@@ -325,8 +328,9 @@ def main() -> int:
     log = a.output / "launches.jsonl"
     jobs = [job(setting, case) for setting in chosen for case in cases()[: a.cases]]
     if not a.report:
-        for ranks in sorted({s.ranks for s in chosen if s.transport != "none"}):
-            calibrated(a, ranks)
+        for setting in chosen:
+            if setting.transport != "none":
+                calibrated(a, setting)
         measure_all(a, jobs, log)
     found = rows(a, jobs, log)
     text = "\n".join(markdown(found)) + "\n"

@@ -10,8 +10,8 @@ from schedule_helpers import Row, kernel, program, ring, schedule, shift
 from strategy_helpers import FlatCost
 
 from rtp_sim import cli
+from rtp_sim.cost.emulated import MEET_NS, EmulatedCost
 from rtp_sim.cost.model import ClusterCost
-from rtp_sim.cost.shared_memory import MEET_NS, SharedMemoryCost
 from rtp_sim.cost.stated import StatedCost, priced, slow_apart
 from rtp_sim.engine.costs import Phase
 from rtp_sim.engine.longest_path import longest_path
@@ -121,25 +121,22 @@ def test_a_host_that_computes_issues_after_each_kernel():
     assert simulate(on_host(s), cost).times(0).start_ns.tolist() == [10, 120]
 
 
-def test_copies_through_shared_memory():
+def test_a_transfer_over_an_emulated_link_ends_with_a_copy():
     cluster = load_cluster("cpu-local", 1, 4)
     device = cluster.device
     rate = int(device.memory_bandwidth_bytes_per_s.value * device.memory_efficiency.value)
-    base = ClusterCost(cluster)
-    own, linked = SharedMemoryCost(base), SharedMemoryCost(base, Link(1000, 10**9))
-    # In and out, each byte read and written; over the link the first copy lies in the link's 1 us + 1 us.
-    sent = own.point_to_point(0, 1, 1000, None)
-    assert (sent.latency_ns, sent.work_bytes, sent.cap_bytes_per_s) == (MEET_NS, 4000, rate)
-    sent = linked.point_to_point(0, 1, 1000, None)
-    assert (sent.latency_ns, sent.work_bytes) == (MEET_NS + 2000, 2000)
-    # Two ranks: each copies 1,000 B, then reads both slots and writes the sum.
-    assert own.collective("all_reduce", (0, 1), 1000, "fp32")[0].work_bytes == 5000
-    # Four ranks: a quarter in, all of it out.
-    assert own.collective("all_gather", (0, 1, 2, 3), 1000, "fp32")[0].work_bytes == 2500
-    assert linked.collective("all_gather", (0, 1, 2, 3), 1000, "fp32")[0].latency_ns == MEET_NS + 3 * 1250
-    # While one rank copies, one core is busy.
-    pool, weight = own.compute_pool(0)  # type: ignore[misc]
-    assert own.point_to_point(0, 1, 1000, None).usage[pool] * rate == pytest.approx(weight * 1e9, rel=0.01)
+    cost = EmulatedCost(ClusterCost(cluster), Link(1000, 10**9))
+    # 1 us of latency and 1 us for 1,000 B, each of which is then read and written.
+    sent = cost.point_to_point(0, 1, 1000, None)
+    assert (sent.latency_ns, sent.work_bytes, sent.cap_bytes_per_s) == (MEET_NS + 2000, 2000, rate)
+    pool = cost.compute_pool(0)
+    assert pool is not None
+    # Two ranks read both slots and write the sum; of four, each copies all parts.
+    assert cost.collective("all_reduce", (0, 1), 1000, "fp32") == (
+        Phase(MEET_NS + 2 * 1500, 3000, {pool[0]: round(2 * 1e12 / rate)}, rate),
+    )  # fmt: skip
+    gathered = cost.collective("all_gather", (0, 1, 2, 3), 1000, "fp32")[0]
+    assert (gathered.latency_ns, gathered.work_bytes) == (MEET_NS + 3 * 1250, 2000)
 
 
 # ---- real processes

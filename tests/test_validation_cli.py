@@ -13,8 +13,8 @@ from test_cli import Answer, documented_keys
 from test_report_html import FRAMES, Elements, root_of, run_browser
 
 from rtp_sim.cli import main
+from rtp_sim.cost.emulated import MEET_NS
 from rtp_sim.cost.model import ClusterCost
-from rtp_sim.cost.shared_memory import MEET_NS
 from rtp_sim.cost.stated import priced
 from rtp_sim.engine.memory import memory_profiles
 from rtp_sim.errors import InputError
@@ -102,7 +102,7 @@ def test_a_run_is_predicted_under_its_own_conditions(directory: Path):
     hop = {"transport": "emulated", "link_latency_ns": 1_000_000, "link_bandwidth_bytes_per_s": 10**9}
     edit(directory / "request.json", lambda data: data.update(hop))
     run = load_run(directory)
-    assert run.conditions == Conditions(NASTY, "emulated", Link(1_000_000, 10**9))
+    assert run.conditions == Conditions(NASTY, Link(1_000_000, 10**9))
     timeline = judge(run, load_cluster("cpu-local", 1, 4), 0.5).diff.predicted
     spans = [span for span in timeline.spans(0) if isinstance(span.op.action, Shift)]
     assert spans
