@@ -123,8 +123,7 @@ def test_a_host_that_computes_issues_after_each_kernel():
 
 def test_a_transfer_over_an_emulated_link_ends_with_a_copy():
     cluster = load_cluster("cpu-local", 1, 4)
-    device = cluster.device
-    rate = int(device.memory_bandwidth_bytes_per_s.value * device.memory_efficiency.value)
+    rate = int(cluster.device.memory_bandwidth_bytes_per_s.value)
     cost = EmulatedCost(ClusterCost(cluster), Link(1000, 10**9))
     # 1 us of latency and 1 us for 1,000 B, each of which is then read and written.
     sent = cost.point_to_point(0, 1, 1000, None)
