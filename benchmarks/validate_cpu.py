@@ -221,6 +221,8 @@ def calibrated(a: argparse.Namespace, setting: Setting) -> Path:
     ranks, transport = str(setting.ranks), "gloo" if setting.transport == "gloo" else "shm"
     path: Path = a.output / f"cpu{ranks}-{transport}.toml"
     if not path.exists():
+        if a.report:
+            raise SystemExit(f"{path} is missing: --report predicts with the profiles of the measurement")
         say(f"calibrating {transport} for {ranks} ranks")
         command = [sys.executable, "-m", "rtp_sim", "calibrate", "-o", str(path), "--nproc", ranks, "--quiet"]
         command += ["--transport", transport]
