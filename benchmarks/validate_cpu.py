@@ -1,12 +1,11 @@
 """Predicted against measured step times on this machine's CPUs: python benchmarks/validate_cpu.py -o DIR.
 
 Needs torch, a quiet machine and patience (`--settings`, `--cases` and `--launches` make it shorter). It calibrates once
-per number of ranks and transport (`rtp-sim calibrate`; profiles that are there already are used), then measures 24
-cases in every setting: each launch is a fresh set of processes, a case's time the median over its launches of the
-launch's median step. A launch while other programs took more than `--foreign` of the cores does not count and is made
-again, up to three times. Every launch is written to DIR/launches.jsonl at once, so a benchmark that was interrupted
-goes on where it was, and `--report` predicts again without measuring, with the program as it is now. Nothing is fitted
-to these cases.
+for 2 and for 4 ranks (`rtp-sim calibrate`; profiles that are there already are used), then measures 24 cases in every
+setting: each launch is a fresh set of processes, a case's time the median over its launches of the launch's median
+step. A launch while other programs took more than `--foreign` of the cores does not count and is made again, up to
+three times. Every launch is written to DIR/launches.jsonl at once, so a benchmark that was interrupted goes on where it
+was, and `--report` predicts again without measuring, with the program as it is now. Nothing is fitted to these cases.
 
 Writes DIR/validation.md and DIR/validation.json. Exit code 1 if a setting misses its bar.
 """
@@ -89,7 +88,7 @@ class Case:
 
 
 STRATEGIES = ("ddp", "zero1", "zero2", "fsdp", "tp", "tp-sp", "rtp", "rtp-inplace")
-SIZES = ((320, 4, 6, 96), (448, 3, 10, 160), (704, 2, 3, 224), (256, 6, 20, 64), (576, 2, 12, 72), (384, 5, 2, 208))
+SIZES = ((320, 3, 5, 96), (448, 3, 4, 128), (704, 2, 2, 96), (256, 4, 12, 64), (576, 2, 5, 72), (384, 4, 2, 208))
 """(hidden, layers, micro-batch, sequence); 8 heads each. Every strategy meets three of them."""
 
 
@@ -117,7 +116,7 @@ class Job:
     @property
     def conditions(self) -> Conditions:
         link = LINK if self.setting.transport == "emulated" else None
-        return Conditions("cpu", link, self.times)
+        return Conditions("cpu", self.setting.transport, link, self.times)
 
 
 def job(setting: Setting, case: Case) -> Job:
@@ -217,16 +216,16 @@ def read(log: Path) -> Iterator[Launch]:
 
 
 def calibrated(a: argparse.Namespace, setting: Setting) -> Path:
-    """The profile for the setting's ranks and transport, made if it is not there."""
-    ranks, transport = str(setting.ranks), "gloo" if setting.transport == "gloo" else "shm"
-    path: Path = a.output / f"cpu{ranks}-{transport}.toml"
+    """The profile for so many ranks and what they send with, made if it is not there."""
+    transport = "gloo" if setting.transport == "gloo" else "shm"
+    path: Path = a.output / f"{transport}{setting.ranks}.toml"
     if not path.exists():
         if a.report:
             raise SystemExit(f"{path} is missing: --report predicts with the profiles of the measurement")
-        say(f"calibrating {transport} for {ranks} ranks")
-        command = [sys.executable, "-m", "rtp_sim", "calibrate", "-o", str(path), "--nproc", ranks, "--quiet"]
-        command += ["--transport", transport]
-        subprocess.run([*command, *(["--pin"] if a.pin else [])], check=True, stdout=subprocess.DEVNULL)
+        say(f"calibrating for {setting.ranks} ranks over {transport}")
+        command = [sys.executable, "-m", "rtp_sim", "calibrate", "-o", str(path), "--nproc", str(setting.ranks)]
+        command += ["--transport", transport, "--quiet", *(["--pin"] if a.pin else [])]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return path
 
 

@@ -27,7 +27,7 @@ from rtp_sim.executor.groups import make_control
 from rtp_sim.executor.progress import Progress
 from rtp_sim.executor.rundir import RunDirectory
 from rtp_sim.executor.shm import SharedMemoryTransport
-from rtp_sim.executor.worker import Worker
+from rtp_sim.executor.worker import worker_of
 from rtp_sim.link import Link
 from rtp_sim.schedule.ir import Collective
 
@@ -41,7 +41,8 @@ def run(job: dict[str, object], rank: int) -> None:
         clocks.machine_id = lambda: f"machine {rank}"
         clocks.now_ns = distributed.now_ns = lanes.now_ns = lambda: real_now() + shift_ns * rank
     directory.clear_rank(rank)
-    Worker(directory, schedule, request, read_environment(), Progress(directory.of_rank(rank, "progress"))).work()
+    progress = Progress(directory.of_rank(rank, "progress"))
+    worker_of(request)(directory, schedule, request, read_environment(), progress).work()
     clocks.now_ns = distributed.now_ns = lanes.now_ns = real_now
     clocks.machine_id = real_machine
 

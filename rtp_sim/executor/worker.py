@@ -13,7 +13,8 @@ import platform
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,7 +34,7 @@ from rtp_sim.executor.environment import (
 from rtp_sim.executor.launcher import START_UP_S
 from rtp_sim.executor.progress import Progress
 from rtp_sim.executor.request import RunRequest
-from rtp_sim.executor.rundir import Record, RunDirectory
+from rtp_sim.executor.rundir import TRACE, Record, RunDirectory
 from rtp_sim.schedule.ir import Compute, Schedule
 
 if TYPE_CHECKING:
@@ -59,7 +60,9 @@ def main(arguments: Sequence[str]) -> int:
         if environment.watched:
             die_with_parent()
         schedule, request = run.load()
-        _require_world(schedule, environment)
+        _require_world(schedule, request, environment)
+        if request.only_rank is not None:
+            environment = replace(environment, rank=request.only_rank)
     except InputError as error:
         # Every rank finds the same; once is enough.
         if os.environ.get("RANK", "0") == "0":
@@ -71,7 +74,7 @@ def main(arguments: Sequence[str]) -> int:
         if request.stated:
             sleepers.work(run, schedule, request, environment, progress)
         else:
-            Worker(run, schedule, request, environment, progress).work()
+            worker_of(request)(run, schedule, request, environment, progress).work()
     except BaseException as error:
         _fail(run, environment, error)
     # Not even torch's own threads may keep a finished worker.
@@ -80,8 +83,23 @@ def main(arguments: Sequence[str]) -> int:
     os._exit(0)
 
 
-def _require_world(schedule: Schedule, environment: Environment) -> None:
-    if environment.world_size != schedule.world_size:
+def worker_of(request: RunRequest) -> type[Worker]:
+    """The worker that does what is asked for: the schedule, or its twin."""
+    if request.twin:
+        from rtp_sim.executor.twins.worker import TwinWorker
+
+        return TwinWorker
+    return Worker
+
+
+def _require_world(schedule: Schedule, request: RunRequest, environment: Environment) -> None:
+    expected = len(request.ranks(schedule.world_size))
+    if environment.world_size != expected:
+        if request.only_rank is not None:
+            raise InputError(
+                f"this run is of rank {request.only_rank} alone, but {environment.world_size} processes were started "
+                "(WORLD_SIZE); expected one"
+            )
         raise InputError(
             f"the schedule is for {schedule.world_size} ranks, but {environment.world_size} processes were started "
             f"(WORLD_SIZE); expected --nproc-per-node {schedule.world_size}"
@@ -166,10 +184,14 @@ class Worker:
         return joined
 
     def _transport(self, timeout_s: float) -> tuple[ProcessGroup, Transport]:
-        from rtp_sim.executor.groups import make_control, make_groups, require_same_streams
+        from rtp_sim.executor.groups import Groups, make_control, make_groups, require_same_streams
         from rtp_sim.executor.shm import SharedMemoryTransport
 
         request = self.request
+        if request.only_rank is not None or request.twin:
+            # One rank alone has a stand-in for its partners (alone.py), a twin torch's own communication.
+            control = make_control(timeout_s)
+            return control, Groups(control, {})
         if request.real_transport == request.backend:
             groups = make_groups(self.schedule, self.rank, request.backend, timeout_s)
             return groups.control, groups
@@ -201,6 +223,10 @@ class Worker:
         )  # fmt: skip
 
     def _interpreter(self, machine: Machine, transport: Transport) -> Interpreter:
+        if self.request.only_rank is not None:
+            from rtp_sim.executor.alone import alone
+
+            return alone(self.schedule, self.rank, machine, self.progress, self.request.communication)
         if self.request.device == "cuda":
             from rtp_sim.executor.streams import StreamInterpreter
 
@@ -229,51 +255,80 @@ class Worker:
 
     # ---- steps
 
-    def _steps(
-        self, machine: Machine, interpreter: Interpreter, control: ProcessGroup, clock: Clock
-    ) -> Record | None:
+    def _steps(self, machine: Machine, interpreter: Interpreter, control: ProcessGroup, clock: Clock) -> Record | None:
         """All steps; returns what the check found (rank 0 of a run with a check)."""
         from rtp_sim.executor.clocks import start_together
         from rtp_sim.executor.machine import replica_of
 
         found = None
         replica, rows = replica_of(self.schedule, self.rank), _loss_parts(self.schedule)
-        for step in range(self.request.warmup + self.request.steps):
+        unchecked = self.request.check
+        profiled_step = self.request.warmup + self.request.steps
+        for step in range(profiled_step + self.request.profile_trace):
             self.progress.enter("between steps", step)
-            checked = self.request.check and step == 0
+            # A step whose update was left out, on all ranks, leaves the check to the next.
+            checked = unchecked
             machine.keep_gradients = checked or self.request.save_tensors
             machine.start_step(self._batch(replica, step))
+            scale = machine.watch.scale
+            start_peak(machine)
+            if step == profiled_step:
+                self._profile(step, machine, interpreter, lambda: start_together(control, clock))
+                continue
             start_together(control, clock)
             self.progress.enter("step", step)
             times = interpreter.run_step()
-            losses = machine.losses()
+            # What a rank computes from made-up data is no loss.
+            losses = machine.losses() if self.request.only_rank is None else []
             loss = sum(losses) * rows / len(losses) if losses else math.nan
-            self.run.append_step(self.rank, self._step_record(step, times, loss, machine), times.ops)
+            self.run.append_step(self.rank, self._step_record(step, times, loss, scale, machine), times.ops)
             if checked:
                 self.progress.enter("checking")
-                found = self._check(machine, loss, control)
+                found = self._check(machine, loss, control, step)
                 machine.gradients = []
+                unchecked = machine.watch.skipped
         return found
 
-    def _step_record(self, step: int, times: StepTimes, loss: float, machine: Machine) -> Record:
+    def _profile(self, step: int, machine: Machine, interpreter: Interpreter, gather: Callable[[], None]) -> None:
+        """One more step, under the profiler; its trace and its times are left beside those of the others."""
+        from rtp_sim.executor.profiling import StepProfile, op_range
+
+        profile = StepProfile(self.request.device)
+        profile.begin()
+        scale = machine.watch.scale
+        gather()
+        self.progress.enter("step", step)
+        interpreter.around = op_range
+        with profile.step(step):
+            times = interpreter.run_step()
+        self.run.append_step(self.rank, self._step_record(step, times, math.nan, scale, machine), times.ops)
+        self.progress.enter("writing results")
+        profile.finish(self.run.of_rank(self.rank, TRACE))
+
+    def _step_record(self, step: int, times: StepTimes, loss: float, scale: float, machine: Machine) -> Record:
+        norm, scaler = machine.watch.norm, machine.watch.scaler
         return {
             "step": step,
             "warmup": step < self.request.warmup,
             "start_ns": times.start_ns,
             "end_ns": times.end_ns,
             "loss": loss if math.isfinite(loss) else None,
+            "grad_norm": norm if norm is None or math.isfinite(norm) else None,
+            "loss_scale": None if scaler is None else scale,
+            "skipped": machine.watch.skipped,
             "bytes_sent": times.sent.size_bytes,
             "messages": times.sent.messages,
             "peak_memory_bytes": machine.storage.peak_bytes,
             "memory_by_category": machine.storage.peak_by_category,
+            "allocator_peak_bytes": allocator_peak_bytes(machine),
         }
 
-    def _check(self, machine: Machine, loss: float, control: ProcessGroup) -> Record | None:
-        """Compares loss and gradients of the step just done with dense training, on rank 0."""
+    def _check(self, machine: Machine, loss: float, control: ProcessGroup, step: int) -> Record | None:
+        """Compares loss and gradients of the step just done, the first update, with dense training, on rank 0."""
         from rtp_sim.executor.compare import compare_with_dense
         from rtp_sim.executor.machine import replicas
 
-        batches = [self._batch(replica, 0) for replica in range(replicas(self.schedule))]
+        batches = [self._batch(replica, step) for replica in range(replicas(self.schedule))]
         return compare_with_dense(machine, self.request, loss, batches, control)
 
     def _finish(self, control: ProcessGroup) -> None:
@@ -281,13 +336,30 @@ class Worker:
         import torch.distributed as dist
 
         dist.barrier(group=control)
-        if self.rank == 0 and not self.environment.watched:
+        if self.rank == self.request.ranks(self.schedule.world_size)[0] and not self.environment.watched:
             from rtp_sim.executor.collect import collect
 
             collect(self.run, self.schedule, self.request)
             print(f"rtp-sim: wrote {self.run.result} and {self.run.measured}", file=sys.stderr)
         dist.barrier(group=control)
         self.progress.enter("done")
+
+
+def start_peak(machine: Machine) -> None:
+    """On a GPU the allocator starts counting its peak again."""
+    if machine.device.type == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(machine.device)
+
+
+def allocator_peak_bytes(machine: Machine) -> int | None:
+    """The most that torch's allocator held on the GPU since then, kernels' workspaces and all; None on a CPU."""
+    if machine.device.type != "cuda":
+        return None
+    import torch
+
+    return int(torch.cuda.max_memory_allocated(machine.device))
 
 
 def _loss_parts(schedule: Schedule) -> int:
