@@ -116,7 +116,7 @@ class Job:
     @property
     def conditions(self) -> Conditions:
         link = LINK if self.setting.transport == "emulated" else None
-        return Conditions("cpu", self.setting.transport, link, self.times)
+        return Conditions("cpu", link, self.times)
 
 
 def job(setting: Setting, case: Case) -> Job:
