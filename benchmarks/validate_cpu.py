@@ -116,7 +116,7 @@ class Job:
     @property
     def conditions(self) -> Conditions:
         link = LINK if self.setting.transport == "emulated" else None
-        return Conditions("cpu", self.setting.transport, link, self.times)
+        return Conditions("cpu", link, self.times)
 
 
 def job(setting: Setting, case: Case) -> Job:
@@ -220,6 +220,8 @@ def calibrated(a: argparse.Namespace, setting: Setting) -> Path:
     transport = "gloo" if setting.transport == "gloo" else "shm"
     path: Path = a.output / f"{transport}{setting.ranks}.toml"
     if not path.exists():
+        if a.report:
+            raise SystemExit(f"{path} is missing: --report predicts with the profiles of the measurement")
         say(f"calibrating for {setting.ranks} ranks over {transport}")
         command = [sys.executable, "-m", "rtp_sim", "calibrate", "-o", str(path), "--nproc", str(setting.ranks)]
         command += ["--transport", transport, "--quiet", *(["--pin"] if a.pin else [])]

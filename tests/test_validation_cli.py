@@ -101,7 +101,7 @@ def test_a_run_is_predicted_under_its_own_conditions(directory: Path):
     hop = {"transport": "emulated", "link_latency_ns": 1_000_000, "link_bandwidth_bytes_per_s": 10**9}
     edit(directory / "request.json", lambda data: data.update(hop))
     run = load_run(directory)
-    assert run.conditions == Conditions(NASTY, "emulated", Link(1_000_000, 10**9))
+    assert run.conditions == Conditions(NASTY, Link(1_000_000, 10**9))
     timeline = judge(run, load_cluster("cpu-local", 1, 4), 0.5).diff.predicted
     spans = [span for span in timeline.spans(0) if isinstance(span.op.action, Shift)]
     assert spans

@@ -53,7 +53,12 @@ class Memory:
         path, _, machine = share(f"{file[1]}\n{machine_id()}" if file is not None else "").partition("\n")
         if machine != machine_id():
             raise InputError(f"rank {rank} shares no memory with rank 0: it runs on another host; expected gloo there")
-        handle = file[0] if file is not None else os.open(path, os.O_RDWR)
+        try:
+            handle = file[0] if file is not None else os.open(path, os.O_RDWR)
+        except OSError as error:
+            raise InputError(
+                f"rank {rank} cannot open the memory of rank 0 ({error}); expected ranks of one user in one container"
+            ) from None
         self.map = mmap.mmap(handle, first_free(ranks) + size_bytes)
         self.words = memoryview(self.map).cast("i")
         self.stamps = memoryview(self.map).cast("q")

@@ -98,6 +98,8 @@ class RunRequest:
             raise InputError("run: with stated times nothing is computed or sent: no check, tensors, fp64 or transport")
         if self.stated and (self.load or self.save):
             raise InputError("run: with stated times nothing is trained: no load, no save")
+        if self.stated and self.device != "cpu":
+            raise InputError(f"run: with stated times no device computes; expected device cpu, given {self.device}")
         if self.transport == "emulated":
             self.link()
         elif self.link_latency_ns or self.link_bandwidth_bytes_per_s:

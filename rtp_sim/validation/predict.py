@@ -22,11 +22,10 @@ from rtp_sim.timeline import Timeline
 
 @dataclass(frozen=True, slots=True)
 class Conditions:
-    """How a run was made, as far as its times depend on it: on CPUs or GPUs, over which transport and emulated link, by
-    stated times."""
+    """How a run was made, as far as its times depend on it and no profile says it: on CPUs or GPUs, over an emulated
+    link, by stated times. (A profile is calibrated with the transport that it is to predict.)"""
 
     device: str = "cuda"
-    transport: str = "auto"
     link: Link | None = None
     times: StatedTimes | None = None
 

@@ -206,7 +206,7 @@ def _conditions(path: Path, request: Mapping[str, object]) -> Conditions:
     if request.get("stated"):
         _require(path / STATED)
         times = from_stated_json((path / STATED).read_text(encoding="utf-8"))
-    return Conditions(str(request.get("device", "")), str(request.get("transport", "auto")), link, times)
+    return Conditions(str(request.get("device", "")), link, times)
 
 
 def _whole(path: Path, request: Mapping[str, object], name: str) -> int:
