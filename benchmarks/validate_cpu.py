@@ -3,9 +3,11 @@
 Needs torch, a quiet machine and patience (`--settings`, `--cases` and `--launches` make it shorter). It calibrates once
 for 2 and for 4 ranks (`rtp-sim calibrate`; profiles that are there already are used), then measures 24 cases in every
 setting: each launch is a fresh set of processes, a case's time the median over its launches of the launch's median
-step. A launch while other programs took more than `--foreign` of the cores does not count and is made again, up to
-three times. Every launch is written to DIR/launches.jsonl at once, so a benchmark that was interrupted goes on where it
-was, and `--report` predicts again without measuring, with the program as it is now. Nothing is fitted to these cases.
+step. A launch does not count and is made again, up to three times, while other programs took more than `--foreign` of
+the cores, or while the cores were slower or faster by more than `--pace` than while calibrating (a virtual machine's
+neighbours show in nothing else). Every launch is written to DIR/launches.jsonl at once, so a benchmark that was
+interrupted goes on where it was, and `--report` predicts again without measuring, with the program as it is now. Nothing
+is fitted to these cases.
 
 Writes DIR/validation.md and DIR/validation.json. Exit code 1 if a setting misses its bar.
 """
@@ -20,8 +22,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from rtp_sim.cost.stated import StatedCost, priced
 from rtp_sim.engine.simulate import simulate
@@ -41,6 +46,8 @@ LINK = Link(200_000, 10**9)
 STATED_PROFILE, STATED_STEP_NS = "dgx-a100-80g", 500_000_000
 """Ranks that sleep take what this profile predicts, stretched to a step of about this long."""
 RETRIES = 3
+YARD_NUMEL, YARD_TIMES = 1 << 18, 30
+"""Exponentials of the yardstick, and how often they are taken: some 50 ms."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,12 +159,14 @@ def run_request(a: argparse.Namespace, job: Job) -> RunRequest:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One launch: its median step, and what other programs took of the cores meanwhile."""
+    """One launch: its median step, what other programs took of the cores meanwhile, and how much slower than while
+    calibrating the cores were (`pace`): on a shared host others slow them down without being seen here."""
 
     setting: str
     case: str
     median_ns: int
     foreign: float
+    pace: float
     counts: bool
 
 
@@ -165,13 +174,34 @@ def measure(a: argparse.Namespace, job: Job) -> Launch:
     """Runs the job once on fresh processes."""
     run, request = RunDirectory(a.output / "run"), run_request(a, job)
     run.prepare(job.prepared.schedule, request, job.times)
+    reference_ns = None if job.times is not None else yardstick_of(calibrated(a, job.setting))
+    before_ns = yardstick_ns() if reference_ns else 0
     busy_s, own_s, start_s = _busy_core_s(), _own_core_s(), time.monotonic()
     launch(run, job.prepared.schedule, request, None, lambda _: None)
     took_s = time.monotonic() - start_s
     others_s = (_busy_core_s() - busy_s) - (_own_core_s() - own_s)
     foreign = max(0.0, others_s / took_s / (os.cpu_count() or 1))
+    pace = (before_ns + yardstick_ns()) / 2 / reference_ns - 1 if reference_ns else 0.0
     result = collect(run, job.prepared.schedule, request)
-    return Launch(job.setting.name, job.case.name, result["median_step_time_ns"], foreign, foreign <= a.foreign)
+    counts = foreign <= a.foreign and abs(pace) <= a.pace
+    return Launch(job.setting.name, job.case.name, result["median_step_time_ns"], foreign, pace, counts)
+
+
+def yardstick_ns() -> int:
+    """Median time of a fixed computation on every core at once."""
+    numbers = np.linspace(0, 1, YARD_NUMEL)
+
+    def exponentials(_: int) -> list[int]:
+        found = []
+        for _ in range(YARD_TIMES):
+            start_ns = time.perf_counter_ns()
+            np.exp(numbers)
+            found.append(time.perf_counter_ns() - start_ns)
+        return found
+
+    cores = os.cpu_count() or 1
+    with ThreadPoolExecutor(cores) as pool:
+        return int(statistics.median(ns for times in pool.map(exponentials, range(cores)) for ns in times))
 
 
 def _busy_core_s() -> float:
@@ -201,8 +231,8 @@ def measure_all(a: argparse.Namespace, jobs: Sequence[Job], log: Path) -> None:
                 found = replace(found, counts=found.counts or attempt == RETRIES)
                 with log.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(asdict(found)) + "\n")
-                say(f"{job.setting.name}, launch {number + 1}: {job.case.name}: {found.median_ns / 1e6:.1f} ms, other "
-                    f"programs {found.foreign:.0%}{'' if found.counts else ', again'}")  # fmt: skip
+                say(f"{job.setting.name}, launch {number + 1}: {job.case.name}: {found.median_ns / 1e6:.1f} ms, others "
+                    f"{found.foreign:.0%}, pace {found.pace:+.0%}{'' if found.counts else ', again'}")  # fmt: skip
                 if found.counts:
                     break
 
@@ -225,8 +255,20 @@ def calibrated(a: argparse.Namespace, setting: Setting) -> Path:
         say(f"calibrating for {setting.ranks} ranks over {transport}")
         command = [sys.executable, "-m", "rtp_sim", "calibrate", "-o", str(path), "--nproc", str(setting.ranks)]
         command += ["--transport", transport, "--quiet", *(["--pin"] if a.pin else [])]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        for _ in range(RETRIES):
+            before_ns = yardstick_ns()
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            after_ns = yardstick_ns()
+            if abs(after_ns / before_ns - 1) <= a.pace:
+                break
+            say(f"the cores' pace changed by {after_ns / before_ns - 1:+.0%} meanwhile: calibrating again")
+        path.with_suffix(".yardstick").write_text(str((before_ns + after_ns) // 2), encoding="ascii")
     return path
+
+
+def yardstick_of(profile: Path) -> int:
+    """What the yardstick took while the profile was made."""
+    return int(profile.with_suffix(".yardstick").read_text(encoding="ascii"))
 
 
 def say(text: str) -> None:
@@ -248,6 +290,7 @@ class Row:
     cv: float
     launches: int
     foreign: float
+    pace: float
 
 
 def rows(a: argparse.Namespace, jobs: Sequence[Job], log: Path) -> list[Row]:
@@ -267,7 +310,7 @@ def rows(a: argparse.Namespace, jobs: Sequence[Job], log: Path) -> list[Row]:
         cv = statistics.stdev(times) / statistics.fmean(times) if len(times) > 1 else 0.0
         found.append(Row(
             job.setting.name, job.case.name, predicted_ns / 1e6, measured_ns / 1e6, predicted_ns / measured_ns - 1, cv,
-            len(times), max(one.foreign for one in mine),
+            len(times), max(one.foreign for one in mine), max((one.pace for one in mine), key=abs),
         ))  # fmt: skip
     return found
 
@@ -287,11 +330,11 @@ def markdown(found: Sequence[Row]) -> Iterator[str]:
         mine = [row for row in found if row.setting == setting.name]
         if mine:
             yield from ("", f"**{setting.name}**", "")
-            yield "| case | predicted | measured | error | CV | launches | others |"
-            yield "|---|---|---|---|---|---|---|"
+            yield "| case | predicted | measured | error | CV | launches | others | pace |"
+            yield "|---|---|---|---|---|---|---|---|"
             for row in mine:
                 yield (f"| {row.case} | {row.predicted_ms:.1f} ms | {row.measured_ms:.1f} ms | {row.error:+.1%} | "
-                       f"{row.cv:.1%} | {row.launches} | {row.foreign:.0%} |")  # fmt: skip
+                       f"{row.cv:.1%} | {row.launches} | {row.foreign:.0%} | {row.pace:+.0%} |")  # fmt: skip
 
 
 def mean_error(found: Sequence[Row]) -> float:
@@ -318,6 +361,7 @@ def main() -> int:
     parser.add_argument("--launches", type=int, default=5, metavar="N", help="launches of each case (5)")
     parser.add_argument("--steps", type=int, default=3, metavar="N", help="measured steps of a launch (3)")
     parser.add_argument("--foreign", type=float, default=0.03, metavar="X", help="most that others may take (0.03)")
+    parser.add_argument("--pace", type=float, default=0.05, metavar="X", help="most that the cores' pace may differ")
     parser.add_argument("--pin", action="store_true", help="keep each rank on one core, also when calibrating")
     parser.add_argument("--report", action="store_true", help="measure nothing, predict what is on file")
     a = parser.parse_args()
