@@ -88,7 +88,7 @@ class Case:
 
 
 STRATEGIES = ("ddp", "zero1", "zero2", "fsdp", "tp", "tp-sp", "rtp", "rtp-inplace")
-SIZES = ((320, 4, 6, 96), (448, 3, 10, 160), (704, 2, 3, 224), (256, 6, 20, 64), (576, 2, 12, 72), (384, 5, 2, 208))
+SIZES = ((320, 3, 5, 96), (448, 3, 4, 128), (704, 2, 2, 96), (256, 4, 12, 64), (576, 2, 5, 72), (384, 4, 2, 208))
 """(hidden, layers, micro-batch, sequence); 8 heads each. Every strategy meets three of them."""
 
 
@@ -215,13 +215,15 @@ def read(log: Path) -> Iterator[Launch]:
                 yield Launch(**json.loads(line))
 
 
-def calibrated(a: argparse.Namespace, ranks: int) -> Path:
-    """The profile for so many ranks, made if it is not there."""
-    path: Path = a.output / f"cpu{ranks}.toml"
+def calibrated(a: argparse.Namespace, setting: Setting) -> Path:
+    """The profile for so many ranks and what they send with, made if it is not there."""
+    transport = "gloo" if setting.transport == "gloo" else "shm"
+    path: Path = a.output / f"{transport}{setting.ranks}.toml"
     if not path.exists():
-        say(f"calibrating for {ranks} ranks")
-        command = [sys.executable, "-m", "rtp_sim", "calibrate", "-o", str(path), "--nproc", str(ranks), "--quiet"]
-        subprocess.run([*command, *(["--pin"] if a.pin else [])], check=True, stdout=subprocess.DEVNULL)
+        say(f"calibrating for {setting.ranks} ranks over {transport}")
+        command = [sys.executable, "-m", "rtp_sim", "calibrate", "-o", str(path), "--nproc", str(setting.ranks)]
+        command += ["--transport", transport, "--quiet", *(["--pin"] if a.pin else [])]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return path
 
 
@@ -256,7 +258,7 @@ def rows(a: argparse.Namespace, jobs: Sequence[Job], log: Path) -> list[Row]:
             continue
         cluster = job.prepared.cluster
         if job.times is None:
-            cluster = load_cluster(str(calibrated(a, job.setting.ranks)), 1, job.setting.ranks)
+            cluster = load_cluster(str(calibrated(a, job.setting)), 1, job.setting.ranks)
         predicted_ns = predict(job.prepared.schedule, cluster, job.conditions).step_time_ns
         times = [one.median_ns for one in mine]
         measured_ns = statistics.median(times)
@@ -325,8 +327,9 @@ def main() -> int:
     log = a.output / "launches.jsonl"
     jobs = [job(setting, case) for setting in chosen for case in cases()[: a.cases]]
     if not a.report:
-        for ranks in sorted({s.ranks for s in chosen if s.transport != "none"}):
-            calibrated(a, ranks)
+        for setting in chosen:
+            if setting.transport != "none":
+                calibrated(a, setting)
         measure_all(a, jobs, log)
     found = rows(a, jobs, log)
     text = "\n".join(markdown(found)) + "\n"

@@ -46,6 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             from rtp_sim import commands_calibrate
 
             return commands_calibrate.calibrate(arguments)
+        if arguments.run == "trace":
+            from rtp_sim import commands_trace
+
+            return commands_trace.trace(arguments)
+        if arguments.run == "hardware_import":
+            from rtp_sim import commands_import
+
+            return commands_import.hardware_import(arguments)
         from rtp_sim import commands
 
         run = getattr(commands, arguments.run)
@@ -72,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
     _schedule(commands.add_parser("schedule", help="print or save the program of a rank"))
     _diff(commands.add_parser("diff", help="a predicted against a measured timeline"))
     _validate(commands.add_parser("validate", help="a measured run against its prediction"))
+    _trace(commands.add_parser("trace", help="where the time went in traces of PyTorch's profiler"))
     _run(commands.add_parser("run", help="one strategy on real processes of this machine (extra: torch)"))
     _calibrate(commands.add_parser("calibrate", help="measure this machine and write its cluster profile"))
     _catalogue(commands.add_parser("hardware", help="device and cluster profiles"), "hardware")
@@ -91,6 +100,9 @@ def _workload(p: argparse.ArgumentParser) -> None:
     group.add_argument("--recompute", choices=RECOMPUTE, default="none")
     group.add_argument("--optimizer", choices=sorted(OPTIMIZER_STATES), default="adamw")
     group.add_argument("--attention", choices=ATTENTIONS, default="flash")
+    group.add_argument("--clip-norm", type=float, metavar="X", help="largest norm of all gradients together")
+    group.add_argument("--loss-scale", default="none", metavar="dynamic[:X]|static:X|none")
+    group.add_argument("--dropout", type=_probability, metavar="P", help="of the model's dropout layers (its own)")
 
 
 def _machine(p: argparse.ArgumentParser) -> None:
@@ -184,7 +196,18 @@ def _validate(p: argparse.ArgumentParser) -> None:
     p.add_argument("--tolerance", type=_fraction, default=0.15, metavar="X", help="largest relative error (0.15)")
     p.add_argument("--engine", choices=("simpy", "longest-path"), default="simpy")
     p.add_argument("--predicted", metavar="FILE.json", help="write the predicted timeline")
+    p.add_argument("--from-trace", action="store_true", help="ops as the profiler saw them (run --profile-trace)")
     _difference(p)
+
+
+def _trace(p: argparse.ArgumentParser) -> None:
+    p.set_defaults(run="trace")
+    p.epilog = "window == computing + exposed communication + idle, on each rank."
+    p.add_argument("files", nargs="+", metavar="FILE", help="a trace per rank, .json or .json.gz, or their directory")
+    p.add_argument("--worst", type=_count, default=10, metavar="N", help="list the N kernels that take most (10)")
+    p.add_argument("--timeline", metavar="FILE.json", help="of a run's directory: write its ops as a measured timeline")
+    p.add_argument("--format", choices=("table", "json"), default="table")
+    p.add_argument("--quiet", action="store_true", help="no progress on stderr")
 
 
 def _difference(p: argparse.ArgumentParser) -> None:
@@ -201,7 +224,12 @@ def _run(p: argparse.ArgumentParser) -> None:
     p.add_argument("--strategy", required=True, metavar="NAME")
     _options(p)
     group = p.add_argument_group("processes")
-    group.add_argument("--nproc-per-node", type=_count, metavar="N", help="ranks (default: the product of the degrees)")
+    group.add_argument("--nproc-per-node", "--world-size", type=_count, metavar="N",
+                       help="ranks (default: the product of the degrees)")  # fmt: skip
+    group.add_argument("--only-rank", type=int, metavar="R", help="run rank R of them alone, without its partners")
+    group.add_argument("--communication", choices=("fake", "copy"),
+                       help="of a rank alone: nothing (fake, the default) or copies of the same size")  # fmt: skip
+    group.add_argument("--twin", action="store_true", help="torch's own ddp, fsdp, tp or tp-sp instead of the schedule")
     group.add_argument("--as-nodes", type=_count, default=1, metavar="N", help="lay out as if on N nodes")
     group.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     group.add_argument(
@@ -232,6 +260,7 @@ def _run(p: argparse.ArgumentParser) -> None:
     group.add_argument("--save", metavar="DIR", help="write the training state there after the last step")
     group.add_argument("--save-every", type=_count, default=0, metavar="K", help="... and after every K steps")
     group.add_argument("--load", metavar="DIR", help="go on from the newest state there, of any layout")
+    group.add_argument("--profile-trace", action="store_true", help="one more step under PyTorch's profiler")
     group.add_argument("-o", "--output", required=True, metavar="DIR", help="run directory")
     group.add_argument("--prepare", action="store_true", help="only write the run directory, for torchrun")
     group.add_argument("--format", choices=("table", "json"), default="table")
@@ -253,7 +282,7 @@ def _calibrate(p: argparse.ArgumentParser) -> None:
 
 
 def _catalogue(p: argparse.ArgumentParser, what: str) -> None:
-    actions = p.add_subparsers(title="actions", required=True, metavar="list|show", parser_class=_Parser)
+    actions = p.add_subparsers(title="actions", required=True, metavar="ACTION", parser_class=_Parser)
     lister = actions.add_parser("list", help=f"all {what}")
     lister.set_defaults(run=f"{what}_list")
     shower = actions.add_parser("show", help="everything about one")
@@ -261,6 +290,22 @@ def _catalogue(p: argparse.ArgumentParser, what: str) -> None:
     shower.add_argument("name")
     for sub in (lister, shower):
         sub.add_argument("--format", choices=("table", "json"), default="table")
+    if what == "hardware":
+        _import(actions.add_parser("import", help="a cluster profile from nvidia-smi topo -m and nccl-tests"))
+
+
+def _import(p: argparse.ArgumentParser) -> None:
+    p.set_defaults(run="hardware_import")
+    p.epilog = "Writes FILE.toml and, with --nccl-tests, FILE.import.json. docs/calibration.md says what is fitted."
+    p.add_argument("--topo", required=True, metavar="FILE", help="what nvidia-smi topo -m prints on one node")
+    p.add_argument("--nccl-tests", nargs="+", action="extend", default=[], metavar="FILE",
+                   help="what nccl-tests print, or write with -J: sweeps of one or several nodes")  # fmt: skip
+    p.add_argument("--device", required=True, metavar="NAME|FILE", help="device profile of the GPUs")
+    p.add_argument("--nic", metavar="RATE", help='speed of a NIC, for example "200Gb/s" (the topology does not say)')
+    p.add_argument("--like", metavar="NAME", help="cluster profile that lends what was not measured")
+    p.add_argument("-o", "--output", required=True, metavar="FILE.toml", help="the cluster profile to write")
+    p.add_argument("--format", choices=("table", "json"), default="table")
+    p.add_argument("--quiet", action="store_true", help="no progress on stderr")
 
 
 def _fraction(text: str) -> float:
@@ -270,6 +315,13 @@ def _fraction(text: str) -> float:
         value = math.nan
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a fraction of 1 such as 0.15")
+    return value
+
+
+def _probability(text: str) -> float:
+    value = _fraction(text)
+    if value >= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a probability of at least 0 and below 1 such as 0.1")
     return value
 
 

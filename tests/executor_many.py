@@ -30,7 +30,7 @@ from rtp_sim.executor.progress import Progress
 from rtp_sim.executor.rundir import RunDirectory
 from rtp_sim.executor.shm import SharedMemoryTransport
 from rtp_sim.executor.transport import Traffic
-from rtp_sim.executor.worker import Worker
+from rtp_sim.executor.worker import worker_of
 from rtp_sim.link import Link
 from rtp_sim.schedule.ir import Collective
 
@@ -53,7 +53,8 @@ def run(job: dict[str, object], rank: int) -> None:
 
         groups.exchange = noted
     directory.clear_rank(rank)
-    Worker(directory, schedule, request, read_environment(), Progress(directory.of_rank(rank, "progress"))).work()
+    progress = Progress(directory.of_rank(rank, "progress"))
+    worker_of(request)(directory, schedule, request, read_environment(), progress).work()
     clocks.now_ns = distributed.now_ns = lanes.now_ns = real_now
     clocks.machine_id = real_machine
     groups.exchange = real_exchange

@@ -35,18 +35,31 @@ MAY_IMPORT = {
     "engine": BASE | {"timeline", "engine.costs"},
     "metrics": BASE | {"timeline", "engine"},
     "experiment": BASE | {"model", "hardware", "schedule", "timeline", "cost", "engine", "metrics"},
+    "traces": BASE,
     "validation": BASE
     | {"link", "stated", "model", "hardware", "schedule", "timeline", "timeline_file", "cost", "engine", "metrics"}
     | {"engine.costs", "experiment"},
-    "report": BASE | {"hardware", "schedule", "timeline", "engine", "metrics", "experiment", "validation"},
+    "validation.traced": BASE | {"timeline", "traces", "validation", "executor.rendezvous"},
+    "report": BASE | {"hardware", "schedule", "timeline", "engine", "metrics", "experiment", "validation", "traces"},
+    "importing": BASE
+    | {"hardware", "cost", "executor.calibrate", "executor.calibrate.fit", "executor.calibrate.residuals"},
+    "commands_import": BASE | {"hardware", "importing"},
+    "commands_trace": BASE | {"timeline_file", "traces", "validation", "validation.traced", "report"},
     "timeline_file": BASE | {"schedule", "timeline"},
     "commands": BASE
     | {"model", "hardware", "schedule", "timeline", "engine", "metrics", "experiment", "report", "commands_run"},
     "commands_run": BASE
     | {"stated", "model", "hardware", "cost", "schedule", "timeline", "experiment", "report", "executor"},
-    "commands_validate": BASE | {"hardware", "timeline", "timeline_file", "validation", "report"},
-    "cli": {"", "errors", "units", "model", "commands", "commands_validate", "commands_calibrate"},
-    "executor": BASE | {"link", "stated", "model", "schedule", "timeline", "timeline_file"},
+    "commands_validate": BASE
+    | {"hardware", "timeline", "timeline_file", "validation", "validation.traced", "report"},
+    "cli": {
+        "", "errors", "units", "model",
+        "commands", "commands_validate", "commands_calibrate", "commands_import", "commands_trace",
+    },
+    "executor": BASE
+    | {"link", "stated", "model", "schedule", "timeline", "timeline_file", "executor.rendezvous", "traces"},
+    # When transfers began follows from the times of all ranks, whoever measured them.
+    "executor.rendezvous": BASE | {"timeline"},
     "executor.calibrate": BASE | {"model", "executor"},
     # What turns times into parameters and checks them runs where the simulator is, not on the ranks.
     "executor.calibrate.fit": BASE | {"model", "hardware", "cost", "executor.calibrate"},
@@ -71,6 +84,7 @@ MAY_IMPORT = {
 CONFINED = {
     "simpy": {"rtp_sim.engine.simulate"},
     "torch": {module for module in FILES if module.startswith("rtp_sim.executor.") and module.count(".") == 2}
+    | {module for module in FILES if module.startswith("rtp_sim.executor.twins.") and "__init__" not in module}
     | {f"rtp_sim.executor.calibrate.{name}" for name in ("host", "kernels", "probe", "transfers", "worker")},
     "networkx": {"rtp_sim.hardware.topology", "rtp_sim.hardware.picture"},
     "pydantic": {

@@ -25,9 +25,9 @@ from rtp_sim.executor.collect import collect
 from rtp_sim.executor.compare import gradient_errors
 from rtp_sim.executor.dense import dense_loss
 from rtp_sim.executor.distributed import ordered_after, touched_after
-from rtp_sim.executor.machine import replicas
+from rtp_sim.executor.machine import Machine, replicas
 from rtp_sim.executor.parameters import Parameters, Share, assembled, initial_parameters
-from rtp_sim.executor.reference import ReferenceResult, combine, run_reference
+from rtp_sim.executor.reference import ReferenceResult, combine, run_reference, run_step
 from rtp_sim.executor.request import RunRequest
 from rtp_sim.executor.rundir import Record, RunDirectory
 from rtp_sim.metrics import communication_totals
@@ -38,6 +38,8 @@ from rtp_sim.timeline import Timeline
 from rtp_sim.timeline_file import load_timeline
 
 HIDDEN = (("rtp_hide_gradient_hop", True),)
+CLIPPED = (("clip_norm", 0.5),)
+SCALED = (*CLIPPED, ("loss_scale", "dynamic"))
 CASES = (
     Case("rtp", "rtp", 4),
     Case("rtp-hidden-hop", "rtp", 4, options=HIDDEN, optimizer="sgd-momentum"),
@@ -57,8 +59,15 @@ CASES = (
     Case("tp-sp-uneven", "tp-sp", 3),
     Case("rtp-pair", "rtp", 2, options=HIDDEN),
     Case("zero1-pair", "zero1", 2),
-    Case("rtp-recomputed", "rtp", 3, micros=2, recompute="full"),
+    # What real steps add: clipping, a loss scale, dropout.
+    Case("rtp-dp-clipped", "rtp", 2, dp=2, micros=2, options=(("dp_sync", "zero1"),), changes=SCALED),
+    Case("fsdp-clipped", "fsdp", 3, micros=2, changes=SCALED),
+    Case("tp-sp-dropout", "tp-sp", 3, changes=CLIPPED, dropout=0.2),
+    Case("rtp-dropout", "rtp", 3, changes=(*SCALED, ("recompute", "full")), dropout=0.2),
+    Case("ddp-clipped", "ddp", 2, changes=CLIPPED),
 )
+# From 2^26 on, fp16 gradients overflow until the scale has come down.
+OVERFLOWING = Case("overflowing", "zero2", 2, changes=(("precision", "fp16"), ("loss_scale", f"dynamic:{2**26}")))
 EVALUATIONS = tuple(
     Case(f"{strategy}-eval{k}", strategy, n, options=(("eval_passes", k),))
     for strategy, n in (("rtp", 2), ("rtp-inplace", 3))
@@ -103,6 +112,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 jobs.append({"run": str(run.path)})
             shifted = prepared(path / "shifted", Case("shifted", "zero1", 2), steps=1, warmup=0)
             jobs.append({"run": str(shifted.path), "shift_ns": 5_000_000_000})
+            overflowing = prepared(path / "overflowing", OVERFLOWING, steps=14, warmup=1, check=True)
+            jobs.append({"run": str(overflowing.path)})
         work_off(jobs, ranks, path)
     return path
 
@@ -218,6 +229,34 @@ def test_rings_keep_to_themselves(runs: Path):
     """Two rings of two ranks: no hop leaves its ring."""
     found = [json.loads(Path(f"{runs}/rtp-dp.partners.{rank}").read_text(encoding="utf-8")) for rank in range(4)]
     assert found == [[1], [0], [3], [2]]
+def test_norms_are_those_of_the_reference(runs: Path, case: Case):
+    """Per step; none where the schedule measures none. Every rank has the same."""
+    norms = result_of(runs / f"{case.name}.exact")["grad_norm"]
+    assert norms == [None if n is None else pytest.approx(n, rel=1e-12) for n in reference(case).grad_norms]
+    assert (None in norms) == (not case.changes)
+
+
+def test_ranks_leave_out_the_same_updates(runs: Path):
+    """Every step of fp16 training is as the reference interpreter has it: scale, left out or not. The check takes place
+    in the first step that updates."""
+    schedule, steps = OVERFLOWING.schedule(), 15
+    batches = [[random_batch(OVERFLOWING.network, 2, 1, r, s) for r in range(2)] for s in range(steps)]
+    machines = [
+        Machine(schedule, r, OVERFLOWING.network, OVERFLOWING.training, initial_parameters(OVERFLOWING.network))
+        for r in range(2)
+    ]
+    expected = []
+    for step in batches:
+        scale = machines[0].watch.scale
+        run_step(schedule, machines, step)
+        expected.append((scale, machines[0].watch.skipped))
+    result = result_of(runs / "overflowing")
+    assert list(zip(result["loss_scale"], result["skipped"], strict=True)) == expected
+    assert 2 <= sum(result["skipped"]) < 12
+    assert result["check"]["passed"], result["check"]
+    for rank in range(2):
+        records, _ = RunDirectory(runs / "overflowing").read_steps(rank, len(schedule.program(rank).ops))
+        assert [(r["loss_scale"], r["skipped"]) for r in records] == expected
 
 
 # ---- the same traffic, memory and ops

@@ -165,7 +165,7 @@ def test_the_other_optimizers(optimizer: str, strategy: str) -> None:
 @pytest.mark.parametrize("strategy", EVERY_STRATEGY)
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_an_encoder_with_materialised_attention(strategy: str, recompute: str) -> None:
-    """Norms after the residuals, segments, a dense layer before the head, dropout layers (of probability 0)."""
+    """Norms after the residuals, segments, a dense layer before the head, dropout layers, attention's included."""
     spec = training(bert_tiny(4), attention="materialised", recompute=recompute)
     assert_equal(run_both(strategy, bert_tiny(4), 1 if strategy == "single" else 3, spec))
 

@@ -10,8 +10,8 @@ from schedule_helpers import Row, kernel, program, ring, schedule, shift
 from strategy_helpers import FlatCost
 
 from rtp_sim import cli
+from rtp_sim.cost.emulated import EmulatedCost
 from rtp_sim.cost.model import ClusterCost
-from rtp_sim.cost.shared_memory import MEET_NS, SharedMemoryCost
 from rtp_sim.cost.stated import StatedCost, priced, slow_apart
 from rtp_sim.engine.costs import Phase
 from rtp_sim.engine.longest_path import longest_path
@@ -121,25 +121,22 @@ def test_a_host_that_computes_issues_after_each_kernel():
     assert simulate(on_host(s), cost).times(0).start_ns.tolist() == [10, 120]
 
 
-def test_copies_through_shared_memory():
-    cluster = load_cluster("cpu-local", 1, 4)
-    device = cluster.device
-    rate = int(device.memory_bandwidth_bytes_per_s.value * device.memory_efficiency.value)
-    base = ClusterCost(cluster)
-    own, linked = SharedMemoryCost(base), SharedMemoryCost(base, Link(1000, 10**9))
-    # In and out, each byte read and written; over the link the first copy lies in the link's 1 us + 1 us.
-    sent = own.point_to_point(0, 1, 1000, None)
-    assert (sent.latency_ns, sent.work_bytes, sent.cap_bytes_per_s) == (MEET_NS, 4000, rate)
-    sent = linked.point_to_point(0, 1, 1000, None)
-    assert (sent.latency_ns, sent.work_bytes) == (MEET_NS + 2000, 2000)
-    # Two ranks: each copies 1,000 B, then reads both slots and writes the sum.
-    assert own.collective("all_reduce", (0, 1), 1000, "fp32")[0].work_bytes == 5000
-    # Four ranks: a quarter in, all of it out.
-    assert own.collective("all_gather", (0, 1, 2, 3), 1000, "fp32")[0].work_bytes == 2500
-    assert linked.collective("all_gather", (0, 1, 2, 3), 1000, "fp32")[0].latency_ns == MEET_NS + 3 * 1250
-    # While one rank copies, one core is busy.
-    pool, weight = own.compute_pool(0)  # type: ignore[misc]
-    assert own.point_to_point(0, 1, 1000, None).usage[pool] * rate == pytest.approx(weight * 1e9, rel=0.01)
+def test_an_emulated_link_adds_its_time_and_leaves_out_the_first_copy():
+    base = ClusterCost(load_cluster("cpu-local", 1, 4))
+    linked = EmulatedCost(base, Link(1000, 10**9))
+    # 1,000 B take 1 us + 1 us over the link; of the two copies in and out only the second comes after it.
+    own, sent = base.point_to_point(0, 1, 1000, None), linked.point_to_point(0, 1, 1000, None)
+    assert (own.work_bytes, sent.work_bytes) == (1000, 500)
+    assert sent.latency_ns == own.latency_ns + 2000
+    assert (sent.usage, sent.cap_bytes_per_s) == (own.usage, own.cap_bytes_per_s)
+    # Two ranks each copy the array in (read, write), then read both and write the sum: three fifths come after.
+    (own,), (sent,) = (cost.collective("all_reduce", (0, 1), 1000, "fp32") for cost in (base, linked))
+    assert (own.work_bytes, sent.work_bytes) == (1000, 600)
+    assert sent.latency_ns == own.latency_ns + 2 * 1500
+    # Four ranks gather: a quarter in, all of it out, so four fifths come after.
+    (own,), (sent,) = (cost.collective("all_gather", (0, 1, 2, 3), 1000, "fp32") for cost in (base, linked))
+    assert (own.work_bytes, sent.work_bytes) == (750, 600)
+    assert sent.latency_ns == own.latency_ns + 3 * 1250
 
 
 # ---- real processes

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 
-from rtp_sim.executor.dense import train_dense
+from rtp_sim.executor.dense import Keep, train_dense
+from rtp_sim.executor.dropout import masks_of
 from rtp_sim.executor.machine import Batch, Machine
 from rtp_sim.executor.parameters import Parameters, Share, assembled, owners, unfused_parameters
 from rtp_sim.executor.request import RunRequest
@@ -30,8 +31,8 @@ def compare_with_dense(
 ) -> Record | None:  # fmt: skip
     """Gathers the gradients of all ranks on rank 0 and compares; None on the others.
 
-    `start` makes the full parameters that the step began with. `loss` is this rank's share of the mean (its mean over
-    the ranks is the training loss), `batches` those of all replicas.
+    The step is the first whose update was not left out, `start` makes the full parameters that it began with. `loss` is
+    this rank's share of the mean (its mean over the ranks is the training loss), `batches` those of all replicas.
     """
     mine = (loss, machine.gradients)
     everyone: list[tuple[float, list[Share]] | None] | None = [None] * machine.schedule.world_size
@@ -44,12 +45,17 @@ def compare_with_dense(
     given = _rounded(start(), machine)
     if given.keys() != owners(network).keys():
         given = unfused_parameters(request.network, given)
-    dense = train_dense(network, given, [batches], request.training.micro_batch)
+    dense = train_dense(
+        network, given, [batches], request.training.micro_batch, clip_norm=request.training.clip_norm,
+        keep=_masks(machine),
+    )  # fmt: skip
     losses = sum(loss for loss, _ in found) / len(found)
     errors = {"loss": _finite(abs(losses - dense.losses[0]) / abs(dense.losses[0]))}
     if found[0][1]:
         ours = assembled(machine.schedule, network, [shares for _, shares in found])
         errors |= gradient_errors(ours, dense.gradients)
+    if machine.watch.norm is not None:
+        errors["grad_norm"] = _finite(abs(machine.watch.norm - dense.grad_norms[0]) / dense.grad_norms[0])
     worst = max(errors, key=lambda name: errors[name])
     limit = LIMITS[request.float_dtype or request.training.policy.compute_dtype]
     return {
@@ -61,6 +67,12 @@ def compare_with_dense(
         "compared": len(errors),
         "passed": errors[worst] <= limit,
     }
+
+
+def _masks(machine: Machine) -> Keep:
+    """What the dropouts of the machine's step keep."""
+    masks = masks_of(machine.schedule, machine.network, machine.seed, machine.device)
+    return lambda layer, _, replica, micro, shape: masks.whole(layer, machine.step, replica, micro, shape)
 
 
 def gradient_errors(ours: Parameters, dense: Parameters) -> dict[str, float]:

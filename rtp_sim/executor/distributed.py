@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -38,6 +40,9 @@ class StepTimes:
     sent: Traffic
 
 
+Around = Callable[[Op], AbstractContextManager[object]]
+
+
 class Actor(Protocol):
     """One rank that carries out the ops an interpreter walks through: a `Machine`, or one that only takes the time for
     it (sleepers.py)."""
@@ -56,7 +61,9 @@ class Actor(Protocol):
 
 
 class Interpreter(Protocol):
-    """Runs one rank's program, step by step."""
+    """Runs one rank's program, step by step. `around` is entered around every op, for a profiler's ranges."""
+
+    around: Around
 
     def run_step(self) -> StepTimes:
         """One step from start to end."""
@@ -65,10 +72,9 @@ class Interpreter(Protocol):
 class HostInterpreter:
     """The interpreter for CPUs. `progress` is told about every op."""
 
-    def __init__(
-        self, schedule: Schedule, rank: int, machine: Actor, transport: Transport, progress: Progress
-    ) -> None:
+    def __init__(self, schedule: Schedule, rank: int, machine: Actor, transport: Transport, progress: Progress) -> None:
         self._machine, self._transport, self._progress = machine, transport, progress
+        self.around: Around = nullcontext
         self._program = schedule.program(rank)
         self._tags = transfer_tags(schedule)
         self._waits = ordered_after(self._program)
@@ -91,16 +97,23 @@ class HostInterpreter:
                 self._settle(board, self._data[op.index])
                 moves = movement(op, self._machine, self._transport, self._tags)
                 self._unfinished[op.index] = moves
-                self._lanes[op.stream].put(Job(op, moves.start, self._waits[op.index], board))
+                move = partial(self._move, op, moves)
+                self._lanes[op.stream].put(Job(op, move, self._waits[op.index], board))
                 self._settle(board, (op.index,) if op.blocks_host else ())
             else:
                 self._settle(board, self._waits[op.index] | self._data[op.index])
                 board.times[0, op.index] = now_ns()
-                self._machine.run(op)
+                with self.around(op):
+                    self._machine.run(op)
                 board.times[1, op.index] = now_ns()
         self._settle(board, self._unfinished.keys())
         sent = sum((lane.traffic for lane in self._lanes.values()), Traffic())
         return StepTimes(start_ns, now_ns(), board.times, sent)
+
+    def _move(self, op: Op, moves: Movement) -> Traffic:
+        """On the thread of the op's lane."""
+        with self.around(op):
+            return moves.start()
 
     def _settle(self, board: Board, needed: Collection[int]) -> None:
         """Waits for these communication ops; puts into place what they, and others done meanwhile, have brought."""

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from rtp_sim.executor import attention, loss, routing
+from rtp_sim.executor.dropout import keep_mask
 from rtp_sim.executor.dtypes import accurate
 from rtp_sim.executor.launch import Columns, Launch, Made, columns, matrix
 from rtp_sim.model.layers import (
@@ -364,8 +365,7 @@ def add(k: Launch) -> Made:
 def dropout(k: Launch) -> Made:
     """Zeroes a share of the elements and scales up the others; the seed makes a recomputed mask the same."""
     x = k.x[0]
-    generator = torch.Generator(x.device).manual_seed(k.seed)
-    mask = torch.rand(x.shape, generator=generator, device=x.device) >= k.dropout
+    mask = keep_mask(x.numel(), k.dropout, k.seed, x.device).view(x.shape)
     return Made((x * mask / (1 - k.dropout), mask.to(torch.uint8)))
 
 
@@ -385,4 +385,4 @@ KERNELS: Mapping[str, Kernel] = {
     "gated": gated, "gated.bwd": gated_bwd, "add": add, "dropout": dropout, "dropout.bwd": dropout_bwd,
     **attention.KERNELS, **loss.KERNELS, **routing.KERNELS,
 }  # fmt: skip
-"""Kernel name (model/kernels.py) -> what it computes. Copy, zero, gradient sums and the optimizer are the machine's."""
+"""Kernel name (model/kernels.py) -> what it computes. Kernels without a layer (copy, optimizer) are the machine's."""

@@ -7,6 +7,7 @@ layer op is its class name in layers.py and its fields. Standard library only.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ SCHEMA = "rtp-sim/request/1"
 DEVICES = ("cpu", "cuda")
 TRANSPORTS = ("auto", "gloo", "nccl", "shm", "emulated")
 FLOATS = ("", "fp64")
+COMMUNICATIONS = ("real", "fake", "copy")
 
 Json = Any  # what json.loads returns
 
@@ -35,8 +37,13 @@ class RunRequest:
     `save_tensors` keeps the weights and gradients of the last step beside the results. With `pin` a rank stays on one
     core. `transport` moves data by gloo, NCCL, shared memory of this host, or that with an emulated link of
     `link_latency_ns` and `link_bandwidth_bytes_per_s`. With `stated` ranks neither compute nor send, but sleep for the
-    times in the run's directory. `load` is the directory of checkpoints to go on from, `save` the one to write to:
-    after the last step, and after every `save_every` of the training's steps where that is not 0.
+    times in the run's directory. `profile_trace` adds a step after the measured ones, which every rank does under
+    PyTorch's profiler. `load` is the directory of checkpoints to go on from, `save` the one to write to: after the last
+    measured step, and after every `save_every` of the training's steps where that is not 0.
+
+    With `only_rank` that rank runs alone in one process, and `communication` says what takes the place of its partners:
+    "fake" nothing, "copy" a copy of the same size (alone.py). With `twin` torch's own implementation of the strategy
+    runs instead of the schedule (twins/).
     """
 
     network: Network
@@ -52,6 +59,10 @@ class RunRequest:
     check: bool = False
     save_tensors: bool = False
     pin: bool = False
+    profile_trace: bool = False
+    only_rank: int | None = None
+    communication: str = "real"
+    twin: bool = False
     link_latency_ns: int = 0
     link_bandwidth_bytes_per_s: int = 0
     stated: bool = False
@@ -67,7 +78,8 @@ class RunRequest:
                 raise InputError(f"run: {field} is {value!r}; expected a whole number of at least {least}")
         if isinstance(self.timeout_s, bool) or not isinstance(self.timeout_s, int | float) or not self.timeout_s > 0:
             raise InputError(f"run: timeout is {self.timeout_s!r}; expected seconds, for example 60")
-        for field, choices in (("device", DEVICES), ("transport", TRANSPORTS), ("float_dtype", FLOATS)):
+        for field, choices in (("device", DEVICES), ("transport", TRANSPORTS), ("float_dtype", FLOATS),
+                               ("communication", COMMUNICATIONS)):  # fmt: skip
             if getattr(self, field) not in choices:
                 known = ", ".join(repr(c) for c in choices)
                 raise InputError(f"run: {field} is {getattr(self, field)!r}; expected one of {known}")
@@ -75,24 +87,47 @@ class RunRequest:
             raise InputError("run: save_every says how often to save; expected --save DIR with it")
         if self.check and self.warmup < 1:
             raise InputError("run: the check takes place in the first warm-up step; expected warmup of at least 1")
+        self._check_alone()
         if self.device == "cpu" and self.transport == "nccl":
             raise InputError("run: transport nccl moves data between GPUs; with device cpu expected gloo or shm")
         if self.device == "cuda" and self.transport not in ("auto", "nccl"):
             raise InputError(f"run: transport {self.transport} cannot send from GPU memory; expected nccl with cuda")
         if self.stated and (self.check or self.save_tensors or self.float_dtype or self.transport != "auto"):
             raise InputError("run: with stated times nothing is computed or sent: no check, tensors, fp64 or transport")
-        if self.stated and (self.load or self.save):
-            raise InputError("run: with stated times nothing is trained: no load, no save")
+        if (self.stated or self.twin or self.only_rank is not None) and (self.load or self.save):
+            raise InputError("run: --load and --save are for the schedule on all its ranks; leave out --stated-times, "
+                             "--twin and --only-rank")  # fmt: skip
         if self.transport == "emulated":
             self.link()
         elif self.link_latency_ns or self.link_bandwidth_bytes_per_s:
             raise InputError(f"run: a link is given, but transport is {self.transport}; expected emulated")
 
+    def _check_alone(self) -> None:
+        if self.only_rank is None:
+            if self.communication != "real":
+                raise InputError(f"run: communication {self.communication!r} is for a rank alone; give --only-rank R")
+            return
+        if type(self.only_rank) is not int or self.only_rank < 0:
+            raise InputError(f"run: only_rank is {self.only_rank!r}; expected a rank, for example 0")
+        if self.communication == "real":
+            raise InputError("run: one rank alone has nobody to talk to; expected communication 'fake' or 'copy'")
+        if self.transport != "auto" or self.stated:
+            raise InputError("run: one rank alone sends nothing; leave out --transport and --stated-times")
+        if self.check:
+            raise InputError("run: what one rank alone computes means nothing; leave out --check, or run all ranks")
+
+    def ranks(self, world_size: int) -> Sequence[int]:
+        """The ranks that run as processes, of a schedule for `world_size`."""
+        return range(world_size) if self.only_rank is None else (self.only_rank,)
+
     @property
     def real_transport(self) -> str:
-        """The transport that "auto" stands for: nccl on GPUs, else gloo; "none" if nothing is sent."""
+        """The transport that "auto" stands for: nccl on GPUs, else gloo; "none" if nothing is sent; of a rank alone,
+        what replaces it."""
         if self.stated:
             return "none"
+        if self.only_rank is not None:
+            return self.communication
         return self.transport if self.transport != "auto" else "nccl" if self.device == "cuda" else "gloo"
 
     @property

@@ -5,6 +5,7 @@
     run1/ranks/<r>/log.txt  progress  error.json  what the worker of rank r says, where it is, why it failed
     run1/ranks/<r>/steps.jsonl  times.bin         a line and a row of op times per finished step, written at once
     run1/ranks/<r>/rank.json  tensors.pt          host, clock, memory, check; weights and gradients where asked for
+    run1/ranks/<r>/trace.json.gz                 the profiler's trace of one more step, where asked for
     run1/measured.json  result.json               the outcome
 
 Standard library and numpy only.
@@ -33,6 +34,7 @@ from rtp_sim.stated import from_json as stated_from_json
 from rtp_sim.stated import to_json as stated_to_json
 
 Record = dict[str, Any]
+TRACE = "trace.json.gz"
 OpTimes = npt.NDArray[np.int64]
 """Of shape (steps, 2, ops): start and end of every op, in ns of the rank's own clock."""
 
@@ -77,7 +79,7 @@ class RunDirectory:
             (self.path / "request.json").write_text(request_to_json(request), encoding="utf-8")
             if times is not None:
                 self.stated.write_text(stated_to_json(times), encoding="utf-8")
-            for rank in range(schedule.world_size):
+            for rank in request.ranks(schedule.world_size):
                 self.of_rank(rank, "").mkdir(parents=True)
         except OSError as error:
             raise InputError(f"cannot write to the run directory {self.path}: {error.strerror}") from None
@@ -103,7 +105,7 @@ class RunDirectory:
     def clear_rank(self, rank: int) -> None:
         """Removes what an earlier run left for this rank (the log stays: it may be open)."""
         self.of_rank(rank, "").mkdir(parents=True, exist_ok=True)
-        for name in ("error.json", "steps.jsonl", "times.bin", "rank.json", "tensors.pt"):
+        for name in ("error.json", "steps.jsonl", "times.bin", "rank.json", "tensors.pt", TRACE):
             self.of_rank(rank, name).unlink(missing_ok=True)
 
     def write_rank(self, rank: int, name: str, record: Record) -> None:

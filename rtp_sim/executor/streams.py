@@ -8,13 +8,14 @@ is waited for, so that the span on the IR's stream covers it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 
 from rtp_sim.executor.clocks import now_ns
-from rtp_sim.executor.distributed import StepTimes, communicates, movement, transfer_tags
+from rtp_sim.executor.distributed import Around, StepTimes, communicates, movement, transfer_tags
 from rtp_sim.executor.machine import Machine
 from rtp_sim.executor.progress import Progress
 from rtp_sim.executor.transport import Traffic, Transport
@@ -32,6 +33,7 @@ class StreamInterpreter:
         self, schedule: Schedule, rank: int, machine: Machine, transport: Transport, progress: Progress
     ) -> None:
         self._machine, self._transport, self._progress = machine, transport, progress
+        self.around: Around = nullcontext
         self._program = schedule.program(rank)
         self._tags = transfer_tags(schedule)
         # What the machine made before the first step lies on the current stream.
@@ -54,7 +56,8 @@ class StreamInterpreter:
                 for before in op.after:
                     stream.wait_event(end[before])
                 begin[op.index].record(stream)
-                sent += self._do(op, stream)
+                with self.around(op):
+                    sent += self._do(op, stream)
                 end[op.index].record(stream)
             if op.blocks_host:
                 end[op.index].synchronize()

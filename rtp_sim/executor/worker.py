@@ -13,8 +13,10 @@ import platform
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,16 +35,17 @@ from rtp_sim.executor.environment import (
 from rtp_sim.executor.launcher import START_UP_S
 from rtp_sim.executor.progress import Progress
 from rtp_sim.executor.request import RunRequest
-from rtp_sim.executor.rundir import Record, RunDirectory
+from rtp_sim.executor.rundir import TRACE, Record, RunDirectory
 from rtp_sim.schedule.ir import Compute, Schedule
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from rtp_sim.executor.checkpoint import Checkpoint
     from rtp_sim.executor.clocks import Clock
     from rtp_sim.executor.distributed import Interpreter, StepTimes
     from rtp_sim.executor.machine import Batch, Machine
+    from rtp_sim.executor.parameters import Parameters
+    from rtp_sim.executor.resume import Resume
     from rtp_sim.executor.transport import Transport
 
 LAUNCHER_GRACE_S = 10.0
@@ -60,7 +63,9 @@ def main(arguments: Sequence[str]) -> int:
         if environment.watched:
             die_with_parent()
         schedule, request = run.load()
-        _require_world(schedule, environment)
+        _require_world(schedule, request, environment)
+        if request.only_rank is not None:
+            environment = replace(environment, rank=request.only_rank)
     except InputError as error:
         # Every rank finds the same; once is enough.
         if os.environ.get("RANK", "0") == "0":
@@ -72,7 +77,7 @@ def main(arguments: Sequence[str]) -> int:
         if request.stated:
             sleepers.work(run, schedule, request, environment, progress)
         else:
-            Worker(run, schedule, request, environment, progress).work()
+            worker_of(request)(run, schedule, request, environment, progress).work()
     except BaseException as error:
         _fail(run, environment, error)
     # Not even torch's own threads may keep a finished worker.
@@ -81,8 +86,23 @@ def main(arguments: Sequence[str]) -> int:
     os._exit(0)
 
 
-def _require_world(schedule: Schedule, environment: Environment) -> None:
-    if environment.world_size != schedule.world_size:
+def worker_of(request: RunRequest) -> type[Worker]:
+    """The worker that does what is asked for: the schedule, or its twin."""
+    if request.twin:
+        from rtp_sim.executor.twins.worker import TwinWorker
+
+        return TwinWorker
+    return Worker
+
+
+def _require_world(schedule: Schedule, request: RunRequest, environment: Environment) -> None:
+    expected = len(request.ranks(schedule.world_size))
+    if environment.world_size != expected:
+        if request.only_rank is not None:
+            raise InputError(
+                f"this run is of rank {request.only_rank} alone, but {environment.world_size} processes were started "
+                "(WORLD_SIZE); expected one"
+            )
         raise InputError(
             f"the schedule is for {schedule.world_size} ranks, but {environment.world_size} processes were started "
             f"(WORLD_SIZE); expected --nproc-per-node {schedule.world_size}"
@@ -118,8 +138,6 @@ class Worker:
     ) -> None:
         self.run, self.schedule, self.request, self.progress = run, schedule, request, progress
         self.environment, self.rank = environment, environment.rank
-        self.seed = request.seed
-        self.checkpoint: Checkpoint | None = None
         self.record: Record = {}
 
     def work(self) -> None:
@@ -135,7 +153,8 @@ class Worker:
         self.progress.enter("preparing")
         machine = self._machine()
         interpreter = self._interpreter(machine, transport)
-        self.record = self._description(clock) | {"first_step": machine.step, "saved_steps": []}
+        self.record = self._description(clock)
+        self.record |= {"first_step": machine.step, "saved_steps": self.resume.saved_steps}
         self.run.write_rank(self.rank, "rank.json", self.record)
         self._steps(machine, interpreter, control, clock)
         self.progress.enter("writing results")
@@ -170,10 +189,14 @@ class Worker:
         return joined
 
     def _transport(self, timeout_s: float) -> tuple[ProcessGroup, Transport]:
-        from rtp_sim.executor.groups import make_control, make_groups, require_same_streams
+        from rtp_sim.executor.groups import Groups, make_control, make_groups, require_same_streams
         from rtp_sim.executor.shm import SharedMemoryTransport
 
         request = self.request
+        if request.only_rank is not None or request.twin:
+            # One rank alone has a stand-in for its partners (alone.py), a twin torch's own communication.
+            control = make_control(timeout_s)
+            return control, Groups(control, {})
         if request.real_transport == request.backend:
             groups = make_groups(self.schedule, self.rank, request.backend, timeout_s)
             return groups.control, groups
@@ -193,30 +216,32 @@ class Worker:
         """The rank's machine, with the state to start from."""
         import torch
 
-        from rtp_sim.executor import checkpoint, checkpoint_files
         from rtp_sim.executor.machine import Machine
-        from rtp_sim.executor.parameters import blank_parameters, initial_parameters
 
         request = self.request
-        if request.load:
-            self.checkpoint = checkpoint.open_checkpoint(Path(request.load))
-            self.seed = self.checkpoint.seed_of(request.seed)
         device = "cpu" if request.device == "cpu" else f"cuda:{self.environment.local_rank}"
         machine = Machine(
-            self.schedule, self.rank, request.network, request.training,
-            blank_parameters(request.network) if request.load else initial_parameters(request.network, self.seed),
-            device, torch.float64 if request.float_dtype == "fp64" else None, seed=self.seed,
+            self.schedule, self.rank, request.network, request.training, self.resume.parameters(), device,
+            torch.float64 if request.float_dtype == "fp64" else None, seed=self.resume.seed,
             keep_gradients=request.save_tensors,
         )  # fmt: skip
-        if self.checkpoint is not None:
+        if request.load:
             self.progress.enter("loading")
-            checkpoint.load(machine, self.checkpoint)
-        if request.save:
-            checkpoint.require_training(machine)
-            checkpoint_files.require_room(Path(request.save), machine.step)
+        self.resume.begin(machine)
         return machine
 
+    @cached_property
+    def resume(self) -> Resume:
+        """Where the training begins and when it is saved."""
+        from rtp_sim.executor.resume import Resume
+
+        return Resume(self.request)
+
     def _interpreter(self, machine: Machine, transport: Transport) -> Interpreter:
+        if self.request.only_rank is not None:
+            from rtp_sim.executor.alone import alone
+
+            return alone(self.schedule, self.rank, machine, self.progress, self.request.communication)
         if self.request.device == "cuda":
             from rtp_sim.executor.streams import StreamInterpreter
 
@@ -231,7 +256,7 @@ class Worker:
 
         request = self.request
         micros = int(self.schedule.meta.get("num_microbatches") or request.training.num_microbatches)
-        return random_batch(request.network, request.training.micro_batch, micros, replica, step, self.seed)
+        return random_batch(request.network, request.training.micro_batch, micros, replica, step, self.resume.seed)
 
     def _description(self, clock: Clock) -> Record:
         import torch
@@ -252,61 +277,81 @@ class Worker:
         from rtp_sim.executor.machine import replica_of
 
         replica, rows = replica_of(self.schedule, self.rank), _loss_parts(self.schedule)
-        steps = self.request.warmup + self.request.steps
-        for step in range(steps):
+        unchecked = self.request.check
+        profiled_step = self.request.warmup + self.request.steps
+        for step in range(profiled_step + self.request.profile_trace):
             self.progress.enter("between steps", step)
-            checked = self.request.check and step == 0
+            # A step whose update was left out, on all ranks, leaves the check to the next.
+            checked = unchecked
             machine.keep_gradients = checked or self.request.save_tensors
             machine.start_step(self._batch(replica, machine.step))
+            scale = machine.watch.scale
+            start_peak(machine)
+            if step == profiled_step:
+                self._profile(step, machine, interpreter, lambda: start_together(control, clock))
+                continue
             start_together(control, clock)
             self.progress.enter("step", step)
             times = interpreter.run_step()
-            losses = machine.losses()
+            # What a rank computes from made-up data is no loss.
+            losses = machine.losses() if self.request.only_rank is None else []
             loss = sum(losses) * rows / len(losses) if losses else math.nan
-            self.run.append_step(self.rank, self._step_record(step, times, loss, machine), times.ops)
+            self.run.append_step(self.rank, self._step_record(step, times, loss, scale, machine), times.ops)
             if checked:
                 self.progress.enter("checking")
                 self.record["check"] = self._check(machine, loss, control)
                 machine.gradients = []
-            every = self.request.save_every
-            if self.request.save and (step == steps - 1 or (every and machine.step % every == 0)):
+                unchecked = machine.watch.skipped
+            if self.resume.due(machine, last=step == profiled_step - 1):
                 self.progress.enter("saving", step)
-                self._save(machine, control)
+                self.resume.save(machine, control)
+                self.run.write_rank(self.rank, "rank.json", self.record)
 
-    def _save(self, machine: Machine, control: ProcessGroup) -> None:
-        from rtp_sim.executor.checkpoint import save
+    def _profile(self, step: int, machine: Machine, interpreter: Interpreter, gather: Callable[[], None]) -> None:
+        """One more step, under the profiler; its trace and its times are left beside those of the others."""
+        from rtp_sim.executor.profiling import StepProfile, op_range
 
-        save(machine, Path(self.request.save), self.seed, control)
-        self.record["saved_steps"] = [*self.record["saved_steps"], machine.step]
-        self.run.write_rank(self.rank, "rank.json", self.record)
+        profile = StepProfile(self.request.device)
+        profile.begin()
+        scale = machine.watch.scale
+        gather()
+        self.progress.enter("step", step)
+        interpreter.around = op_range
+        with profile.step(step):
+            times = interpreter.run_step()
+        self.run.append_step(self.rank, self._step_record(step, times, math.nan, scale, machine), times.ops)
+        self.progress.enter("writing results")
+        profile.finish(self.run.of_rank(self.rank, TRACE))
 
-    def _step_record(self, step: int, times: StepTimes, loss: float, machine: Machine) -> Record:
+    def _step_record(self, step: int, times: StepTimes, loss: float, scale: float, machine: Machine) -> Record:
+        norm, scaler = machine.watch.norm, machine.watch.scaler
         return {
             "step": step,
             "warmup": step < self.request.warmup,
             "start_ns": times.start_ns,
             "end_ns": times.end_ns,
             "loss": loss if math.isfinite(loss) else None,
+            "grad_norm": norm if norm is None or math.isfinite(norm) else None,
+            "loss_scale": None if scaler is None else scale,
+            "skipped": machine.watch.skipped,
             "bytes_sent": times.sent.size_bytes,
             "messages": times.sent.messages,
             "peak_memory_bytes": machine.storage.peak_bytes,
             "memory_by_category": machine.storage.peak_by_category,
+            "allocator_peak_bytes": allocator_peak_bytes(machine),
         }
 
     def _check(self, machine: Machine, loss: float, control: ProcessGroup) -> Record | None:
-        """Compares loss and gradients of the step just done with dense training, on rank 0."""
-        from rtp_sim.executor.checkpoint import full_parameters
+        """Compares loss and gradients of the step just done, the first update, with dense training, on rank 0."""
         from rtp_sim.executor.compare import compare_with_dense
         from rtp_sim.executor.machine import replicas
-        from rtp_sim.executor.parameters import Parameters, initial_parameters
+
+        # The step has been counted already; none before it has changed the weights.
+        batches = [self._batch(replica, machine.step - 1) for replica in range(replicas(self.schedule))]
 
         def start() -> Parameters:
-            if self.checkpoint is not None:
-                return full_parameters(self.checkpoint, machine.network)
-            return initial_parameters(self.request.network, self.seed)
+            return self.resume.full_parameters(machine.network)
 
-        # The step has been counted already.
-        batches = [self._batch(replica, machine.step - 1) for replica in range(replicas(self.schedule))]
         return compare_with_dense(machine, self.request, start, loss, batches, control)
 
     def _finish(self, control: ProcessGroup) -> None:
@@ -314,13 +359,30 @@ class Worker:
         import torch.distributed as dist
 
         dist.barrier(group=control)
-        if self.rank == 0 and not self.environment.watched:
+        if self.rank == self.request.ranks(self.schedule.world_size)[0] and not self.environment.watched:
             from rtp_sim.executor.collect import collect
 
             collect(self.run, self.schedule, self.request)
             print(f"rtp-sim: wrote {self.run.result} and {self.run.measured}", file=sys.stderr)
         dist.barrier(group=control)
         self.progress.enter("done")
+
+
+def start_peak(machine: Machine) -> None:
+    """On a GPU the allocator starts counting its peak again."""
+    if machine.device.type == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(machine.device)
+
+
+def allocator_peak_bytes(machine: Machine) -> int | None:
+    """The most that torch's allocator held on the GPU since then, kernels' workspaces and all; None on a CPU."""
+    if machine.device.type != "cuda":
+        return None
+    import torch
+
+    return int(torch.cuda.max_memory_allocated(machine.device))
 
 
 def _loss_parts(schedule: Schedule) -> int:

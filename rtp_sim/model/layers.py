@@ -266,9 +266,10 @@ class Add(LayerOp):
 
 @dataclass(frozen=True, slots=True)
 class Dropout(LayerOp):
-    """Keeps a one-byte mask."""
+    """Zeroes elements with `probability` and scales up the others; keeps a one-byte mask."""
 
     width: int
+    probability: float = 0.5
 
     def lower(self, extent: Extent, split: Split = WHOLE) -> Lowered:
         """One elementwise kernel."""
@@ -293,7 +294,8 @@ class Activation(LayerOp):
 @dataclass(frozen=True, slots=True)
 class Attention(LayerOp):
     """Self-attention with its input and output projections. Split "heads": whole groups of query heads with their
-    key/value head and the matching columns of the output projection; the output bias is on every shard."""
+    key/value head and the matching columns of the output projection; the output bias is on every shard. `dropout` is
+    the probability with which attention probabilities are dropped: the fused kernel drops none."""
 
     hidden: int
     heads: int
@@ -304,7 +306,7 @@ class Attention(LayerOp):
     rotary: bool = False
     causal: bool = True
     implementation: str = "flash"
-    dropout: bool = False
+    dropout: float = 0.0
 
     def _heads(self, split: Split) -> tuple[int, int]:
         kv = split.share(self.kv_heads, "heads")

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from rtp_sim.cost.emulated import EmulatedCost
 from rtp_sim.cost.model import ClusterCost
-from rtp_sim.cost.shared_memory import SharedMemoryCost
 from rtp_sim.cost.stated import StatedCost, slow_apart
 from rtp_sim.engine.costs import CostModel
 from rtp_sim.engine.longest_path import longest_path
@@ -38,8 +38,8 @@ def predict(schedule: Schedule, cluster: Cluster, conditions: Conditions, engine
     if conditions.times is not None:
         cost = StatedCost(conditions.times)
         issued = slow_apart(issued, conditions.times.slow)
-    elif conditions.transport in ("shm", "emulated"):
-        cost = SharedMemoryCost(ClusterCost(cluster), conditions.link)
+    elif conditions.link is not None:
+        cost = EmulatedCost(ClusterCost(cluster), conditions.link)
     return replace(_simulated(issued, cost, engine), schedule=schedule)
 
 

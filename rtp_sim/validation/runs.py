@@ -39,6 +39,10 @@ REQUEST, SCHEDULE, MEASURED, RESULT = FILES = ("request.json", "schedule.json", 
 STATED = "stated.json"
 
 
+PROFILER = "torch.profiler"
+"""The meta "clocks" of a timeline that was read from the ranks' traces."""
+
+
 class ResultFile(BaseModel):
     """The keys of result.json that are read here; others may be there."""
 
@@ -51,11 +55,15 @@ class ResultFile(BaseModel):
     bytes_sent: list[int] | None = Field(None, description="bytes that each rank sent in one step, by rank, or null")
     messages: list[int] | None = Field(None, description="messages that each rank sent in one step, by rank, or null")
     peak_memory_bytes: list[int] | None = Field(None, description="peak memory of each rank in bytes, by rank, or null")
+    only_rank: int | None = Field(None, description="the rank that ran alone, without its partners, or null")
+    twin: str | None = Field(None, description="what of torch ran in the place of the schedule, or null")
+    communication: str = Field("real", description="what took the place of its partners: fake or copy")
 
 
 @dataclass(frozen=True)
 class MeasuredRun:
-    """What a run left. Numbers by rank are empty where they were not measured; `failure` says how it broke off."""
+    """What a run left. Numbers by rank are empty where they were not measured; `failure` says how it broke off. Of a
+    rank that ran alone (`only_rank`) there is one number each."""
 
     path: Path
     request: Mapping[str, object]
@@ -66,6 +74,8 @@ class MeasuredRun:
     bytes_sent: tuple[int, ...]
     messages: tuple[int, ...]
     peak_memory_bytes: tuple[int, ...]
+    only_rank: int | None = None
+    communication: str = "real"
 
     @property
     def schedule(self) -> Schedule:
@@ -129,6 +139,8 @@ def load_run(path: Path) -> MeasuredRun:
         _require(path / name)
     request, schedule = read_json_object(path / REQUEST), _read_schedule(path / SCHEDULE)
     result = validated(ResultFile, read_json_object(path / RESULT), path / RESULT)
+    if result.twin is not None:
+        raise InputError(f"{path} is a run of a twin ({result.twin}): it has no ops to compare; run without --twin")
     if not result.step_times_ns:
         why = f": the run failed ({result.failure})" if result.failure else ""
         raise InputError(f"{path / RESULT}: 'step_times_ns' is empty, no measured step was finished{why}")
@@ -138,12 +150,16 @@ def load_run(path: Path) -> MeasuredRun:
     timeline = load_timeline(path / MEASURED)
     if difference := first_difference(timeline.schedule, schedule, MEASURED, SCHEDULE):
         raise InputError(f"{path}: {MEASURED} and {SCHEDULE} do not belong together: {difference}")
-    by_rank = [
-        _by_rank(path / RESULT, name, getattr(result, name), schedule.world_size)
+    ranks = schedule.world_size if result.only_rank is None else 1
+    sent, messages, peak = (
+        _by_rank(path / RESULT, name, getattr(result, name), ranks)
         for name in ("bytes_sent", "messages", "peak_memory_bytes")
-    ]
+    )
     conditions, times = _conditions(path, request), tuple(result.step_times_ns)
-    return MeasuredRun(path, request, timeline, conditions, result.failure or "", times, *by_rank)
+    return MeasuredRun(
+        path, request, timeline, conditions, result.failure or "", times, sent, messages, peak,
+        result.only_rank, result.communication,
+    )  # fmt: skip
 
 
 def validate(run: MeasuredRun, cluster: Cluster, tolerance: float, engine: str = "simpy") -> Validation:
@@ -164,16 +180,16 @@ def validate(run: MeasuredRun, cluster: Cluster, tolerance: float, engine: str =
         measured = with_numbers(measured, key, dict(enumerate(getattr(run, key))))
     joined = diff(replace(predicted, meta={**predicted.meta, "cluster": cluster.name}), measured)
     spread = spread_of(run.step_times_ns)
-    checks = [_near("step time", "ns", predicted.step_time_ns, spread.median_ns, tolerance)]
+    checks = [near("step time", "ns", predicted.step_time_ns, spread.median_ns, tolerance)]
     if run.peak_memory_bytes:
         peaks = [rank.predicted.peak_memory_bytes or 0 for rank in joined.ranks]
-        checks.append(_near("peak memory", "bytes", max(peaks), max(run.peak_memory_bytes), tolerance))
+        checks.append(near("peak memory", "bytes", max(peaks), max(run.peak_memory_bytes), tolerance))
     totals = [communication_totals(schedule, rank) for rank in range(schedule.world_size)]
     if run.bytes_sent:
-        checks.append(_equal("bytes sent", "bytes", [sent for sent, _, _ in totals], run.bytes_sent))
+        checks.append(equal("bytes sent", "bytes", [sent for sent, _, _ in totals], run.bytes_sent))
     if run.messages:
-        checks.append(_equal("messages", "messages", [count for _, count, _ in totals], run.messages))
-    return Validation(run, cluster, tolerance, spread, joined, tuple(checks), _notes(run, cost))
+        checks.append(equal("messages", "messages", [count for _, count, _ in totals], run.messages))
+    return Validation(run, cluster, tolerance, spread, joined, tuple(checks), notes(run, cost))
 
 
 def spread_of(times_ns: Sequence[int]) -> Spread:
@@ -200,11 +216,15 @@ def _whole(path: Path, request: Mapping[str, object], name: str) -> int:
     return value
 
 
-def _notes(run: MeasuredRun, cost: ClusterCost) -> tuple[str, ...]:
+def notes(run: MeasuredRun, cost: ClusterCost) -> tuple[str, ...]:
     """What a reader should know: rates taken from another dtype, a run made for exactness."""
     actions = (op.action for program in run.schedule.programs for op in program.ops)
     dtypes = dict.fromkeys(action.dtype for action in actions if isinstance(action, Compute))
     notes = [note for note in map(cost.rate_note, dtypes) if note]
+    if run.timeline.meta.get("clocks") == PROFILER:
+        median_ns = median_low(run.step_times_ns)
+        longer = run.timeline.step_time_ns / median_ns - 1
+        notes.append(f"the ops are those of a step under the profiler, {longer:+.1%} against the median step")
     if run.failure:
         notes.append(f"the run broke off: {run.failure}; what it finished before is compared")
     if run.conditions.times is not None:
@@ -214,12 +234,13 @@ def _notes(run: MeasuredRun, cost: ClusterCost) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _near(name: str, unit: str, predicted: float, measured: float, tolerance: float) -> Check:
+def near(name: str, unit: str, predicted: float, measured: float, tolerance: float) -> Check:
+    """Passes where the relative error is within the tolerance."""
     error = relative_error(predicted, measured)
     return Check(name, unit, predicted, measured, tolerance, error is not None and abs(error) <= tolerance)
 
 
-def _equal(name: str, unit: str, counted: Sequence[int], measured: Sequence[int]) -> Check:
+def equal(name: str, unit: str, counted: Sequence[int], measured: Sequence[int]) -> Check:
     """Sums over the ranks, equal only if every rank is."""
     wrong = next((r for r, (c, m) in enumerate(zip(counted, measured, strict=True)) if c != m), None)
     note = "" if wrong is None else f"rank {wrong}: {counted[wrong]} predicted, {measured[wrong]} measured"

@@ -18,11 +18,11 @@ from typing import cast
 
 import torch
 
+from rtp_sim.executor.alone import StandIn
 from rtp_sim.executor.batches import random_batch
 from rtp_sim.executor.calibrate.samples import KernelSample
 from rtp_sim.executor.clocks import now_ns
 from rtp_sim.executor.distributed import HostInterpreter
-from rtp_sim.executor.exchange import Parcel, Transfer
 from rtp_sim.executor.groups import Groups
 from rtp_sim.executor.machine import Machine
 from rtp_sim.executor.parameters import initial_parameters
@@ -55,6 +55,7 @@ class ProbeTimes:
 def run_probe(probe: Probe, rank: int, steps: int, wait: Callable[[], None]) -> ProbeTimes:
     """Times of `steps` steps of the rank's program on a CPU; `wait` before each, so that all ranks compute at once."""
     machine = _machine(probe, rank, torch.device("cpu"))
+    partners = StandIn(machine, copies=False)
     micros = int(probe.schedule.meta.get("num_microbatches") or probe.training.num_microbatches)
     times: dict[tuple[str, str, Dims], list[int]] = {}
     issue: list[int] = []
@@ -64,7 +65,7 @@ def run_probe(probe: Probe, rank: int, steps: int, wait: Callable[[], None]) -> 
         for op in machine.program.ops:
             start_ns = now_ns()
             if not isinstance(op.action, Compute):
-                took_ns = communicate_alone(machine, op)
+                took_ns = communicate_alone(machine, op, partners)
                 if step >= WARM_UP:
                     issue.append(took_ns)
                 continue
@@ -76,39 +77,23 @@ def run_probe(probe: Probe, rank: int, steps: int, wait: Callable[[], None]) -> 
     return ProbeTimes(tuple(KernelSample(*key, tuple(ns)) for key, ns in times.items()), tuple(issue))
 
 
-def communicate_alone(machine: Machine, op: Op) -> int:
-    """Does a communication op with nobody else, what is received being what the rank sends; returns the nanoseconds
-    that the host spent on taking the data from the machine and putting it back."""
+def communicate_alone(machine: Machine, op: Op, partners: StandIn) -> int:
+    """Does a communication op with nobody else; returns the nanoseconds that the host spent on taking the data from the
+    machine and putting it back."""
     start_ns = now_ns()
     if isinstance(op.action, Collective):
         parcel = machine.parcel(op)
         taken_ns = now_ns()
-        _echo_parcel(parcel)
+        partners.collective(op, parcel)
         moved_ns = now_ns()
         machine.finish(op, parcel)
     else:
         transfers = machine.transfers(op)
         taken_ns = now_ns()
-        for transfer in transfers:
-            _echo_transfer(transfer)
+        partners.exchange(op, transfers, 0)
         moved_ns = now_ns()
         machine.finish(op)
     return taken_ns - start_ns + now_ns() - moved_ns
-
-
-def _echo_parcel(parcel: Parcel) -> None:
-    """Fills what a collective receives with the rank's own numbers, of the size of the real ones."""
-    sent, received = parcel.send, parcel.receive
-    if received is sent:
-        return
-    for start in range(0, received.numel(), max(1, sent.numel())):
-        part = received[start : start + sent.numel()]
-        part.copy_(sent[: part.numel()])
-
-
-def _echo_transfer(transfer: Transfer) -> None:
-    size = min(transfer.send.numel(), transfer.receive.numel())
-    transfer.receive[:size].copy_(transfer.send[:size])
 
 
 def issue_times(probe: Probe, device: torch.device, steps: int) -> list[int]:
