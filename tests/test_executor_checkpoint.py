@@ -79,7 +79,8 @@ def states(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for layout in (x for x in SAME if x.ranks == ranks):
             name, states = f"same-{layout.name}", path / "states"
             half = half_of(layout)
-            whole = layout.run(path / "runs" / name, steps=2 * half, save=states / name, save_every=half, float_dtype="")
+            whole = layout.run(path / "runs" / name, steps=2 * half, float_dtype="", save=states / name,
+                               save_every=half)  # fmt: skip
             again = layout.run(path / "runs" / f"{name}-again", steps=half, float_dtype="",
                                load=states / name / f"step-{half:08d}", save=states / f"{name}-again")  # fmt: skip
             jobs += [{"run": str(whole.path)}, {"run": str(again.path)}]

@@ -3,7 +3,7 @@
     model.<layer>.<parameter>                             weights, in the shape of the whole parameter
     optimizer.<moment>.<layer>.<parameter>                exp_avg, exp_avg_sq; momentum_buffer; master (weights in fp32)
     training.step  training.seed  training.optimizer      steps done, seed of data and dropout, the optimizer's name
-    training.left_out  .loss_scale  .good_steps           updates left out; the loss scale, and good steps since it changed
+    training.left_out  .loss_scale  .good_steps           updates left out; loss scale, good steps since it changed
 
 Each rank writes the shards it holds and reads those it needs, so a state may be loaded by another number of ranks and
 another strategy. A checkpoint without `training` is a set of initial weights, of any float dtype.
