@@ -130,8 +130,8 @@ def dense_state(steps: int) -> dict[str, dict[str, torch.Tensor]]:
     return {"model": named(dense(steps).parameters), "exp_avg": first, "exp_avg_sq": second}
 
 
-# From 2^26 on, fp16 gradients overflow until the scale has come down; clipping is always at work.
-SCALED = (("loss_scale", f"dynamic:{2**26}"), ("clip_norm", 0.05))
+# From 2^21 on, fp16 gradients overflow until the scale has come down; clipping is always at work.
+SCALED = (("loss_scale", f"dynamic:{2**21}"), ("clip_norm", 0.05))
 
 
 def as_bf16(layout: Layout) -> Layout:

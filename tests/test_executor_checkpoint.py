@@ -136,7 +136,7 @@ def test_the_same_layout_goes_on_to_the_bit(states: Path, tmp_path: Path, layout
         facts = full_state(states / "states" / name / f"step-{half:08d}", tmp_path)["training"]
         # Each update that was left out has halved the scale.
         assert 0 < facts["left_out"] < half
-        assert facts["loss_scale"] == 2.0 ** (26 - facts["left_out"])
+        assert facts["loss_scale"] == 2.0 ** (21 - facts["left_out"])
         assert facts["good_steps"] == half - facts["left_out"]
     flat = [{(k, *path): v for k, part in s.items() for path, v in leaves(part)} for s in (whole, again)]
     assert flat[0].keys() == flat[1].keys()
