@@ -52,6 +52,7 @@ class Case:
     def training(self) -> TrainingSpec:
         """Two sequences per micro-batch, fp32 throughout unless `changes` says otherwise."""
         words = {"num_microbatches": self.micros, "precision": "fp32", "optimizer": self.optimizer}
+        words["recompute"] = self.recompute
         return TrainingSpec(2, 8, **(words | dict(self.changes)))  # type: ignore[arg-type]
 
     def schedule(self) -> Schedule:

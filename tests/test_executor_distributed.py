@@ -65,6 +65,7 @@ CASES = (
     Case("tp-sp-dropout", "tp-sp", 3, changes=CLIPPED, dropout=0.2),
     Case("rtp-dropout", "rtp", 3, changes=(*SCALED, ("recompute", "full")), dropout=0.2),
     Case("ddp-clipped", "ddp", 2, changes=CLIPPED),
+    Case("rtp-recomputed", "rtp", 3, micros=2, recompute="full"),
 )
 # From 2^26 on, fp16 gradients overflow until the scale has come down.
 OVERFLOWING = Case("overflowing", "zero2", 2, changes=(("precision", "fp16"), ("loss_scale", f"dynamic:{2**26}")))

@@ -10,10 +10,11 @@ putting in place what has arrived: only the host touches the machine.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -79,6 +80,7 @@ class HostInterpreter:
         self._tags = transfer_tags(schedule)
         self._waits = ordered_after(self._program)
         self._data = touched_after(self._program)
+        self._awaited = awaited_at_once(self._program, self._waits, self._data)
         streams = dict.fromkeys(op.stream for op in self._program.ops if communicates(op))
         self._lanes = {stream: Lane(i, stream, progress) for i, stream in enumerate(streams)}
         self._unfinished: dict[int, Movement] = {}
@@ -95,10 +97,7 @@ class HostInterpreter:
             self._progress.at(op.index)
             if communicates(op):
                 self._settle(board, self._data[op.index])
-                moves = movement(op, self._machine, self._transport, self._tags)
-                self._unfinished[op.index] = moves
-                move = partial(self._move, op, moves)
-                self._lanes[op.stream].put(Job(op, move, self._waits[op.index], board))
+                self._communicate(op, board)
                 self._settle(board, (op.index,) if op.blocks_host else ())
             else:
                 self._settle(board, self._waits[op.index] | self._data[op.index])
@@ -110,8 +109,17 @@ class HostInterpreter:
         sent = sum((lane.traffic for lane in self._lanes.values()), Traffic())
         return StepTimes(start_ns, now_ns(), board.times, sent)
 
+    def _communicate(self, op: Op, board: Board) -> None:
+        """Hands the op to its stream's thread; does it here where the host would wait for it at once anyway."""
+        self._unfinished[op.index] = moves = movement(op, self._machine, self._transport, self._tags)
+        job = Job(op, partial(self._move, op, moves), self._waits[op.index], board)
+        if op.index in self._awaited:
+            self._lanes[op.stream].do(job)
+        else:
+            self._lanes[op.stream].put(job)
+
     def _move(self, op: Op, moves: Movement) -> Traffic:
-        """On the thread of the op's lane."""
+        """Moves the data, on the thread of the op's lane or the host's."""
         with self.around(op):
             return moves.start()
 
@@ -184,3 +192,22 @@ def touched_after(program: Program) -> list[frozenset[int]]:
         for b in op.writes:
             writer[b], readers[b] = op.index, set()
     return found
+
+
+def awaited_at_once(
+    program: Program, waits: Sequence[frozenset[int]], data: Sequence[frozenset[int]]
+) -> frozenset[int]:  # fmt: skip
+    """The communication ops that the host waits for before it does anything else."""
+    found = set()
+    for op, following in zip_longest(program.ops, program.ops[1:]):
+        if not communicates(op):
+            continue
+        if following is None or op.blocks_host:
+            found.add(op.index)
+        else:
+            blocked = data[following.index]
+            if not communicates(following):
+                blocked |= waits[following.index]
+            if op.index in blocked:
+                found.add(op.index)
+    return frozenset(found)

@@ -41,6 +41,9 @@ class RunRequest:
     PyTorch's profiler. `load` is the directory of checkpoints to go on from, `save` the one to write to: after the last
     measured step, and after every `save_every` of the training's steps where that is not 0.
 
+    `load` is the directory of checkpoints to go on from, `save` the one to write to: after the last step, and after
+    every `save_every` of the training's steps where that is not 0.
+
     With `only_rank` that rank runs alone in one process, and `communication` says what takes the place of its partners:
     "fake" nothing, "copy" a copy of the same size (alone.py). With `twin` torch's own implementation of the strategy
     runs instead of the schedule (twins/).
