@@ -37,6 +37,7 @@ class Case:
     dims: tuple[int, ...] = ()
     micros: int = 1
     optimizer: str = "adamw"
+    recompute: str = "none"
     options: tuple[tuple[str, object], ...] = ()
     changes: tuple[tuple[str, object], ...] = ()
     dropout: float = 0.0
