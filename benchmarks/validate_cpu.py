@@ -6,8 +6,8 @@ setting: each launch is a fresh set of processes, a case's time the median over 
 step. A launch does not count and is made again, up to three times, while other programs took more than `--foreign` of
 the cores, or while the cores were slower or faster by more than `--pace` than while calibrating (a virtual machine's
 neighbours show in nothing else). Every launch is written to DIR/launches.jsonl at once, so a benchmark that was
-interrupted goes on where it was, and `--report` predicts again without measuring, with the program as it is now. Nothing
-is fitted to these cases.
+interrupted goes on where it was, and `--report` predicts again without measuring, with the program as it is now.
+Nothing is fitted to these cases.
 
 Writes DIR/validation.md and DIR/validation.json. Exit code 1 if a setting misses its bar.
 """

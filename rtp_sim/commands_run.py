@@ -47,13 +47,13 @@ def execute(a: Namespace, prepared: Prepared) -> int:
         link_latency_ns=a.link_latency, link_bandwidth_bytes_per_s=a.link_bandwidth,
         stated=a.stated_times is not None, load=_absolute(a.load), save=_absolute(a.save), save_every=a.save_every,
     )  # fmt: skip
+    if request.load:
+        # Found out by the workers too, but seconds later.
+        newest(Path(request.load))
     if a.twin:
         require_twin(schedule, request)
     if a.only_rank is not None and a.only_rank >= schedule.world_size:
         raise InputError(f"--only-rank {a.only_rank}: the ranks of this schedule are 0 to {schedule.world_size - 1}")
-    if request.load:
-        # Found out by the workers too, but seconds later.
-        newest(Path(request.load))
     check(schedule)
     run = RunDirectory(Path(a.output))
     run.prepare(schedule, request, _stated_times(a, schedule))
@@ -138,12 +138,12 @@ def _rows(result: Result) -> Iterator[tuple[str, str]]:
         yield "messages per rank", format_count(max(result["messages"]))
     if result["peak_memory_bytes"]:
         yield "peak memory", format_bytes(max(result["peak_memory_bytes"]))
-    if result["allocator_peak_bytes"]:
-        yield "peak of the allocator", format_bytes(max(result["allocator_peak_bytes"]))
     if result["first_step"]:
         yield "went on after step", str(result["first_step"])
     if result["saved_steps"]:
         yield "saved after step", ", ".join(str(step) for step in result["saved_steps"])
+    if result["allocator_peak_bytes"]:
+        yield "peak of the allocator", format_bytes(max(result["allocator_peak_bytes"]))
     if result["check"] is not None:
         found = result["check"]
         yield "check", f"{'ok' if found['passed'] else 'FAILED'} (largest error {found['largest_error']:.1e})"

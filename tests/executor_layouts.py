@@ -34,6 +34,7 @@ class Layout:
     options: tuple[tuple[str, object], ...] = ()
     precision: str = "fp32"
     optimizer: str = "adamw"
+    changes: tuple[tuple[str, object], ...] = ()
 
     @property
     def name(self) -> str:
@@ -56,9 +57,8 @@ class Layout:
         """As many sequences per micro-batch as make 12 in all."""
         each = SEQUENCES // (self.replicas * self.micros)
         assert each * self.replicas * self.micros == SEQUENCES
-        return TrainingSpec(
-            each, 8, num_microbatches=self.micros, precision=self.precision, optimizer=self.optimizer
-        )  # fmt: skip
+        words = {"num_microbatches": self.micros, "precision": self.precision, "optimizer": self.optimizer}
+        return TrainingSpec(each, 8, **(words | dict(self.changes)))  # type: ignore[arg-type]
 
     def schedule(self, network: Network | None = None) -> Schedule:
         """Its schedule, of gpt2_tiny unless given another network."""
@@ -128,6 +128,10 @@ def dense_state(steps: int) -> dict[str, dict[str, torch.Tensor]]:
             first[name] = 0.9 * first[name] + 0.1 * g
             second[name] = 0.999 * second[name] + 0.001 * g * g
     return {"model": named(dense(steps).parameters), "exp_avg": first, "exp_avg_sq": second}
+
+
+# From 2^21 on, fp16 gradients overflow until the scale has come down; clipping is always at work.
+SCALED = (("loss_scale", f"dynamic:{2**21}"), ("clip_norm", 0.05))
 
 
 def as_bf16(layout: Layout) -> Layout:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from executor_helpers import ROOT, command_line, gone, started, work_off
-from executor_layouts import EXACT, ONE_UNIT, ZERO1, Layout, as_bf16, dense, dense_state, layouts, named
+from executor_layouts import EXACT, ONE_UNIT, SCALED, ZERO1, Layout, as_bf16, dense, dense_state, layouts, named
 from strategy_helpers import gpt2_tiny, image_network, llama_tiny, moe_tiny
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save, torch_save_to_dcp
 
@@ -32,6 +32,7 @@ from rtp_sim.model.network import Network, unfused
 SAME = (
     Layout("rtp-inplace", 3, options=(("rtp_chunk_bytes", 1 << 12),)), Layout("fsdp", 3), Layout("tp-sp", 3),
     as_bf16(Layout("zero1", 3, optimizer="sgd-momentum")), as_bf16(Layout("rtp", 3, micros=2)),
+    Layout("zero2", 3, precision="fp16", changes=SCALED),
 )  # fmt: skip
 """Layouts that go on from where they themselves were, in their own precision."""
 
@@ -54,6 +55,11 @@ CHAIN = chain()
 ORDER = (2, 1, 4, 3)
 
 
+def half_of(layout: Layout) -> int:
+    """Steps before and after the state in the middle."""
+    return 8 if layout.changes else 2
+
+
 def steps_before(layout: Layout) -> int:
     source = dict(CHAIN)[layout]
     return 0 if source is None else steps_before(source) + 2
@@ -72,9 +78,11 @@ def states(tmp_path_factory: pytest.TempPathFactory) -> Path:
             jobs.append({"run": str(run.path)})
         for layout in (x for x in SAME if x.ranks == ranks):
             name, states = f"same-{layout.name}", path / "states"
-            whole = layout.run(path / "runs" / name, steps=4, save=states / name, save_every=2, float_dtype="")
-            again = layout.run(path / "runs" / f"{name}-again", load=states / name / "step-00000002",
-                               save=states / f"{name}-again", float_dtype="")  # fmt: skip
+            half = half_of(layout)
+            whole = layout.run(path / "runs" / name, steps=2 * half, float_dtype="", save=states / name,
+                               save_every=half)  # fmt: skip
+            again = layout.run(path / "runs" / f"{name}-again", steps=half, float_dtype="",
+                               load=states / name / f"step-{half:08d}", save=states / f"{name}-again")  # fmt: skip
             jobs += [{"run": str(whole.path)}, {"run": str(again.path)}]
         work_off(jobs, ranks, path)
     return path
@@ -108,7 +116,7 @@ def test_training_goes_on_as_if_nothing_had_happened(states: Path, tmp_path: Pat
     before = steps_before(layout)
     assert losses(states / "runs" / layout.name) == pytest.approx(dense(before + 2).losses[before:], abs=EXACT)
     found = full_state(states / "states" / layout.name / f"step-{before + 2:08d}", tmp_path)
-    assert found["training"] == {"step": before + 2, "seed": 0, "optimizer": "adamw"}
+    assert found["training"] == {"step": before + 2, "seed": 0, "optimizer": "adamw", "left_out": 0}
     expected = dense_state(before + 2)
     assert found.keys() == {"training", "model", "optimizer"}
     assert_close(found["model"], expected["model"])
@@ -119,11 +127,17 @@ def test_training_goes_on_as_if_nothing_had_happened(states: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("layout", SAME, ids=lambda x: x.name)
 def test_the_same_layout_goes_on_to_the_bit(states: Path, tmp_path: Path, layout: Layout):
-    """Four steps at once, or two, and two more from the state after them."""
-    name = f"same-{layout.name}"
-    whole = full_state(states / "states" / name / "step-00000004", tmp_path)
-    again = full_state(states / "states" / f"{name}-again" / "step-00000004", tmp_path)
-    assert losses(states / "runs" / name)[2:] == losses(states / "runs" / f"{name}-again")
+    """All steps at once, or half of them, and the others from the state after these."""
+    name, half = f"same-{layout.name}", half_of(layout)
+    whole = full_state(states / "states" / name / f"step-{2 * half:08d}", tmp_path)
+    again = full_state(states / "states" / f"{name}-again" / f"step-{2 * half:08d}", tmp_path)
+    assert losses(states / "runs" / name)[half:] == losses(states / "runs" / f"{name}-again")
+    if layout.changes:
+        facts = full_state(states / "states" / name / f"step-{half:08d}", tmp_path)["training"]
+        # Each update that was left out has halved the scale.
+        assert 0 < facts["left_out"] < half
+        assert facts["loss_scale"] == 2.0 ** (21 - facts["left_out"])
+        assert facts["good_steps"] == half - facts["left_out"]
     flat = [{(k, *path): v for k, part in s.items() for path, v in leaves(part)} for s in (whole, again)]
     assert flat[0].keys() == flat[1].keys()
     for key, value in flat[0].items():
@@ -389,21 +403,6 @@ def test_save_load_check_and_a_message(tmp_path: Path):
     assert again.returncode == 2
     assert again.stderr.count("\n") == 1
     assert again.stderr.startswith(f"rtp-sim: --save {tmp_path / 's'}: it holds a checkpoint after step 3 already")
-
-
-def test_the_loss_scale_goes_on(tmp_path: Path):
-    """From 2^30 on fp16 gradients overflow until the scale has come down: five steps, and three with two after them."""
-    words = ("--strategy", "zero2", "--nproc-per-node", 2, "--warmup", 0, "--precision", "fp16", "--loss-scale",
-             f"dynamic:{2**30}", "--format", "json")  # fmt: skip
-    results = []
-    for steps, more in ((5, ()), (3, ("--save", tmp_path / "s")), (2, ("--load", tmp_path / "s"))):
-        done = run(*words, "--steps", steps, *more, "-o", tmp_path / f"run{steps}")
-        assert done.returncode == 0, done.stderr
-        results.append(json.loads(done.stdout))
-    whole, first, second = results
-    assert whole["loss_scale"] == [2**30, 2**29, 2**28, 2**27, 2**26]
-    assert first["loss_scale"] + second["loss_scale"] == whole["loss_scale"]
-    assert first["loss"] + second["loss"] == whole["loss"]
 
 
 @pytest.mark.parametrize(

@@ -191,36 +191,6 @@ def test_shared_memory_moves_what_the_reference_moves(runs: Path, n: int):
             assert torch.equal(ours, theirs)
 
 
-def test_norms_are_those_of_the_reference(runs: Path, case: Case):
-    """Per step; none where the schedule measures none. Every rank has the same."""
-    norms = result_of(runs / f"{case.name}.exact")["grad_norm"]
-    assert norms == [None if n is None else pytest.approx(n, rel=1e-12) for n in reference(case).grad_norms]
-    assert (None in norms) == (not case.changes)
-
-
-def test_ranks_leave_out_the_same_updates(runs: Path):
-    """Every step of fp16 training is as the reference interpreter has it: scale, left out or not. The check takes place
-    in the first step that updates."""
-    schedule, steps = OVERFLOWING.schedule(), 15
-    batches = [[random_batch(OVERFLOWING.network, 2, 1, r, s) for r in range(2)] for s in range(steps)]
-    machines = [
-        Machine(schedule, r, OVERFLOWING.network, OVERFLOWING.training, initial_parameters(OVERFLOWING.network))
-        for r in range(2)
-    ]
-    expected = []
-    for step in batches:
-        scale = machines[0].watch.scale
-        run_step(schedule, machines, step)
-        expected.append((scale, machines[0].watch.skipped))
-    result = result_of(runs / "overflowing")
-    assert list(zip(result["loss_scale"], result["skipped"], strict=True)) == expected
-    assert 2 <= sum(result["skipped"]) < 12
-    assert result["check"]["passed"], result["check"]
-    for rank in range(2):
-        records, _ = RunDirectory(runs / "overflowing").read_steps(rank, len(schedule.program(rank).ops))
-        assert [(r["loss_scale"], r["skipped"]) for r in records] == expected
-
-
 def test_copies_of_a_parameter_and_its_gradient_are_the_same_bits_on_all_ranks(runs: Path):
     """Norms and positions after two steps, on ranks with data of their own."""
     for name in ("rtp", "rtp-inplace", "rtp-uneven", "two-level", "tp", "tp-sp"):
@@ -263,6 +233,34 @@ def test_rings_keep_to_themselves(runs: Path):
     """Two rings of two ranks: no hop leaves its ring."""
     found = [json.loads(Path(f"{runs}/rtp-dp.partners.{rank}").read_text(encoding="utf-8")) for rank in range(4)]
     assert found == [[1], [0], [3], [2]]
+def test_norms_are_those_of_the_reference(runs: Path, case: Case):
+    """Per step; none where the schedule measures none. Every rank has the same."""
+    norms = result_of(runs / f"{case.name}.exact")["grad_norm"]
+    assert norms == [None if n is None else pytest.approx(n, rel=1e-12) for n in reference(case).grad_norms]
+    assert (None in norms) == (not case.changes)
+
+
+def test_ranks_leave_out_the_same_updates(runs: Path):
+    """Every step of fp16 training is as the reference interpreter has it: scale, left out or not. The check takes place
+    in the first step that updates."""
+    schedule, steps = OVERFLOWING.schedule(), 15
+    batches = [[random_batch(OVERFLOWING.network, 2, 1, r, s) for r in range(2)] for s in range(steps)]
+    machines = [
+        Machine(schedule, r, OVERFLOWING.network, OVERFLOWING.training, initial_parameters(OVERFLOWING.network))
+        for r in range(2)
+    ]
+    expected = []
+    for step in batches:
+        scale = machines[0].watch.scale
+        run_step(schedule, machines, step)
+        expected.append((scale, machines[0].watch.skipped))
+    result = result_of(runs / "overflowing")
+    assert list(zip(result["loss_scale"], result["skipped"], strict=True)) == expected
+    assert 2 <= sum(result["skipped"]) < 12
+    assert result["check"]["passed"], result["check"]
+    for rank in range(2):
+        records, _ = RunDirectory(runs / "overflowing").read_steps(rank, len(schedule.program(rank).ops))
+        assert [(r["loss_scale"], r["skipped"]) for r in records] == expected
 
 
 # ---- the same traffic, memory and ops

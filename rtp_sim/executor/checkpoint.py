@@ -3,8 +3,7 @@
     model.<layer>.<parameter>                             weights, in the shape of the whole parameter
     optimizer.<moment>.<layer>.<parameter>                exp_avg, exp_avg_sq; momentum_buffer; master (weights in fp32)
     training.step  training.seed  training.optimizer      steps done, seed of data and dropout, the optimizer's name
-    training.left_out  training.loss_scale                updates left out, loss scale (0: none)
-    training.good_steps                                   steps with finite gradients under that scale so far
+    training.left_out  .loss_scale  .good_steps           updates left out; loss scale, good steps since it changed
 
 Each rank writes the shards it holds and reads those it needs, so a state may be loaded by another number of ranks and
 another strategy. A checkpoint without `training` is a set of initial weights, of any float dtype.
@@ -38,7 +37,8 @@ from rtp_sim.schedule.ir import Compute, Holding
 MOMENTS = {"adam": ("exp_avg", "exp_avg_sq"), "adamw": ("exp_avg", "exp_avg_sq"), "sgd-momentum": ("momentum_buffer",)}
 """What the numbers are called that an optimizer keeps per parameter: the names of torch.optim."""
 
-FACTS = {"step": 0, "seed": 0, "optimizer": "", "left_out": 0, "loss_scale": 0.0, "good_steps": 0}
+FACTS: dict[str, Any] = {"step": 0, "seed": 0, "optimizer": "", "left_out": 0, "loss_scale": 1.0, "good_steps": 0}
+"""What is known of the training; the last two only where its loss is scaled."""
 
 
 # ---- what a rank holds
@@ -98,14 +98,7 @@ def save(machine: Machine, directory: Path, seed: int, group: dist.ProcessGroup)
     if machine.rank == 0:
         files.begin(directory, machine.step)
     dist.barrier(group=group)
-    watch = machine.watch
-    training = {
-        "step": machine.step, "seed": seed, "optimizer": machine.training.optimizer, "left_out": watch.left_out,
-        "loss_scale": watch.scaler.scale if watch.scaler else 0.0,
-        "good_steps": watch.scaler.good_steps if watch.scaler else 0,
-    }  # fmt: skip
-    facts = {"training": training}
-    planner = PieceSavePlanner(held_by(machine), facts)
+    planner = PieceSavePlanner(held_by(machine), {"training": _facts(machine, seed)})
     try:
         state_dict_saver.save({}, storage_writer=FileSystemWriter(partial), planner=planner, process_group=group)
     except CheckpointException as error:
@@ -115,6 +108,14 @@ def save(machine: Machine, directory: Path, seed: int, group: dist.ProcessGroup)
         files.complete(partial)
     dist.barrier(group=group)
     return files.step_path(directory, machine.step)
+
+
+def _facts(machine: Machine, seed: int) -> dict[str, Any]:
+    watch = machine.watch
+    found = {"step": machine.step, "seed": seed, "optimizer": machine.training.optimizer, "left_out": watch.left_out}
+    if watch.scaler is not None:
+        found |= {"loss_scale": watch.scaler.scale, "good_steps": watch.scaler.good_steps}
+    return found
 
 
 def require_training(machine: Machine) -> None:
@@ -128,22 +129,21 @@ def require_training(machine: Machine) -> None:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint. `step` is None for initial weights."""
+    """A complete checkpoint; `facts` are what it says of the training. `step` is None for initial weights."""
 
     path: Path
     metadata: Metadata
     step: int | None
-    seed: int
-    optimizer: str
-    left_out: int
-    loss_scale: float
-    good_steps: int
+    facts: dict[str, Any]
 
     def seed_of(self, seed: int) -> int:
         """The seed to go on with, where `seed` is asked for. InputError if it is another than that of the training."""
-        if self.step is not None and seed not in (0, self.seed):
-            raise InputError(f"--seed {seed}: the training in {self.path} has seed {self.seed}; leave --seed out")
-        return self.seed if self.step is not None else seed
+        if self.step is None:
+            return seed
+        own = int(self.facts["seed"])
+        if seed not in (0, own):
+            raise InputError(f"--seed {seed}: the training in {self.path} has seed {own}; leave --seed out")
+        return own
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
@@ -157,9 +157,8 @@ def open_checkpoint(directory: Path) -> Checkpoint:
             _read(path, facts)
     except (Exception, CheckpointException) as error:
         raise _unreadable(path, error) from error
-    found: dict[str, Any] = FACTS | facts["training"]
-    return Checkpoint(path, metadata, found["step"] if known else None, found["seed"], found["optimizer"],
-                      found["left_out"], found["loss_scale"], found["good_steps"])  # fmt: skip
+    found = facts["training"]
+    return Checkpoint(path, metadata, found.get("step"), found)
 
 
 def load(machine: Machine, checkpoint: Checkpoint) -> None:
@@ -175,10 +174,14 @@ def load(machine: Machine, checkpoint: Checkpoint) -> None:
         _read(checkpoint.path, {}, PieceLoadPlanner(wanted))
     except (Exception, CheckpointException) as error:
         raise _unreadable(checkpoint.path, error) from error
-    machine.step, machine.watch.left_out = checkpoint.step or 0, checkpoint.left_out
-    scaler = machine.watch.scaler
-    if scaler is not None and scaler.dynamic and checkpoint.loss_scale:
-        scaler.scale, scaler.good_steps = checkpoint.loss_scale, checkpoint.good_steps
+    _set_facts(machine, checkpoint)
+
+
+def _set_facts(machine: Machine, checkpoint: Checkpoint) -> None:
+    facts, scaler = FACTS | checkpoint.facts, machine.watch.scaler
+    machine.step, machine.watch.left_out = facts["step"], facts["left_out"]
+    if scaler is not None and scaler.dynamic and "loss_scale" in checkpoint.facts:
+        scaler.scale, scaler.good_steps = facts["loss_scale"], facts["good_steps"]
 
 
 def _initial(held: Collection[Held]) -> Iterator[Held]:
@@ -230,9 +233,10 @@ def _require_fit(machine: Machine, checkpoint: Checkpoint, wanted: Collection[He
 
 def _require_optimizer(where: str, machine: Machine, checkpoint: Checkpoint) -> None:
     ours = machine.training.optimizer
-    if checkpoint.optimizer != ours:
-        raise InputError(f"{where}: the training there has optimizer {checkpoint.optimizer}, this run {ours}; "
-                         f"expected the same (--optimizer {checkpoint.optimizer})")  # fmt: skip
+    theirs = checkpoint.facts.get("optimizer")
+    if theirs != ours:
+        raise InputError(f"{where}: the training there has optimizer {theirs}, this run {ours}; expected the same "
+                         f"(--optimizer {theirs})")  # fmt: skip
     stored = checkpoint.metadata.state_dict_metadata
     there = any(key.startswith("optimizer.master.") for key in stored)
     if there != (machine.training.policy.master_dtype is not None):

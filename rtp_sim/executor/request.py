@@ -38,7 +38,8 @@ class RunRequest:
     core. `transport` moves data by gloo, NCCL, shared memory of this host, or that with an emulated link of
     `link_latency_ns` and `link_bandwidth_bytes_per_s`. With `stated` ranks neither compute nor send, but sleep for the
     times in the run's directory. `profile_trace` adds a step after the measured ones, which every rank does under
-    PyTorch's profiler.
+    PyTorch's profiler. `load` is the directory of checkpoints to go on from, `save` the one to write to: after the last
+    measured step, and after every `save_every` of the training's steps where that is not 0.
 
     `load` is the directory of checkpoints to go on from, `save` the one to write to: after the last step, and after
     every `save_every` of the training's steps where that is not 0.
@@ -96,10 +97,11 @@ class RunRequest:
             raise InputError(f"run: transport {self.transport} cannot send from GPU memory; expected nccl with cuda")
         if self.stated and (self.check or self.save_tensors or self.float_dtype or self.transport != "auto"):
             raise InputError("run: with stated times nothing is computed or sent: no check, tensors, fp64 or transport")
-        if self.stated and (self.load or self.save):
-            raise InputError("run: with stated times nothing is trained: no load, no save")
         if self.stated and self.device != "cpu":
             raise InputError(f"run: with stated times no device computes; expected device cpu, given {self.device}")
+        if (self.stated or self.twin or self.only_rank is not None) and (self.load or self.save):
+            raise InputError("run: --load and --save are for the schedule on all its ranks; leave out --stated-times, "
+                             "--twin and --only-rank")  # fmt: skip
         if self.transport == "emulated":
             self.link()
         elif self.link_latency_ns or self.link_bandwidth_bytes_per_s:

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,10 +41,11 @@ from rtp_sim.schedule.ir import Compute, Schedule
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-    from rtp_sim.executor.checkpoint import Checkpoint
     from rtp_sim.executor.clocks import Clock
     from rtp_sim.executor.distributed import Interpreter, StepTimes
     from rtp_sim.executor.machine import Batch, Machine
+    from rtp_sim.executor.parameters import Parameters
+    from rtp_sim.executor.resume import Resume
     from rtp_sim.executor.transport import Transport
 
 LAUNCHER_GRACE_S = 10.0
@@ -136,8 +138,6 @@ class Worker:
     ) -> None:
         self.run, self.schedule, self.request, self.progress = run, schedule, request, progress
         self.environment, self.rank = environment, environment.rank
-        self.seed = request.seed
-        self.checkpoint: Checkpoint | None = None
         self.record: Record = {}
 
     def work(self) -> None:
@@ -153,7 +153,8 @@ class Worker:
         self.progress.enter("preparing")
         machine = self._machine()
         interpreter = self._interpreter(machine, transport)
-        self.record = self._description(clock) | {"first_step": machine.step, "saved_steps": []}
+        self.record = self._description(clock)
+        self.record |= {"first_step": machine.step, "saved_steps": self.resume.saved_steps}
         self.run.write_rank(self.rank, "rank.json", self.record)
         self._steps(machine, interpreter, control, clock)
         self.progress.enter("writing results")
@@ -215,28 +216,26 @@ class Worker:
         """The rank's machine, with the state to start from."""
         import torch
 
-        from rtp_sim.executor import checkpoint, checkpoint_files
         from rtp_sim.executor.machine import Machine
-        from rtp_sim.executor.parameters import blank_parameters, initial_parameters
 
         request = self.request
-        if request.load:
-            self.checkpoint = checkpoint.open_checkpoint(Path(request.load))
-            self.seed = self.checkpoint.seed_of(request.seed)
         device = "cpu" if request.device == "cpu" else f"cuda:{self.environment.local_rank}"
         machine = Machine(
-            self.schedule, self.rank, request.network, request.training,
-            blank_parameters(request.network) if request.load else initial_parameters(request.network, self.seed),
-            device, torch.float64 if request.float_dtype == "fp64" else None, seed=self.seed,
+            self.schedule, self.rank, request.network, request.training, self.resume.parameters(), device,
+            torch.float64 if request.float_dtype == "fp64" else None, seed=self.resume.seed,
             keep_gradients=request.save_tensors,
         )  # fmt: skip
-        if self.checkpoint is not None:
+        if request.load:
             self.progress.enter("loading")
-            checkpoint.load(machine, self.checkpoint)
-        if request.save:
-            checkpoint.require_training(machine)
-            checkpoint_files.require_room(Path(request.save), machine.step)
+        self.resume.begin(machine)
         return machine
+
+    @cached_property
+    def resume(self) -> Resume:
+        """Where the training begins and when it is saved."""
+        from rtp_sim.executor.resume import Resume
+
+        return Resume(self.request)
 
     def _interpreter(self, machine: Machine, transport: Transport) -> Interpreter:
         if self.request.only_rank is not None:
@@ -257,7 +256,7 @@ class Worker:
 
         request = self.request
         micros = int(self.schedule.meta.get("num_microbatches") or request.training.num_microbatches)
-        return random_batch(request.network, request.training.micro_batch, micros, replica, step, self.seed)
+        return random_batch(request.network, request.training.micro_batch, micros, replica, step, self.resume.seed)
 
     def _description(self, clock: Clock) -> Record:
         import torch
@@ -279,8 +278,8 @@ class Worker:
 
         replica, rows = replica_of(self.schedule, self.rank), _loss_parts(self.schedule)
         unchecked = self.request.check
-        steps = self.request.warmup + self.request.steps
-        for step in range(steps + self.request.profile_trace):
+        profiled_step = self.request.warmup + self.request.steps
+        for step in range(profiled_step + self.request.profile_trace):
             self.progress.enter("between steps", step)
             # A step whose update was left out, on all ranks, leaves the check to the next.
             checked = unchecked
@@ -288,7 +287,7 @@ class Worker:
             machine.start_step(self._batch(replica, machine.step))
             scale = machine.watch.scale
             start_peak(machine)
-            if step == steps:
+            if step == profiled_step:
                 self._profile(step, machine, interpreter, lambda: start_together(control, clock))
                 continue
             start_together(control, clock)
@@ -303,17 +302,10 @@ class Worker:
                 self.record["check"] = self._check(machine, loss, control)
                 machine.gradients = []
                 unchecked = machine.watch.skipped
-            every = self.request.save_every
-            if self.request.save and (step == steps - 1 or (every and machine.step % every == 0)):
+            if self.resume.due(machine, last=step == profiled_step - 1):
                 self.progress.enter("saving", step)
-                self._save(machine, control)
-
-    def _save(self, machine: Machine, control: ProcessGroup) -> None:
-        from rtp_sim.executor.checkpoint import save
-
-        save(machine, Path(self.request.save), self.seed, control)
-        self.record["saved_steps"] = [*self.record["saved_steps"], machine.step]
-        self.run.write_rank(self.rank, "rank.json", self.record)
+                self.resume.save(machine, control)
+                self.run.write_rank(self.rank, "rank.json", self.record)
 
     def _profile(self, step: int, machine: Machine, interpreter: Interpreter, gather: Callable[[], None]) -> None:
         """One more step, under the profiler; its trace and its times are left beside those of the others."""
@@ -353,18 +345,15 @@ class Worker:
 
     def _check(self, machine: Machine, loss: float | None, control: ProcessGroup) -> Record | None:
         """Compares loss and gradients of the step just done, the first update, with dense training, on rank 0."""
-        from rtp_sim.executor.checkpoint import full_parameters
         from rtp_sim.executor.compare import compare_with_dense
         from rtp_sim.executor.machine import replicas
-        from rtp_sim.executor.parameters import Parameters, initial_parameters
+
+        # The step has been counted already; none before it has changed the weights.
+        batches = [self._batch(replica, machine.step - 1) for replica in range(replicas(self.schedule))]
 
         def start() -> Parameters:
-            if self.checkpoint is not None:
-                return full_parameters(self.checkpoint, machine.network)
-            return initial_parameters(self.request.network, self.seed)
+            return self.resume.full_parameters(machine.network)
 
-        # The step has been counted already.
-        batches = [self._batch(replica, machine.step - 1) for replica in range(replicas(self.schedule))]
         return compare_with_dense(machine, self.request, start, loss, batches, control)
 
     def _finish(self, control: ProcessGroup) -> None:
