@@ -11,7 +11,7 @@ from itertools import product
 import pytest
 import torch
 from executor_reference import EXACT, Pair, assert_equal, batches_of, run_both
-from strategy_helpers import EVERY_STRATEGY, INNER, bert_tiny, build, llama_tiny, moe_tiny, stack
+from strategy_helpers import EVERY_STRATEGY, bert_tiny, build, llama_tiny, moe_tiny, stack
 
 from rtp_sim.executor.dense import dense_loss
 from rtp_sim.executor.parameters import initial_parameters
@@ -198,8 +198,8 @@ def sent(strategy: str, n: int, **options: object) -> Pair:
     network = NETWORKS["gpt2"]
     spec = training(network, num_microbatches=2)
     schedule = build(strategy, network, n, spec, **options)  # type: ignore[arg-type]
-    executed = network if options.get("rtp_fuse_mlp") or strategy not in INNER else unfused(network)
-    executed = network if strategy.startswith("tp") else executed
+    rotates = strategy in ("rtp", "rtp-inplace") and not options.get("rtp_fuse_mlp")
+    executed = unfused(network) if rotates else network
     parameters = initial_parameters(executed)
     batches = batches_of(schedule, executed, spec, 2)
     return Pair(schedule, run_reference(schedule, network, spec, parameters, batches, float64=False), None)  # type: ignore[arg-type]

@@ -28,7 +28,7 @@ from rtp_sim.executor.progress import Progress
 from rtp_sim.executor.request import RunRequest
 from rtp_sim.executor.rundir import Record, RunDirectory
 from rtp_sim.executor.twins import require_twin
-from rtp_sim.model.network import Network, transformer_network
+from rtp_sim.model.network import Network, transformer_network, with_dropout
 from rtp_sim.model.spec import ModelSpec
 from rtp_sim.model.training import TrainingSpec
 from rtp_sim.schedule.ir import Schedule
@@ -74,7 +74,8 @@ TWINS = (
     Twin("tp-llama", "tp", llama_tiny(), optimizer="sgd"),
     Twin("tp-sp", "tp-sp", gpt2_tiny()),
     Twin("tp-sp-llama", "tp-sp", llama_tiny()),
-    Twin("tp-sp-bert", "tp-sp", bert_tiny()),
+    # Without dropout: a twin would draw masks of its own.
+    Twin("tp-sp-bert", "tp-sp", with_dropout(bert_tiny(), 0.0)),
 )
 MEASURED = Twin("wide", "fsdp", wide())
 

@@ -58,8 +58,10 @@ OVER = [
     *((s, 2, 1, "ddp", [] if s in ("single", "ddp") else ["dp"]) for s in DATA_PARALLEL),
     *((s, 2, 1, "ddp", [axis]) for s, axis in INNER.items()),
     *((s, 2, 2, "ddp", [axis]) for s, axis in INNER.items()),
-    *((s, 2, 2, "zero1", [axis, "dp"]) for s, axis in INNER.items()),
-    *((s, 1, 2, "zero2", ["dp"]) for s in INNER),
+    *((s, 2, 2, "zero1", [axis, "dp"]) for s, axis in INNER.items() if s != "hsdp"),
+    *((s, 1, 2, "zero2", ["dp"]) for s in INNER if s != "hsdp"),
+    # Across the groups of hybrid sharding gradients are all-reduced, whatever --dp-sync says elsewhere.
+    ("hsdp", 2, 2, "zero1", ["fsdp"]), ("hsdp", 1, 2, "zero2", []),
 ]
 
 

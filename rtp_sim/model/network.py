@@ -187,7 +187,7 @@ def unfused(network: Network) -> Network:
 
 
 def with_dropout(network: Network, probability: float) -> Network:
-    """The network whose dropout layers have that probability; with 0 it has none of them.
+    """The network whose dropout layers, and attention that drops, have that probability; with 0 nothing is dropped.
 
     InputError if there is no such layer and the probability is not 0.
     """
@@ -202,8 +202,14 @@ def with_dropout(network: Network, probability: float) -> Network:
             if isinstance(layer.op, Dropout) and not probability:
                 instead[layer.output] = inputs[0]
                 continue
-            op = replace(layer.op, probability=probability) if isinstance(layer.op, Dropout) else layer.op
-            kept.append(replace(layer, op=op, inputs=inputs))
+            kept.append(replace(layer, op=_dropping(layer.op, probability), inputs=inputs))
         if kept:
             blocks.append(replace(block, layers=tuple(kept)))
     return replace(network, blocks=tuple(blocks))
+
+
+def _dropping(op: LayerOp, probability: float) -> LayerOp:
+    """The op with that probability, if it drops at all."""
+    if isinstance(op, Dropout):
+        return replace(op, probability=probability)
+    return replace(op, dropout=probability) if isinstance(op, Attention) and op.dropout else op

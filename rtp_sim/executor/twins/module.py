@@ -126,7 +126,7 @@ def _module(layer: Layer, seq: int, p: Mapping[str, torch.Tensor], shards: int) 
         case Add():
             return TwinAdd()
         case Dropout():
-            return nn.Identity()
+            return nn.Dropout(op.probability)
         case Activation():
             return TwinActivation(op.function)
         case Attention():
