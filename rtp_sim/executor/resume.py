@@ -1,6 +1,6 @@
 """`Resume`: where a worker's training begins, and when its state is saved, as the request says.
 
-Most runs load and save nothing: torch.distributed.checkpoint, which takes seconds to import, is imported for the others.
+Most runs load and save nothing: torch.distributed.checkpoint, seconds of importing, is for the others.
 """
 
 from __future__ import annotations
