@@ -168,11 +168,27 @@ class CommunicationFile(_Model):
     in_switch_efficiency: Fraction | None = None
 
 
+class CalibrationFile(_Model):
+    """What was fitted on this machine, with its software: replaces the device profile's numbers of the same names."""
+
+    matmul_efficiency: Fraction | None = None
+    attention_efficiency: Fraction | None = None
+    memory_efficiency: Fraction | None = None
+    kernel_floor: Time | None = None
+    host_issue: Time | None = None
+    overlap_slowdown: Factor | None = None
+    runtime_reserved: Bytes | None = None
+
+
 class ClusterFile(_Model):
-    """A cluster profile: one node's wiring, the fabric between nodes and the communication library."""
+    """A cluster profile: one node's wiring, the fabric between nodes and the communication library.
+
+    A profile with `like` at its top holds only what differs from the profile of that name (`profiles.py`).
+    """
 
     description: str
     device: str
+    calibration: CalibrationFile = CalibrationFile()
     gpus_per_node: int = Field(ge=1)
     notes: list[str] = []
     links: dict[str, LinkFile] = {}

@@ -12,6 +12,7 @@ import difflib
 import os
 import re
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from rtp_sim.hardware.topology import Fabric, Topology
 from rtp_sim.hardware.wiring import NodeTemplate
 
 if TYPE_CHECKING:
-    from rtp_sim.hardware.files import DeviceFile
+    from rtp_sim.hardware.files import CalibrationFile, DeviceFile
 
 GENERIC = "generic:"
 
@@ -145,12 +146,10 @@ def _cluster_from_file(path: Path, nodes: int, gpus: int | None) -> Cluster:
     from rtp_sim.hardware.files import ClusterFile, validated
     from rtp_sim.hardware.nodes import communication_params, wiring_from_file
 
-    raw = read_toml(path)
-    if isinstance(raw.get("communication"), dict):
-        raw["communication"] = _communication(raw["communication"], path, depth=0)
+    raw = _cluster(read_toml(path), path, depth=0)
     file = validated(ClusterFile, raw, path)
     try:
-        device = device_from_file(*read_device_file(file.device, beside=path.parent))
+        device = calibrated(device_from_file(*read_device_file(file.device, beside=path.parent)), file.calibration)
     except InputError as error:
         raise InputError(f"{path}: device: {error}") from None
     nodes, used = cluster_shape(path.stem, file.gpus_per_node, nodes, gpus)
@@ -180,6 +179,44 @@ def _cluster_from_file(path: Path, nodes: int, gpus: int | None) -> Cluster:
         topology=topology,
         notes=tuple(file.notes),
     )
+
+
+def calibrated(device: Device, fitted: CalibrationFile) -> Device:
+    """The device with the numbers that were fitted on one machine in place of the profile's own."""
+    names = {
+        "kernel_floor": "kernel_floor_ns",
+        "host_issue": "host_issue_ns",
+        "runtime_reserved": "runtime_reserved_bytes",
+    }
+    given = {name: getattr(fitted, name) for name in type(fitted).model_fields}
+    return replace(device, **{names.get(name, name): number for name, number in given.items() if number is not None})
+
+
+def _cluster(table: dict[str, Any], path: Path, depth: int) -> dict[str, Any]:
+    """`table` over the profile that its key `like` names: keys replace keys, links and communication are merged, and
+    what is taken over becomes assumed."""
+    if isinstance(table.get("communication"), dict):
+        table["communication"] = _communication(table["communication"], path, depth=0)
+    if "like" not in table:
+        return table
+    if depth > 3 or not isinstance(table["like"], str):
+        raise InputError(f"{path}: like: given {table['like']!r}, expected another profile's name")
+    other_path = _find(table["like"], "clusters")
+    base = {k: _assumed(v, table["like"]) for k, v in _cluster(read_toml(other_path), other_path, depth + 1).items()}
+    merged = {k: {**base.get(k, {}), **table[k]} for k in ("links", "communication") if isinstance(table.get(k), dict)}
+    without = ("like", "notes", "calibration")
+    return {k: v for k, v in base.items() if k not in without} | {k: v for k, v in table.items() if k != "like"} | merged
+
+
+def _assumed(value: Any, name: str) -> Any:
+    """Every number in `value` as one that was taken over from the profile `name`."""
+    if isinstance(value, list):
+        return [_assumed(v, name) for v in value]
+    if not isinstance(value, dict):
+        return value
+    if "kind" in value and "source" in value:
+        return {**value, "kind": "assumed", "source": f"as {name}: {value['source']}"}
+    return {k: _assumed(v, name) for k, v in value.items()}
 
 
 def _communication(table: dict[str, Any], path: Path, depth: int) -> dict[str, Any]:
