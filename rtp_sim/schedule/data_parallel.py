@@ -44,6 +44,7 @@ class DataParallel:
         self._bucket: list[Ready] = []
         self._buckets: list[list[Ready]] = []
         self._all: dict[str, Ready] = {}
+        self._waiting: list[Ready] = []
 
     @property
     def every_microbatch(self) -> bool:
@@ -56,6 +57,14 @@ class DataParallel:
             return
         item = Ready(layer.name, layer.op.numel() if numel is None else numel, part, split)
         self._all[layer.name] = item
+        options = self.step.options
+        if not options.dp_overlap and not self.every_microbatch:
+            self._waiting.append(item)
+            return
+        self._take(item)
+
+    def _take(self, item: Ready) -> None:
+        """Puts a gradient into the open bucket, and sends the bucket on its way when it is full."""
         self._bucket.append(item)
         options = self.step.options
         limit = options.ddp_first_bucket_bytes if not self._buckets else options.ddp_bucket_bytes
@@ -80,6 +89,8 @@ class DataParallel:
 
     def finish(self) -> None:
         """Waits for the gradients, takes the optimizer step, and gathers what was updated elsewhere."""
+        for item in self._waiting:
+            self._take(item)
         self.flush()
         step = self.step
         if self.n == 1 or self.mode == "ddp":
@@ -114,14 +125,16 @@ class DataParallel:
         name = f"m{step.micro}.reduce.{k}"
         if self.copy:
             source = (self._copy_in(k, bucket, total, f"{name}.copy_in"),)
+        # Without overlap the reduction waits for the whole backward pass.
+        after = () if step.options.dp_overlap else step.b.last("compute")
         if self.mode == "ddp":
-            step.collective("all_reduce", self.group, self.group, name, total, source, source, dtype)
+            step.collective("all_reduce", self.group, self.group, name, total, source, source, dtype, after)
             return
         padded = self._shard(bucket) * self.n
         if self.mode == "zero1":
             # The shard's sum replaces this rank's part of the gradient that is kept anyway.
             reads = tuple(dict.fromkeys((*source, *grads)))
-            step.collective("reduce_scatter", self.group, self.group, name, padded, reads, grads, dtype)
+            step.collective("reduce_scatter", self.group, self.group, name, padded, reads, grads, dtype, after)
             return
         holds, numel = tuple(i.holding for i in bucket), self._shard(bucket)
         shard = step.b.buffer(f"g.shard{k}", "gradients", dtype, numel, holds=holds, slice_of=self.group)

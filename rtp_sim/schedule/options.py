@@ -16,6 +16,10 @@ class Options:
     previous unit. `rtp_chunk_bytes`: the bounce buffer of the in-place form. `rtp_ring`: "flat", "two-level", or
     "auto", which is two-level where a ring covers several whole nodes.
     `dp_sync`: what the data-parallel axis beside rotation or tensor parallelism does: "ddp", "zero1" or "zero2".
+    `dp_overlap`: reduce gradients beside the backward pass instead of after it. `dp_copy`: reduce them in buckets of their
+    own, as torch DDP does (tensor parallelism and rotation reduce in place). `gradient_buffer`: gradients stay allocated
+    from step to step. `optimizer_scratch`: numbers of the optimizer's dtype per parameter that its step allocates for
+    itself (torch's foreach Adam: 1).
     `eval_passes`: forward-only passes instead of a training step (rotation alternates direction)."""
 
     ddp_bucket_bytes: int = 25 * MIB
@@ -28,4 +32,8 @@ class Options:
     rtp_chunk_bytes: int = 4 * MIB
     rtp_ring: str = "auto"
     dp_sync: str = "ddp"
+    dp_overlap: bool = True
+    dp_copy: bool = True
+    gradient_buffer: bool = False
+    optimizer_scratch: int = 0
     eval_passes: int = 0

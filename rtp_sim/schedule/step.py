@@ -207,7 +207,7 @@ class Step:
         dims, variants = lowered.dims[call]
         part = work.sharding.part if work.sharding is not None else None
         site = Site(layer.name, call, work.sharding.kind if work.sharding is not None else "")
-        action = Compute(kernel, self.policy.compute_dtype, dims, part, variants, site)
+        action = Compute(kernel, self.policy.kernel_dtype(kernel), dims, part, variants, site)
         name = f"m{self.micro}.{layer.name}.{name}.{call}.{kernel}"
         return self.b.op(name, "compute", action, reads, writes, after=work.after)
 
@@ -328,7 +328,7 @@ class Step:
         """own += other, as autograd adds the gradients of a tensor with two readers."""
         like = self.b.declared(own)
         numel = like.numel if isinstance(like.numel, int) else max(like.numel)
-        action = Compute("add", self.policy.compute_dtype, (("numel", numel),))
+        action = Compute("add", self.policy.kernel_dtype("add"), (("numel", numel),))
         self.b.op(f"m{self.micro}.{tensor}.B.add", "compute", action, (own, other), (own,))
         return own
 
@@ -369,7 +369,15 @@ class Step:
         action = Compute("optimizer", self.policy.weight_dtype, dims, part, variants)
         grads = tuple(dict.fromkeys(g for s in shares for g in s.grads))
         weights = tuple(dict.fromkeys(w for s in shares for w in s.weights))
-        self.b.op("optimizer", "compute", action, (*grads, *weights, *states), (*weights, *states))
+        self.b.op("optimizer", "compute", action, (*grads, *weights, *states), (*weights, *states, *self._scratch(shares)))
+
+    def _scratch(self, shares: Sequence[OptimizerShare]) -> tuple[str, ...]:
+        """What the optimizer's step allocates for itself, as torch's foreach form does for the roots of the moments."""
+        numbers = self.options.optimizer_scratch
+        if not numbers:
+            return ()
+        numel = sum(numbers * (s.numel if isinstance(s.numel, int) else max(s.numel)) for s in shares)
+        return (self.b.buffer("opt.scratch", "workspace", self.policy.state_dtype, numel),)
 
     def _optimizer_traffic(self) -> int:
         """Bytes moved per parameter: gradient read, states and master weights read and written, weights written (and
