@@ -140,6 +140,11 @@ _ALL = (
     # Cross-entropy: logits, targets (int64) -> loss, log-probabilities, which the backward reads.
     Kernel("cross_entropy", "memory", _zero, _rows(2), _statistics(3)),
     Kernel("cross_entropy.bwd", "memory", _zero, _rows(2), _statistics(3)),
+    # The same in torch's two steps; the look-up's backward fills an array of zeros.
+    Kernel("log_softmax", "memory", _zero, _rows(2)),
+    Kernel("log_softmax.bwd", "memory", _zero, _rows(3)),
+    Kernel("nll", "memory", _zero, lambda d: d["rows"], _statistics(2)),
+    Kernel("nll.bwd", "memory", _zero, _rows(1), _statistics(2)),
     # Mixture of experts: gate logits -> top-k weights and ids; gather tokens to experts; weighted scatter back.
     Kernel("topk", "memory", _zero, _rows(2), lambda d: 12 * d["rows"] * d["top_k"]),
     Kernel("topk.bwd", "memory", _zero, _rows(2), lambda d: 12 * d["rows"] * d["top_k"]),
@@ -180,6 +185,9 @@ BACKWARD: Mapping[str, tuple[Rule, ...]] = {
     "embedding": (Rule("embedding.wgrad", ("dy", "x"), ("dw",)),),
     "positions": (Rule("positions.wgrad", ("dy",), ("dw",)),),
     "cross_entropy": (Rule("cross_entropy.bwd", ("y1", "y2", "x1"), ("dx",)),),
+    "log_softmax": (Rule("log_softmax.bwd", ("dy", "y", "x"), ("dx",)),),
+    "nll": (Rule("nll.bwd", ("x1",), ("dx0",)),),
+    "copy": (Rule("copy", ("dy",), ("dx",)),),
     "maxpool2d": (Rule("maxpool2d.bwd", ("dy", "y1"), ("dx",)),),
 }
 

@@ -11,6 +11,7 @@ MIB = 1 << 20
 class Options:
     """`ddp_bucket_bytes` and `ddp_first_bucket_bytes`: torch DDP's 25 MiB and 1 MiB. `fsdp_unit`: "block" gathers each
     block alone, "model" the whole model as one unit. `fsdp_prefetch`: gather the next unit while this one computes.
+    `fsdp_split_gradients`: gradients are computed per layer and copied into the flat one (torch's FSDP 1).
     `rtp_fuse_mlp`: rotate an MLP as one unit instead of two. `rtp_hide_gradient_hop`: add the travelling gradient
     after the next sub-step instead of waiting for it first. `rtp_prefetch`: start a unit's first hop during the
     previous unit. `rtp_chunk_bytes`: the bounce buffer of the in-place form. `rtp_ring`: "flat", "two-level", or
@@ -26,6 +27,7 @@ class Options:
     ddp_first_bucket_bytes: int = MIB
     fsdp_unit: str = "block"
     fsdp_prefetch: bool = True
+    fsdp_split_gradients: bool = False
     rtp_fuse_mlp: bool = False
     rtp_hide_gradient_hop: bool = False
     rtp_prefetch: bool = False

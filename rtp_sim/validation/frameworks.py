@@ -21,8 +21,8 @@ class Habits:
     `mixed` is the precision that "mixed", "bf16" and "fp16" mean; `pure_half` says that fp16 is fp16 throughout.
     `dp_overlap`: gradients are reduced beside the backward pass; `dp_bucket_bytes` at a time; `dp_copy`: into buckets of
     their own; `gradient_buffer`: gradients are kept in one buffer from step to step. `fsdp_unit`: "block" or "model".
-    `sdpa`: the attention kernel is whatever torch's scaled_dot_product_attention picks, with a mask (no causal
-    skipping). `masked_attention`: fused attention gets a mask tensor, so it cannot skip half of the scores.
+    `torch_attention`: torch.nn.MultiheadAttention, which copies layouts and uses whatever kernel
+    scaled_dot_product_attention picks, with a mask (no causal skipping). `torch_loss`: torch.nn.CrossEntropyLoss.
     `optimizer_scratch`: bytes per parameter that the optimizer step allocates for itself. `recompute_works`: whether
     the run's recompute option saved memory. `selective_blocks`: "selective" recompute repeats every n-th block.
     `op_ns`, `hop_ns`, `collective_ns`: host time to issue a kernel, a hop of rotation, another communication op.
@@ -37,9 +37,12 @@ class Habits:
     dp_bucket_bytes: int = 25 * MIB
     dp_copy: bool = True
     gradient_buffer: bool = False
+    rotation_keeps_gradients: bool = False
+    fsdp_split_gradients: bool = False
     fsdp_unit: str = "block"
     fsdp_prefetch: bool = True
-    sdpa: bool = False
+    torch_attention: bool = False
+    torch_loss: bool = False
     optimizer_scratch: int = 0
     recompute_works: bool = True
     selective_blocks: int = 0
@@ -52,18 +55,15 @@ class Habits:
     facts: tuple[tuple[str, str], ...] = ()
 
 
-MEGATRON = dict(
-    architecture="gpt", mixed="fp16-grad32", gradient_buffer=True, dp_overlap=False, dp_bucket_bytes=1 << 40, dp_copy=False
-)
-
 FRAMEWORKS: Mapping[str, Habits] = {
     h.name: h
     for h in (
         Habits(
-            "rtp-repo", "fairscale", pure_half=True, fsdp_unit="model", fsdp_prefetch=False, sdpa=True,
+            "rtp-repo", "fairscale", pure_half=True, fsdp_unit="model", fsdp_prefetch=False, fsdp_split_gradients=True, rotation_keeps_gradients=True,
+            torch_attention=True, torch_loss=True,
             optimizer_scratch=1, recompute_works=False, hop_ns=350_000,
         ),
-        Habits("composer-fsdp", "mpt", mixed="bf16", optimizer_scratch=0),
+        Habits("composer-fsdp", "mpt", mixed="bf16", torch_loss=True),
         Habits("megatron-lm", "gpt", mixed="fp16", gradient_buffer=True, dp_overlap=False, dp_copy=False),
         Habits("megatron-deepspeed", "gpt", mixed="fp16", dp_overlap=False, dp_copy=False, vocab_size=51200),
         Habits("nanotron", "llama", mixed="bf16-grad32", gradient_buffer=True, dp_copy=False),

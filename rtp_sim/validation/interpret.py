@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from rtp_sim.cost.host import HostCosts
 from rtp_sim.errors import InputError
 from rtp_sim.hardware.profiles import list_clusters
+from rtp_sim.model.layers import Attention, CrossEntropy, LayerOp
 from rtp_sim.model.network import Network, transformer_network
 from rtp_sim.model.spec import ModelSpec
 from rtp_sim.model.training import TrainingSpec
@@ -33,7 +34,8 @@ class Unsupported(Exception):
 class Experiment:
     """What a row is taken to have run. Equal experiments have equal predictions, so they are hashable.
 
-    `inner` is the tensor-parallel or rotation degree. `kept_bytes_per_token_layer` and the like are habits' memory.
+    `inner` is the tensor-parallel or rotation degree, `recomputed_every` 2 where full recompute is for every second block.
+    `torch_attention`, `torch_loss`: see `Habits`.
     """
 
     cluster: str
@@ -42,9 +44,10 @@ class Experiment:
     seq_len: int
     attention: str
     recomputed_every: int
+    torch_attention: bool
+    torch_loss: bool
     strategy: str
     inner: int
-    dp: int
     training: TrainingSpec
     options: Options
     host: HostCosts
@@ -52,13 +55,23 @@ class Experiment:
     def network(self) -> Network:
         """The model's layers, with the blocks that are recomputed marked."""
         network = transformer_network(self.model, self.seq_len, self.attention)
-        if self.recomputed_every == 1:
-            return network
         blocks = tuple(
-            replace(b, recomputable=b.recomputable and i % self.recomputed_every == 0)
+            replace(
+                b,
+                recomputable=b.recomputable and i % self.recomputed_every == 0,
+                layers=tuple(replace(layer, op=self._kept(layer.op)) for layer in b.layers),
+            )
             for i, b in enumerate(network.blocks)
         )
         return replace(network, blocks=blocks)
+
+    def _kept(self, op: LayerOp) -> LayerOp:
+        """The layer with what the framework keeps for the backward pass."""
+        if isinstance(op, Attention) and self.torch_attention:
+            return replace(op, context_copy=True, scaled_copies=op.implementation == "materialised")
+        if isinstance(op, CrossEntropy) and self.torch_loss:
+            return replace(op, unfused=True)
+        return op
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +104,12 @@ def interpret(row: Row) -> Interpretation:
     options = Options(
         ddp_bucket_bytes=habits.dp_bucket_bytes, fsdp_unit=habits.fsdp_unit, fsdp_prefetch=habits.fsdp_prefetch,
         dp_sync="zero1" if cells.strategy == "zero1" else "ddp", dp_overlap=habits.dp_overlap, dp_copy=habits.dp_copy,
-        gradient_buffer=habits.gradient_buffer, optimizer_scratch=habits.optimizer_scratch, rtp_ring="flat",
+        gradient_buffer=habits.gradient_buffer or (strategy.startswith("rtp") and habits.rotation_keeps_gradients),
+        fsdp_split_gradients=habits.fsdp_split_gradients, optimizer_scratch=habits.optimizer_scratch, rtp_ring="flat",
     )  # fmt: skip
     experiment = Experiment(
-        cells.cluster, cells.gpus, model, cells.seq_len, attention, every, strategy, inner, cells.gpus // inner,
+        cells.cluster, 1 if strategy == "single" else cells.gpus, model, cells.seq_len, attention, every, habits.torch_attention,
+        habits.torch_loss, strategy, inner,
         training, options, HostCosts(habits.op_ns, habits.hop_ns, habits.collective_ns),
     )  # fmt: skip
     return Interpretation(experiment, tuple(said))
@@ -169,7 +184,7 @@ def _layers(cells: RowFile, ffn: int, vocab: int, gated: bool, say: Say) -> int:
 
 def _attention(cells: RowFile, habits: Habits, model: ModelSpec, say: Say) -> str:
     text = cells.attention.lower()
-    if habits.sdpa:
+    if habits.torch_attention:
         # torch.nn.functional.scaled_dot_product_attention with a mask.
         volta = "v100" in cells.cluster
         if model.head_dim % HALF_KERNEL_HEADS or (volta and cells.precision == "fp32"):
