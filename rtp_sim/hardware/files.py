@@ -172,6 +172,8 @@ class CalibrationFile(_Model):
     """What was fitted on this machine, with its software: replaces the device profile's numbers of the same names."""
 
     matmul_efficiency: Fraction | None = None
+    matmul_efficiency_fp32: Fraction | None = None
+    attention_efficiency_fp32: Fraction | None = None
     attention_efficiency: Fraction | None = None
     memory_efficiency: Fraction | None = None
     kernel_floor: Time | None = None

@@ -12,6 +12,7 @@ import difflib
 import os
 import re
 import tomllib
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,8 +44,12 @@ def load_device(name_or_path: str) -> Device:
     return device_from_file(*read_device_file(name_or_path))
 
 
-def load_cluster(name_or_path: str, nodes: int = 1, gpus: int | None = None) -> Cluster:
+def load_cluster(
+    name_or_path: str, nodes: int = 1, gpus: int | None = None, changes: Mapping[str, Any] | None = None
+) -> Cluster:
     """A cluster by profile name, by path of a TOML file or by a `generic:` text.
+
+    `changes` replaces values of the profile for this load: {"calibration.matmul_efficiency": 0.7}, say, by dotted keys.
 
     `gpus` is the number of devices in all. With one node it may be smaller than the node (the first ones
     are used) or a multiple of the node (then it says how many nodes); with several nodes each uses gpus /
@@ -55,7 +60,7 @@ def load_cluster(name_or_path: str, nodes: int = 1, gpus: int | None = None) -> 
 
         return parse_generic(name_or_path, nodes, gpus)
     path = _find(name_or_path, "clusters")
-    return _cluster_from_file(path, nodes, gpus)
+    return _cluster_from_file(path, nodes, gpus, changes or {})
 
 
 def cluster_shape(name: str, per_node: int, nodes: int, gpus: int | None) -> tuple[int, int]:
@@ -142,11 +147,17 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: not valid TOML at {line}: {reason}") from None
 
 
-def _cluster_from_file(path: Path, nodes: int, gpus: int | None) -> Cluster:
+def _cluster_from_file(path: Path, nodes: int, gpus: int | None, changes: Mapping[str, Any]) -> Cluster:
     from rtp_sim.hardware.files import ClusterFile, validated
     from rtp_sim.hardware.nodes import communication_params, wiring_from_file
 
     raw = _cluster(read_toml(path), path, depth=0)
+    for key, value in changes.items():
+        *tables, name = key.split(".")
+        table = raw
+        for part in tables:
+            table = table.setdefault(part, {})
+        table[name] = {"value": value, "kind": "assumed", "source": "given with the load"}
     file = validated(ClusterFile, raw, path)
     try:
         device = calibrated(device_from_file(*read_device_file(file.device, beside=path.parent)), file.calibration)

@@ -28,7 +28,7 @@ class Device:
     """One accelerator (or one CPU core pool), as the cost model sees it.
 
     `peak_flops` is dense FLOP/s by dtype. The efficiencies are the best fraction of the peak that large kernels of
-    that class reach. `kernel_floor_ns` is the shortest time any kernel takes on the device, `host_issue_ns` what the
+    that class reach; those for fp32, which has no matrix units of its own, where they differ. `kernel_floor_ns` is the shortest time any kernel takes on the device, `host_issue_ns` what the
     host thread spends to issue one op, `overlap_slowdown` (>= 1) how much longer compute takes while a communication
     kernel runs beside it on the same device.
     """
@@ -46,6 +46,8 @@ class Device:
     host_issue_ns: Number
     overlap_slowdown: Number
     runtime_reserved_bytes: Number
+    matmul_efficiency_fp32: Number | None = None
+    attention_efficiency_fp32: Number | None = None
     tdp_w: Number | None = None
     price_usd_per_hour: Number | None = None
 
