@@ -53,6 +53,8 @@ def validate(a: Namespace) -> int:
     from rtp_sim.validation.runs import load_run
     from rtp_sim.validation.runs import validate as judge
 
+    if a.profile is None:
+        raise InputError("validate: give --profile, the cluster profile of the machine that the run was on")
     run = load_run(Path(a.directory))
     ranks = run.schedule.world_size
     try:

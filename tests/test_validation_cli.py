@@ -92,7 +92,7 @@ def test_a_run_twice_as_slow_is_out_of_tolerance(run, directory: Path, predicted
     assert (answer.code, answer.err) == (1, "")
     document = json.loads(answer.out)
     assert list(document) == documented_keys("validate")
-    assert document["schema"] == "rtp-sim/validate/1"
+    assert document["schema"] == "rtp-sim/validate-run/1"
     assert (document["passed"], document["tolerance"], document["profile"]) == (False, 0.15, "cpu-local")
     step, memory, sent, messages = document["checks"]
     assert list(step) == documented_keys("A check")
