@@ -119,8 +119,11 @@ class ComputeCost:
             return self._floor_ns + k.flops(sizes) * looped / keys / peak_flops_per_ns
         padded = -(-width // HEAD_ALIGNMENT) * HEAD_ALIGNMENT
         lanes = min(padded, FULL_HEAD)
-        rate = lanes / (lanes + HEAD_FILL) * (FULL_HEAD + HEAD_FILL) / FULL_HEAD
-        rate *= width / padded * (1.0 if width == padded else RAGGED_HEAD)
+        rate = 1.0
+        if dtype != "fp32":
+            # fp32 runs on scalar units, which need no padding.
+            rate = lanes / (lanes + HEAD_FILL) * (FULL_HEAD + HEAD_FILL) / FULL_HEAD
+            rate *= width / padded * (1.0 if width == padded else RAGGED_HEAD)
         rate *= BACKWARD_SHARE if k.name.endswith(".bwd") else FORWARD_SHARE
         blocks = fused_rows(sizes)
         waves = -(-blocks // self._units) * self._units / blocks

@@ -166,6 +166,7 @@ class CommunicationFile(_Model):
     in_switch_reduction_min_ranks: Plain | None = None
     in_switch_base: Time | None = None
     in_switch_efficiency: Fraction | None = None
+    collective_chunk_inter: Time | None = None
 
 
 class CalibrationFile(_Model):
@@ -180,6 +181,8 @@ class CalibrationFile(_Model):
     host_issue: Time | None = None
     overlap_slowdown: Factor | None = None
     runtime_reserved: Bytes | None = None
+    link_efficiency: dict[str, Fraction] = {}
+    """For links of the profile, by name: in place of their efficiency."""
 
 
 class ClusterFile(_Model):

@@ -158,6 +158,10 @@ def _cluster_from_file(path: Path, nodes: int, gpus: int | None, changes: Mappin
         for part in tables:
             table = table.setdefault(part, {})
         table[name] = {"value": value, "kind": "assumed", "source": "given with the load"}
+    for name, efficiency in raw.get("calibration", {}).get("link_efficiency", {}).items():
+        if name not in raw.get("links", {}):
+            raise InputError(f"{path}: calibration.link_efficiency.{name}: there is no link of that name in links")
+        raw["links"][name] = {**raw["links"][name], "efficiency": efficiency}
     file = validated(ClusterFile, raw, path)
     try:
         device = calibrated(device_from_file(*read_device_file(file.device, beside=path.parent)), file.calibration)
@@ -199,7 +203,7 @@ def calibrated(device: Device, fitted: CalibrationFile) -> Device:
         "host_issue": "host_issue_ns",
         "runtime_reserved": "runtime_reserved_bytes",
     }
-    given = {name: getattr(fitted, name) for name in type(fitted).model_fields}
+    given = {name: getattr(fitted, name) for name in type(fitted).model_fields if name != "link_efficiency"}
     return replace(device, **{names.get(name, name): number for name, number in given.items() if number is not None})
 
 

@@ -84,7 +84,8 @@ class CommunicationParams:
     collectives reach. `size_curve` lists (bytes, fraction of bandwidth reached), ascending in bytes, joined by powers
     of the size; empty means 1 everywhere. `in_switch_reduction_min_ranks` is None where the switch cannot reduce
     (NVLink SHARP); `in_switch_base_ns` is what that takes before data flows, `in_switch_efficiency` the fraction of the
-    port rate it then reaches. `algorithms` lists which of ring, tree, hierarchical, in-switch the library may pick.
+    port rate it then reaches. `collective_chunk_inter_ns` is how long a port between nodes is busy with one chunk of a ring
+    whatever its size (None: not at all): it paces rings that span nodes. `algorithms` lists which of ring, tree, hierarchical, in-switch the library may pick.
     """
 
     p2p_base_ns: Number
@@ -98,6 +99,7 @@ class CommunicationParams:
     in_switch_reduction_min_ranks: Number | None
     in_switch_base_ns: Number | None
     in_switch_efficiency: Number | None
+    collective_chunk_inter_ns: Number | None = None
 
 
 @dataclass(frozen=True)

@@ -378,13 +378,15 @@ class Attention(LayerOp):
 @dataclass(frozen=True, slots=True)
 class Mlp(LayerOp):
     """Two linears with an activation between; gated: gate and up projections side by side. Split "ffn": rows of the
-    first and matching columns of the second; the output bias is on every shard."""
+    first and matching columns of the second; the output bias is on every shard. `separate_gate`: the gate is applied by
+    a kernel of its own, which keeps the activated gate."""
 
     hidden: int
     ffn: int
     activation: str = "gelu"
     gated: bool = False
     bias: bool = True
+    separate_gate: bool = False
 
     def params(self, split: Split = WHOLE) -> tuple[Param, ...]:
         """up (ffn or 2*ffn x hidden) and down (hidden x ffn), with biases."""
@@ -397,12 +399,20 @@ class Mlp(LayerOp):
         """Matmul, activation, matmul."""
         f = split.share(self.ffn, "ffn")
         t, up = extent.tokens, f * (2 if self.gated else 1)
+        tensors = {"up": Tensor(t * up), "act": Tensor(t * f), "y": Tensor(t * self.hidden)}
+        act = [Call("gated" if self.gated else self.activation, _dims(numel=t * f), ("up",), ("act",))]
+        if self.gated and self.separate_gate:
+            tensors["gate"] = Tensor(t * f)
+            act = [
+                Call(self.activation, _dims(numel=t * f), ("up",), ("gate",)),
+                Call("mul", _dims(numel=t * f), ("gate", "up"), ("act",)),
+            ]
         calls = (
             Call("linear", _dims(m=t, k=self.hidden, n=up), ("x0",), ("up",), True),
-            Call("gated" if self.gated else self.activation, _dims(numel=t * f), ("up",), ("act",)),
+            *act,
             Call("linear", _dims(m=t, k=f, n=self.hidden), ("act",), ("y",), True),
         )
-        return Lowered(calls, {"up": Tensor(t * up), "act": Tensor(t * f), "y": Tensor(t * self.hidden)})
+        return Lowered(calls, tensors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -476,10 +486,12 @@ class CrossEntropy(LayerOp):
     then maximum, sum and target logit of each token (`statistics`, fp32) are to be reduced over the shards.
 
     `unfused`: as torch.nn.CrossEntropyLoss in a loop that holds on to the logits: the backward has logits,
-    log-probabilities, their gradient and that of the logits at the same time."""
+    log-probabilities, their gradient and that of the logits at the same time. `upcast`: the logits are first copied to
+    the dtype of the loss."""
 
     vocab: int
     unfused: bool = False
+    upcast: bool = False
 
     def lower(self, extent: Extent, split: Split = WHOLE) -> Lowered:
         """One row-wise kernel, or log-softmax and look-up."""
@@ -493,9 +505,13 @@ class CrossEntropy(LayerOp):
             )
             return Lowered(calls, {"y": Tensor(1, "fp32"), "log_probs": loss})
         outputs = ("y", "log_probs", "statistics")[: 3 if split.kind == "vocab" else 2]
-        call = Call("cross_entropy", _dims(rows=rows, width=width), ("x0", "x1"), outputs)
-        tensors = {"y": Tensor(1, "fp32"), "log_probs": Tensor(rows * width, "loss")}
-        return Lowered((call,), tensors | {"statistics": Tensor(3 * rows, "fp32")})
+        tensors = {"y": Tensor(1, "fp32"), "log_probs": Tensor(rows * width, "loss"), "statistics": Tensor(3 * rows, "fp32")}
+        dims = _dims(rows=rows, width=width)
+        if self.upcast:
+            cast = Call("upcast", _dims(numel=rows * width), ("x0",), ("wide",))
+            call = Call("cross_entropy", dims, ("wide", "x1"), outputs)
+            return Lowered((cast, call), tensors | {"wide": Tensor(rows * width, "loss")})
+        return Lowered((Call("cross_entropy", dims, ("x0", "x1"), outputs),), tensors)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ backward op where autograd would have saved it, and full recompute is emitting a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rtp_sim.model.kernels import BACKWARD, PASS_THROUGH, Rule
 from rtp_sim.model.layers import Attention, Call, Extent, Layer
@@ -117,6 +117,10 @@ class Step:
             self.merge_input_grads(layer)
             yield layer
 
+    def recomputing(self, layer: Layer) -> bool:
+        """Whether the layer is in a block that is recomputed."""
+        return any(self.recomputes(b) and layer in b.layers for b in self.network.blocks)
+
     def recomputes(self, block: Block) -> bool:
         """Whether the backward of this block starts with its forward."""
         return self.training.recompute == "full" and block.recomputable
@@ -142,8 +146,9 @@ class Step:
     def gradient(self, layer: Layer, numel: Size | None = None, part: Part | None = None, split: str = "") -> str:
         """The gradient buffer `g.L`: filled in the backward pass, gone after the optimizer step."""
         numel = layer.op.numel() if numel is None else numel
-        name, holds = layer.weight_name, [Holding(layer.weight_name, split)]
-        return self.b.buffer(f"g.{name}", "gradients", self.policy.gradient_dtype, numel, part=part, holds=holds)
+        name, holds, kept = layer.weight_name, [Holding(layer.weight_name, split)], self.options.gradient_buffer
+        dtype = self.policy.gradient_dtype
+        return self.b.buffer(f"g.{name}", "gradients", dtype, numel, part=part, persistent=kept, holds=holds)
 
     def _local(self, layer: Layer, name: str, lowered: ShardedLayer, work: Work, grad: bool = False) -> str:
         """Declares (once) and names the buffer of a local tensor of `layer`, or of its gradient."""
@@ -225,6 +230,30 @@ class Step:
         """Emits the backward kernels of a layer or shard. Input gradients go to buffers that `merge_input_grads` takes
         up; `on_input_grad` is called with each as soon as it is complete (to start communicating it)."""
         lowered = self.lowered(layer, work)
+        if self.options.gradient_local and layer.op.numel():
+            self._backward_local(layer, work, on_input_grad)
+            return
+        self._backward(layer, lowered, work, on_input_grad)
+
+    def _backward_local(self, layer: Layer, work: Work, on_input_grad: OnInputGrad | None) -> None:
+        """The backward with the weights' gradient in their own dtype, then added to the one that is kept."""
+        kept = work.grad or self.gradient(layer)
+        like = self.b.declared(kept)
+        local = f"{kept}.local"
+        shared = any(group.size > 1 for name, group in self.groups.items() if name == "dp")
+        self.b.buffer(local, "gradients", self.policy.weight_dtype, like.numel, part=like.part, persistent=shared)
+        self.b.drop(local)
+        lowered = self.lowered(layer, work)
+        self._backward(layer, lowered, replace(work, grad=local), on_input_grad)
+        numel = like.numel if isinstance(like.numel, int) else max(like.numel)
+        moved = self.policy.weight_bytes + 2 * self.policy.gradient_bytes
+        action = Compute("accumulate", self.policy.gradient_dtype, (("numel", numel), ("state_bytes", moved)))
+        reads = (local,) if self.b.fresh(kept) else (local, kept)
+        self.b.op(f"m{self.micro}.{layer.name}.B.accumulate", "compute", action, reads, (kept,))
+
+    def _backward(
+        self, layer: Layer, lowered: ShardedLayer, work: Work, on_input_grad: OnInputGrad | None
+    ) -> None:
         if self.training.recompute == "selective" and isinstance(layer.op, Attention):
             self._recompute_scores(layer, lowered, work)
         grads = {"y": self.output_grad(layer)}

@@ -43,6 +43,10 @@ class Habits:
     fsdp_prefetch: bool = True
     torch_attention: bool = False
     torch_loss: bool = False
+    upcast_loss: bool = False
+    separate_gate: bool = False
+    gradient_local: bool = False
+    tp_keep_gathered: bool = False
     optimizer_scratch: int = 0
     recompute_works: bool = True
     selective_blocks: int = 0
@@ -66,7 +70,10 @@ FRAMEWORKS: Mapping[str, Habits] = {
         Habits("composer-fsdp", "mpt", mixed="bf16", torch_loss=True),
         Habits("megatron-lm", "gpt", mixed="fp16", gradient_buffer=True, dp_overlap=False, dp_copy=False),
         Habits("megatron-deepspeed", "gpt", mixed="fp16", dp_overlap=False, dp_copy=False, vocab_size=51200),
-        Habits("nanotron", "llama", mixed="bf16-grad32", gradient_buffer=True, dp_copy=False),
+        Habits(
+            "nanotron", "llama", mixed="bf16-grad32", gradient_buffer=True, dp_copy=False, upcast_loss=True,
+            separate_gate=True, gradient_local=True, tp_keep_gathered=True,
+        ),
         Habits(
             "internevo", "llama", mixed="bf16", vocab_size=103168, ffn_hidden_size={4096: 11008},
         ),

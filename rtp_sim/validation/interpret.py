@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from rtp_sim.cost.host import HostCosts
 from rtp_sim.errors import InputError
 from rtp_sim.hardware.profiles import list_clusters
-from rtp_sim.model.layers import Attention, CrossEntropy, LayerOp
+from rtp_sim.model.layers import Attention, CrossEntropy, LayerOp, Mlp
 from rtp_sim.model.network import Network, transformer_network
 from rtp_sim.model.spec import ModelSpec
 from rtp_sim.model.training import TrainingSpec
@@ -46,6 +46,8 @@ class Experiment:
     recomputed_every: int
     torch_attention: bool
     torch_loss: bool
+    upcast_loss: bool
+    separate_gate: bool
     strategy: str
     inner: int
     training: TrainingSpec
@@ -71,6 +73,10 @@ class Experiment:
             return replace(op, context_copy=True, scaled_copies=op.implementation == "materialised")
         if isinstance(op, CrossEntropy) and self.torch_loss:
             return replace(op, unfused=True)
+        if isinstance(op, CrossEntropy) and self.upcast_loss:
+            return replace(op, upcast=True)
+        if isinstance(op, Mlp) and self.separate_gate:
+            return replace(op, separate_gate=True)
         return op
 
 
@@ -105,11 +111,12 @@ def interpret(row: Row) -> Interpretation:
         ddp_bucket_bytes=habits.dp_bucket_bytes, fsdp_unit=habits.fsdp_unit, fsdp_prefetch=habits.fsdp_prefetch,
         dp_sync="zero1" if cells.strategy == "zero1" else "ddp", dp_overlap=habits.dp_overlap, dp_copy=habits.dp_copy,
         gradient_buffer=habits.gradient_buffer or (strategy.startswith("rtp") and habits.rotation_keeps_gradients),
-        fsdp_split_gradients=habits.fsdp_split_gradients, optimizer_scratch=habits.optimizer_scratch, rtp_ring="flat",
+        fsdp_split_gradients=habits.fsdp_split_gradients, gradient_local=habits.gradient_local,
+        tp_keep_gathered=habits.tp_keep_gathered, optimizer_scratch=habits.optimizer_scratch, rtp_ring="flat",
     )  # fmt: skip
     experiment = Experiment(
         cells.cluster, 1 if strategy == "single" else cells.gpus, model, cells.seq_len, attention, every, habits.torch_attention,
-        habits.torch_loss, strategy, inner,
+        habits.torch_loss, habits.upcast_loss, habits.separate_gate, strategy, inner,
         training, options, HostCosts(habits.op_ns, habits.hop_ns, habits.collective_ns),
     )  # fmt: skip
     return Interpretation(experiment, tuple(said))
