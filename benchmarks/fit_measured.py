@@ -2,7 +2,8 @@
 
     python benchmarks/fit_measured.py FOLDER [CLUSTER ...] [--write]
 
-Prints the values, and the errors of both halves: the calibration rows that the fit saw and the validation rows that it did
+Prints the values, and the errors of both halves: the calibration rows that the fit saw and the validation rows that
+it did
 not. With --write the tables go into the profiles in hardware_profiles/clusters/. Rows that cannot be predicted, or ran
 with a precision that is not calibrated (fp8), are left out.
 """
@@ -77,7 +78,9 @@ def put(cluster: str, text: str) -> None:
 
 def shown(name: str, e: Errors) -> str:
     """One line of errors."""
-    return f"  {name}: {e.count} rows, median {e.median_ape:.1%}, mean {e.mape:.1%}, bias {e.bias:+.1%}" if e.count else ""
+    return (
+        f"  {name}: {e.count} rows, median {e.median_ape:.1%}, mean {e.mape:.1%}, bias {e.bias:+.1%}" if e.count else ""
+    )
 
 
 def main() -> None:

@@ -75,5 +75,3 @@ def _progress(a: Namespace):  # type: ignore[no-untyped-def]
 def _say(a: Namespace, message: str) -> None:
     if not a.quiet:
         print(f"rtp-sim: {message}", file=sys.stderr)
-
-

@@ -41,7 +41,8 @@ MAY_IMPORT = {
     | {"model", "hardware", "schedule", "timeline", "engine", "metrics", "experiment", "report", "commands_run"},
     "commands_run": BASE | {"model", "schedule", "timeline", "experiment", "report", "executor"},
     "commands_validate": BASE | {"hardware", "timeline", "timeline_file", "validation", "report"},
-    "cli": {"", "errors", "model", "commands", "commands_validate", "commands_calibrate"},
+    "commands_measured": BASE | {"validation", "report"},
+    "cli": {"", "errors", "model", "commands", "commands_validate", "commands_measured", "commands_calibrate"},
     "executor": BASE | {"model", "schedule", "timeline", "timeline_file"},
     "executor.calibrate": BASE | {"model", "executor"},
     # What turns times into parameters and checks them runs where the simulator is, not on the ranks.
@@ -73,6 +74,7 @@ CONFINED = {
         "rtp_sim.model.huggingface",
         "rtp_sim.model.json_file",
         "rtp_sim.model.network_file",
+        "rtp_sim.validation.measured",
         "rtp_sim.validation.runs",
     },
     "rich": {"rtp_sim.commands", "rtp_sim.commands_run", "rtp_sim.report.tables", "rtp_sim.report.diff_tables"},

@@ -29,6 +29,7 @@ _ROUNDS = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}
 _CHAINS = {"broadcast": "from root", "reduce": "to root"}
 KINDS = (*_ROUNDS, *_CHAINS, "all_to_all")
 
+
 class CommunicationCost:
     """Prices of messages and collectives on one cluster. Usage depends on ranks and algorithm, never on size."""
 

@@ -220,7 +220,9 @@ def _cluster(table: dict[str, Any], path: Path, depth: int) -> dict[str, Any]:
     base = {k: _assumed(v, table["like"]) for k, v in _cluster(read_toml(other_path), other_path, depth + 1).items()}
     merged = {k: {**base.get(k, {}), **table[k]} for k in ("links", "communication") if isinstance(table.get(k), dict)}
     without = ("like", "notes", "calibration")
-    return {k: v for k, v in base.items() if k not in without} | {k: v for k, v in table.items() if k != "like"} | merged
+    return (
+        {k: v for k, v in base.items() if k not in without} | {k: v for k, v in table.items() if k != "like"} | merged
+    )
 
 
 def _assumed(value: Any, name: str) -> Any:

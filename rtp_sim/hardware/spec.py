@@ -28,7 +28,8 @@ class Device:
     """One accelerator (or one CPU core pool), as the cost model sees it.
 
     `peak_flops` is dense FLOP/s by dtype. The efficiencies are the best fraction of the peak that large kernels of
-    that class reach; those for fp32, which has no matrix units of its own, where they differ. `kernel_floor_ns` is the shortest time any kernel takes on the device, `host_issue_ns` what the
+    that class reach; those for fp32, which has no matrix units of its own, where they differ. `kernel_floor_ns` is
+    the shortest time any kernel takes on the device, `host_issue_ns` what the
     host thread spends to issue one op, `overlap_slowdown` (>= 1) how much longer compute takes while a communication
     kernel runs beside it on the same device.
     """
@@ -84,8 +85,10 @@ class CommunicationParams:
     collectives reach. `size_curve` lists (bytes, fraction of bandwidth reached), ascending in bytes, joined by powers
     of the size; empty means 1 everywhere. `in_switch_reduction_min_ranks` is None where the switch cannot reduce
     (NVLink SHARP); `in_switch_base_ns` is what that takes before data flows, `in_switch_efficiency` the fraction of the
-    port rate it then reaches. `collective_chunk_inter_ns` is how long a port between nodes is busy with one chunk of a ring
-    whatever its size (None: not at all): it paces rings that span nodes. `algorithms` lists which of ring, tree, hierarchical, in-switch the library may pick.
+    port rate it then reaches. `collective_chunk_inter_ns` is how long a port between nodes is busy with one chunk of
+    a ring
+    whatever its size (None: not at all): it paces rings that span nodes. `algorithms` lists which of ring, tree,
+    hierarchical, in-switch the library may pick.
     """
 
     p2p_base_ns: Number

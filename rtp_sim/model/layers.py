@@ -296,7 +296,8 @@ class Attention(LayerOp):
     key/value head and the matching columns of the output projection; the output bias is on every shard.
 
     `context_copy`: the context is copied into the projection's layout, as torch.nn.MultiheadAttention does, so autograd
-    keeps it twice. `scaled_copies`: materialised attention keeps scaled queries and keys beside the projection's output,
+    keeps it twice. `scaled_copies`: materialised attention keeps scaled queries and keys beside the projection's
+    output,
     as torch's own fallback does."""
 
     hidden: int
@@ -487,7 +488,7 @@ class CrossEntropy(LayerOp):
 
     `unfused`: as torch.nn.CrossEntropyLoss in a loop that holds on to the logits: the backward has logits,
     log-probabilities, their gradient and that of the logits at the same time. `upcast`: the logits are first copied to
-    the dtype of the loss."""
+    the dtype of the loss, and the forward makes another copy, less their maximum."""
 
     vocab: int
     unfused: bool = False
@@ -505,12 +506,17 @@ class CrossEntropy(LayerOp):
             )
             return Lowered(calls, {"y": Tensor(1, "fp32"), "log_probs": loss})
         outputs = ("y", "log_probs", "statistics")[: 3 if split.kind == "vocab" else 2]
-        tensors = {"y": Tensor(1, "fp32"), "log_probs": Tensor(rows * width, "loss"), "statistics": Tensor(3 * rows, "fp32")}
+        tensors = {
+            "y": Tensor(1, "fp32"),
+            "log_probs": Tensor(rows * width, "loss"),
+            "statistics": Tensor(3 * rows, "fp32"),
+        }
         dims = _dims(rows=rows, width=width)
         if self.upcast:
             cast = Call("upcast", _dims(numel=rows * width), ("x0",), ("wide",))
-            call = Call("cross_entropy", dims, ("wide", "x1"), outputs)
-            return Lowered((cast, call), tensors | {"wide": Tensor(rows * width, "loss")})
+            call = Call("cross_entropy", dims, ("wide", "x1"), ("y", "log_probs", "statistics", "shifted"))
+            wide = Tensor(rows * width, "loss")
+            return Lowered((cast, call), tensors | {"wide": wide, "shifted": wide})
         return Lowered((Call("cross_entropy", dims, ("x0", "x1"), outputs),), tensors)
 
 

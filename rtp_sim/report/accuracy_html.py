@@ -1,4 +1,5 @@
-"""The page about published runs: predicted against measured as points, errors by group, the worst rows, what was assumed."""
+"""The page about published runs: predicted against measured as points, errors by group, the worst rows, what was
+assumed."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ from rtp_sim.report.svg import dot, frame, key
 from rtp_sim.validation.accuracy import GIB, Outcome
 
 INTRO = (
-    "Errors are (predicted - measured) / measured. Fits may have used the calibration rows (a fixed half of each file, by a "
-    "hash of the row's id) and nothing of the validation rows."
+    "Errors are (predicted - measured) / measured. Fits may have used the calibration rows (a fixed half of each file, "
+    "by a hash of the row's id) and nothing of the validation rows."
 )
 NAMES = {"measured": "calibration row", "predicted": "validation row"}
 
@@ -40,8 +41,12 @@ def accuracy_html(outcomes: Sequence[Outcome], worst: int) -> str:
         if o.estimate is not None and o.cells is not None and o.cells.peak_memory_gib is not None
     ]
     charts = [
-        section("step-time", "Step time, predicted against measured", f"<figure>{_scatter(times, 'step time')}</figure>"),
-        section("peak-memory", "Peak memory, predicted against measured", f"<figure>{_scatter(memory, 'memory')}</figure>"),
+        section(
+            "step-time", "Step time, predicted against measured", f"<figure>{_scatter(times, 'step time')}</figure>"
+        ),
+        section(
+            "peak-memory", "Peak memory, predicted against measured", f"<figure>{_scatter(memory, 'memory')}</figure>"
+        ),
     ]
     grids = [grid_section(grid) for grid in accuracy_grids(outcomes, worst)]
     body = [note(INTRO), *charts, *grids]

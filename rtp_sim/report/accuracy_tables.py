@@ -28,7 +28,9 @@ def sets_of(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
 def accuracy_grids(outcomes: Sequence[Outcome], count: int) -> list[Grid]:
     """Both halves, the files on each half, the other groups on the validation half, skips, assumptions, worst rows."""
     sets = sets_of(outcomes)
-    grids = [Grid("sets", "Errors by set", ("set", *HEADER), tuple(_line(n, summarise(o, False)) for n, o in sets.items()))]
+    grids = [
+        Grid("sets", "Errors by set", ("set", *HEADER), tuple(_line(n, summarise(o, False)) for n, o in sets.items()))
+    ]
     validation = summarise(sets["validation"])
     for what in dict.fromkeys(name for name, _, _ in validation.groups):
         lines = tuple(_line(value, s) for name, value, s in validation.groups if name == what)
@@ -38,7 +40,10 @@ def accuracy_grids(outcomes: Sequence[Outcome], count: int) -> list[Grid]:
 
 def fits_grid(fits: Fits) -> Grid:
     """Whether rows were predicted to fit, against whether they ran."""
-    lines = (("fits", str(fits.true_fit), str(fits.false_fit)), ("does not fit", str(fits.false_fail), str(fits.true_fail)))
+    lines = (
+        ("fits", str(fits.true_fit), str(fits.false_fit)),
+        ("does not fit", str(fits.false_fail), str(fits.true_fail)),
+    )
     return Grid("fits", "Does it fit? Predicted against what happened, all rows", ("predicted", "ran", "failed"), lines)
 
 
@@ -59,7 +64,8 @@ def worst_grid(outcomes: Sequence[Outcome], count: int) -> Grid:
     """The rows furthest off, with what the model thinks happened in their step."""
     rows = []
     for o in worst(outcomes, count):
-        assert o.cells is not None and o.estimate is not None
+        assert o.cells is not None
+        assert o.estimate is not None
         e = o.estimate
         shares = (e.compute_s, e.exposed_s, e.bubble_s, min(e.host_s, e.bubble_s))
         rows.append(

@@ -17,11 +17,16 @@ class Options:
     previous unit. `rtp_chunk_bytes`: the bounce buffer of the in-place form. `rtp_ring`: "flat", "two-level", or
     "auto", which is two-level where a ring covers several whole nodes.
     `dp_sync`: what the data-parallel axis beside rotation or tensor parallelism does: "ddp", "zero1" or "zero2".
-    `dp_overlap`: reduce gradients beside the backward pass instead of after it. `dp_copy`: reduce them in buckets of their
-    own, as torch DDP does (tensor parallelism and rotation reduce in place). `gradient_buffer`: gradients stay allocated
-    from step to step. `gradient_local`: each layer's gradient is computed in the weights' dtype into storage of its own and
-    then added to the kept one (fp32 accumulation by hooks). `tp_keep_gathered`: sequence parallelism keeps gathered inputs
-    for the backward pass instead of gathering again. `optimizer_scratch`: numbers of the optimizer's dtype per parameter that its step allocates for
+    `dp_overlap`: reduce gradients beside the backward pass instead of after it. `dp_copy`: reduce them in buckets of
+    their
+    own, as torch DDP does (tensor parallelism and rotation reduce in place). `gradient_buffer`: gradients stay
+    allocated
+    from step to step. `gradient_local`: each layer's gradient is computed in the weights' dtype into storage of its
+    own and
+    then added to the kept one (fp32 accumulation by hooks). `tp_keep_gathered`: sequence parallelism keeps gathered
+    inputs
+    for the backward pass instead of gathering again. `optimizer_scratch`: numbers of the optimizer's dtype per
+    parameter that its step allocates for
     itself (torch's foreach Adam: 1).
     `eval_passes`: forward-only passes instead of a training step (rotation alternates direction)."""
 

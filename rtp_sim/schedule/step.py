@@ -236,13 +236,16 @@ class Step:
         self._backward(layer, lowered, work, on_input_grad)
 
     def _backward_local(self, layer: Layer, work: Work, on_input_grad: OnInputGrad | None) -> None:
-        """The backward with the weights' gradient in their own dtype, then added to the one that is kept."""
+        """The backward with the weights' gradient in their own dtype, then added to the one that is kept. Where there
+        is
+        data parallelism the first is a view of a bucket, which stays allocated."""
         kept = work.grad or self.gradient(layer)
         like = self.b.declared(kept)
         local = f"{kept}.local"
         shared = any(group.size > 1 for name, group in self.groups.items() if name == "dp")
         self.b.buffer(local, "gradients", self.policy.weight_dtype, like.numel, part=like.part, persistent=shared)
-        self.b.drop(local)
+        if not shared:
+            self.b.drop(local)
         lowered = self.lowered(layer, work)
         self._backward(layer, lowered, replace(work, grad=local), on_input_grad)
         numel = like.numel if isinstance(like.numel, int) else max(like.numel)
@@ -251,9 +254,7 @@ class Step:
         reads = (local,) if self.b.fresh(kept) else (local, kept)
         self.b.op(f"m{self.micro}.{layer.name}.B.accumulate", "compute", action, reads, (kept,))
 
-    def _backward(
-        self, layer: Layer, lowered: ShardedLayer, work: Work, on_input_grad: OnInputGrad | None
-    ) -> None:
+    def _backward(self, layer: Layer, lowered: ShardedLayer, work: Work, on_input_grad: OnInputGrad | None) -> None:
         if self.training.recompute == "selective" and isinstance(layer.op, Attention):
             self._recompute_scores(layer, lowered, work)
         grads = {"y": self.output_grad(layer)}
@@ -398,7 +399,9 @@ class Step:
         action = Compute("optimizer", self.policy.weight_dtype, dims, part, variants)
         grads = tuple(dict.fromkeys(g for s in shares for g in s.grads))
         weights = tuple(dict.fromkeys(w for s in shares for w in s.weights))
-        self.b.op("optimizer", "compute", action, (*grads, *weights, *states), (*weights, *states, *self._scratch(shares)))
+        self.b.op(
+            "optimizer", "compute", action, (*grads, *weights, *states), (*weights, *states, *self._scratch(shares))
+        )
 
     def _scratch(self, shares: Sequence[OptimizerShare]) -> tuple[str, ...]:
         """What the optimizer's step allocates for itself, as torch's foreach form does for the roots of the moments."""

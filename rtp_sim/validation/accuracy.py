@@ -1,4 +1,5 @@
-"""How well predictions meet measurements: errors of rows, their statistics, and what they say about fitting and ranking.
+"""How well predictions meet measurements: errors of rows, their statistics, and what they say about fitting and
+ranking.
 
 An error is (predicted - measured) / measured; APE is its size. `bias` is the mean error, `p90_ape` the 90th percentile
 (linear between the nearest two). The rank correlation is Spearman's, of predicted and measured step times within groups

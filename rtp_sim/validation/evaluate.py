@@ -57,7 +57,8 @@ def cluster_of(name: str, gpus: int) -> Cluster:
 
 
 def evaluate(experiment: Experiment, cluster: Cluster | None = None) -> Estimate:
-    """The estimate of an experiment on its cluster, or on another of the same size. InputError if it cannot be built."""
+    """The estimate of an experiment on its cluster, or on another of the same size. InputError if it cannot be
+    built."""
     cluster = cluster or cluster_of(experiment.cluster, experiment.gpus)
     wanted = experiment.training.num_microbatches
     if wanted <= EXACT:
@@ -96,7 +97,8 @@ def _schedule(experiment: Experiment, cluster: Cluster, microbatches: int) -> Sc
 
 
 def _stretched(timeline: Timeline, slowdown: float) -> tuple[TimeSplit, int]:
-    """The split of the step, with compute that runs beside communication slowed down, and the host's part of the bubble.
+    """The split of the step, with compute that runs beside communication slowed down, and the host's part of the
+    bubble.
 
     The longest-path engine slows nothing; to first order each overlapped ns of compute takes (slowdown - 1) ns more.
     """

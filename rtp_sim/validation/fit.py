@@ -141,5 +141,3 @@ def _minimise(
             break
         tell(f"turn {turn + 1}: mean error {np.mean(np.abs(np.exp(left) - 1)):.1%}")
     return at, left
-
-

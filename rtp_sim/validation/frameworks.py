@@ -19,7 +19,8 @@ class Habits:
     sinusoidal positions, head with bias) or "llama" (RMS norm, gated SiLU, rotary positions, no biases).
 
     `mixed` is the precision that "mixed", "bf16" and "fp16" mean; `pure_half` says that fp16 is fp16 throughout.
-    `dp_overlap`: gradients are reduced beside the backward pass; `dp_bucket_bytes` at a time; `dp_copy`: into buckets of
+    `dp_overlap`: gradients are reduced beside the backward pass; `dp_bucket_bytes` at a time; `dp_copy`: into buckets
+    of
     their own; `gradient_buffer`: gradients are kept in one buffer from step to step. `fsdp_unit`: "block" or "model".
     `torch_attention`: torch.nn.MultiheadAttention, which copies layouts and uses whatever kernel
     scaled_dot_product_attention picks, with a mask (no causal skipping). `torch_loss`: torch.nn.CrossEntropyLoss.
@@ -63,7 +64,8 @@ FRAMEWORKS: Mapping[str, Habits] = {
     h.name: h
     for h in (
         Habits(
-            "rtp-repo", "fairscale", pure_half=True, fsdp_unit="model", fsdp_prefetch=False, fsdp_split_gradients=True, rotation_keeps_gradients=True,
+            "rtp-repo", "fairscale", pure_half=True, fsdp_unit="model", fsdp_prefetch=False,
+            fsdp_split_gradients=True, rotation_keeps_gradients=True,
             torch_attention=True, torch_loss=True,
             optimizer_scratch=1, recompute_works=False, hop_ns=350_000,
         ),

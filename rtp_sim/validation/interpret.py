@@ -34,7 +34,8 @@ class Unsupported(Exception):
 class Experiment:
     """What a row is taken to have run. Equal experiments have equal predictions, so they are hashable.
 
-    `inner` is the tensor-parallel or rotation degree, `recomputed_every` 2 where full recompute is for every second block.
+    `inner` is the tensor-parallel or rotation degree, `recomputed_every` 2 where full recompute is for every second
+    block.
     `torch_attention`, `torch_loss`: see `Habits`.
     """
 
@@ -92,7 +93,9 @@ def interpret(row: Row) -> Interpretation:
     """The experiment of a row. Unsupported with the reason, or InputError, if there is none."""
     cells = row.cells
     if cells.cluster not in list_clusters():
-        raise InputError(_at(row, "cluster", f"unknown cluster {cells.cluster!r}: {nearest(cells.cluster, list_clusters())}"))
+        raise InputError(
+            _at(row, "cluster", f"unknown cluster {cells.cluster!r}: {nearest(cells.cluster, list_clusters())}")
+        )
     habits = FRAMEWORKS.get(cells.framework)
     said: list[str] = []
     if habits is None:
@@ -115,7 +118,8 @@ def interpret(row: Row) -> Interpretation:
         tp_keep_gathered=habits.tp_keep_gathered, optimizer_scratch=habits.optimizer_scratch, rtp_ring="flat",
     )  # fmt: skip
     experiment = Experiment(
-        cells.cluster, 1 if strategy == "single" else cells.gpus, model, cells.seq_len, attention, every, habits.torch_attention,
+        cells.cluster, 1 if strategy == "single" else cells.gpus, model, cells.seq_len, attention, every,
+        habits.torch_attention,
         habits.torch_loss, habits.upcast_loss, habits.separate_gate, strategy, inner,
         training, options, HostCosts(habits.op_ns, habits.hop_ns, habits.collective_ns),
     )  # fmt: skip
@@ -159,15 +163,16 @@ def _model(cells: RowFile, habits: Habits, say: Say) -> ModelSpec:
     if cells.num_kv_heads is None:
         say("num_kv_heads is blank: as many as heads assumed")
     style = {
-        "gpt": dict(norm="layernorm", activation="gelu"),
-        "mpt": dict(norm="layernorm", activation="gelu", qkv_bias=False, out_bias=False, mlp_bias=False),
-        "fairscale": dict(
-            norm="layernorm", norm_placement="post", activation="relu", position="sinusoidal", final_norm=False,
-            lm_head_bias=True, causal=False,
-        ),
-        "llama": dict(
-            norm="rmsnorm", activation="silu", position="rotary", qkv_bias=False, out_bias=False, mlp_bias=False
-        ),
+        "gpt": {"norm": "layernorm", "activation": "gelu"},
+        "mpt": {"norm": "layernorm", "activation": "gelu", "qkv_bias": False, "out_bias": False, "mlp_bias": False},
+        "fairscale": {
+            "norm": "layernorm", "norm_placement": "post", "activation": "relu", "position": "sinusoidal",
+            "final_norm": False, "lm_head_bias": True, "causal": False,
+        },
+        "llama": {
+            "norm": "rmsnorm", "activation": "silu", "position": "rotary",
+            "qkv_bias": False, "out_bias": False, "mlp_bias": False,
+        },
     }[habits.architecture]  # fmt: skip
     tied = cells.tied_embeddings if cells.tied_embeddings is not None else habits.architecture != "llama"
     return ModelSpec(
@@ -196,7 +201,10 @@ def _attention(cells: RowFile, habits: Habits, model: ModelSpec, say: Say) -> st
         volta = "v100" in cells.cluster
         if model.head_dim % HALF_KERNEL_HEADS or (volta and cells.precision == "fp32"):
             return "materialised"
-        say("attention: the row says materialised; fused, as the source's memory grows with sequences (docs/measured.md)")
+        say(
+            "attention: the row says materialised; fused, as the source's memory grows with sequences "
+            "(docs/measured.md)"
+        )
         return "flash"
     if text.startswith("flash"):
         return "flash"
@@ -227,7 +235,9 @@ def _recompute(cells: RowFile, habits: Habits, attention: str, say: Say) -> tupl
     if word not in ("none", "full", "selective"):
         raise Unsupported(f"recompute {cells.recompute!r} is not known: expected none, selective or full")
     if word == "full" and not habits.recompute_works:
-        say("recompute: the row says full; none, as the source's memory is the same with and without (docs/measured.md)")
+        say(
+            "recompute: the row says full; none, as the source's memory is the same with and without (docs/measured.md)"
+        )
         return "none", 1
     if word == "selective" and habits.selective_blocks:
         say(f"recompute selective: every {habits.selective_blocks}nd block assumed")

@@ -1,4 +1,5 @@
-"""Published measured runs as rows of a CSV file: reads them, checks each cell, and names what is wrong by line and column.
+"""Published measured runs as rows of a CSV file: reads them, checks each cell, and names what is wrong by line and
+column.
 
 The schema is described in docs/measured.md. A cell that is blank is unknown; a row with a mistake is kept as a
 `Problem` and the others are read on. Nothing is guessed here: what an unknown cell is taken for is decided, and said,
@@ -34,7 +35,8 @@ Flag = Annotated[bool, BeforeValidator(_boolean)]
 
 
 class RowFile(BaseModel):
-    """One row as the file has it. Fields without a default are required columns and cells; unknown columns are let be."""
+    """One row as the file has it. Fields without a default are required columns and cells; unknown columns are let
+    be."""
 
     model_config = ConfigDict(extra="ignore")
 

@@ -1,4 +1,5 @@
-"""Predicts the rows of measured-run files: in a few processes, each different experiment once, results kept as they come.
+"""Predicts the rows of measured-run files: in a few processes, each different experiment once, results kept as they
+come.
 
 With a folder for results every estimate is appended to `estimates.jsonl` at once, under a key of the experiment and of
 everything its price depends on (the cluster profile and the program's own version of the model). A run that was broken
@@ -32,7 +33,8 @@ Answer = Estimate | str
 
 @dataclass(frozen=True, slots=True)
 class Cache:
-    """Estimates on disk: one JSON object a line, {"key", "estimate"}; a line cut short by an interruption is ignored."""
+    """Estimates on disk: one JSON object a line, {"key", "estimate"}; a line cut short by an interruption is
+    ignored."""
 
     path: Path | None
 
@@ -97,9 +99,7 @@ def _outcome(entry: Row | Problem, found: object, answers: dict[Experiment, Answ
     return Outcome(*row, estimate=answer, assumptions=found.assumptions)
 
 
-def _answers(
-    experiments: list[Experiment], cache: Cache, workers: int, progress: Progress
-) -> dict[Experiment, Answer]:
+def _answers(experiments: list[Experiment], cache: Cache, workers: int, progress: Progress) -> dict[Experiment, Answer]:
     kept, found, left = cache.load(), {}, []
     for experiment in experiments:
         key = key_of(experiment)

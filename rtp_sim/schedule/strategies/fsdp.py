@@ -113,7 +113,8 @@ def _reduce(step: Step, unit: Unit) -> None:
     shard = _sharded(step, unit, f"g.{unit.name}", "gradients", dtype)
     name, source = f"m{step.micro}.reduce.{unit.name}", f"gfull.{unit.name}"
     if step.options.fsdp_split_gradients:
-        # The flat parameter's gradient is put together from those of its views, while the whole weights are still there.
+        # The flat parameter's gradient is put together from those of its views, while the whole
+        # weights are still there.
         step.b.buffer(source, "communication", dtype, padded, holds=unit.holds)
         pieces = tuple(f"g.{held.layer}" for held in unit.holds)
         copy = Compute("copy", dtype, (("numel", unit.numel),))
