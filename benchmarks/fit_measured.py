@@ -28,7 +28,7 @@ FITTED = {
     "mosaic-h100": f"{KERNELS} overlap_slowdown",
     "mosaic-a100-80g-roce": f"{KERNELS} overlap_slowdown",
     "internevo-a100-roce": f"{KERNELS} overlap_slowdown link:roce",
-    "selene-a100-80g": f"{KERNELS}",
+    "selene-a100-80g": "matmul_efficiency memory_efficiency link:nvlink3",
     "rtp-a100-80g": f"{KERNELS} matmul_efficiency_fp32 attention_efficiency_fp32 host_issue link:hdr",
     "rtp-v100-32g": "matmul_efficiency memory_efficiency matmul_efficiency_fp32 host_issue link:edr link:nvlink2",
     "vtrain-a100": f"{KERNELS} host_issue",
@@ -48,7 +48,8 @@ def rows_of(folder: Path, cluster: str) -> list[tuple[Experiment, float, bool]]:
         for entry in read_measured(path).entries:
             if not isinstance(entry, Row) or entry.cells.cluster != cluster or entry.cells.step_time_s is None:
                 continue
-            if "fp8" in entry.cells.precision:
+            # fp8 is not calibrated; the ZeRO-3 rows of the Megatron paper are DeepSpeed's, another program.
+            if "fp8" in entry.cells.precision or (entry.cells.framework == "megatron-lm" and entry.cells.dp > 256):
                 continue
             try:
                 found.append((interpret(entry).experiment, entry.cells.step_time_s, entry.calibration))

@@ -13,8 +13,12 @@ from test_cli import Answer, documented_keys
 from test_report_html import Elements, run_browser
 
 from rtp_sim.cli import main
+from rtp_sim.cost.lockstep import LockstepCost
+from rtp_sim.cost.model import ClusterCost
+from rtp_sim.engine.longest_path import unshared_ns
 from rtp_sim.errors import InputError
 from rtp_sim.hardware.profiles import load_cluster
+from rtp_sim.schedule.layout import make_groups, make_layout
 from rtp_sim.validation.accuracy import Errors, Fits, Outcome, errors_of, fits_of, rank_correlation, spearman
 from rtp_sim.validation.evaluate import Estimate, evaluate
 from rtp_sim.validation.fit import PARAMETERS, fit
@@ -178,12 +182,18 @@ def test_memory_of_pure_half_precision_with_the_optimizers_scratch():
 
 
 def test_groups_that_share_an_adapter_wait_for_each_other():
-    """Two nodes, tensor parallelism of 2 and 4: with half as many ranks per group there are twice as many rings over
-    the same four adapters, each with twice the gradient; time of the reduction follows the bytes through the
-    adapters."""
-    few = evaluate(experiment(cluster="vtrain-a100", gpus="16", tp="8", dp="2", micro_batch="1"))
-    many = evaluate(experiment(cluster="vtrain-a100", gpus="16", tp="4", dp="4", micro_batch="1"))
-    assert many.exposed_s > few.exposed_s > 0
+    """Eight rings of two ranks between two nodes over four adapters: each adapter carries two of them, so that 4 GiB
+    (where the size curve is 1) take twice as long as for one ring alone."""
+    cluster = load_cluster("vtrain-a100", gpus=16)
+    groups = make_groups(make_layout("tp", 16, 8, 2), cluster.topology)
+    alone, together = ClusterCost(cluster), LockstepCost(cluster, groups)
+    ring = groups["dp"].instances[0]
+    assert len(groups["dp"].instances) == 8
+    times = [
+        sum(unshared_ns(p, cost) - p.latency_ns for p in cost.collective("all_gather", ring, 4 << 30, "fp16"))
+        for cost in (alone, together)
+    ]
+    assert times[1] == pytest.approx(2 * times[0], rel=1e-6)
 
 
 def test_a_fit_finds_the_efficiency_behind_the_rows():

@@ -357,7 +357,7 @@ class Attention(LayerOp):
         scores = Tensor(b * heads * s * s)
         tensors = {"context": context, "scores": scores, "probs": scores}
         scaled: list[Call] = []
-        operands = ("qkv",)
+        operands: tuple[str, ...] = ("qkv",)
         if self.scaled_copies:
             numel = b * s * (heads + kv_heads) * d
             tensors["scaled"], operands = Tensor(numel), ("qkv", "scaled")

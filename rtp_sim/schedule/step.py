@@ -237,8 +237,7 @@ class Step:
 
     def _backward_local(self, layer: Layer, work: Work, on_input_grad: OnInputGrad | None) -> None:
         """The backward with the weights' gradient in their own dtype, then added to the one that is kept. Where there
-        is
-        data parallelism the first is a view of a bucket, which stays allocated."""
+        is data parallelism the first is a view of a bucket, which stays allocated."""
         kept = work.grad or self.gradient(layer)
         like = self.b.declared(kept)
         local = f"{kept}.local"

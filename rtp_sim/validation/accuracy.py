@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from rtp_sim.validation.evaluate import Estimate
 from rtp_sim.validation.measured import RowFile
@@ -132,11 +133,10 @@ def rank_correlation(outcomes: Sequence[Outcome]) -> float | None:
     """The weighted mean of Spearman's correlation over the groups that can be ranked; None if there are none."""
     groups: dict[tuple[object, ...], list[tuple[float, float]]] = {}
     for o in outcomes:
-        if o.estimate is not None and o.cells is not None and o.cells.step_time_s is not None:
-            c = o.cells
-            groups.setdefault((c.cluster, c.model, c.num_layers, c.hidden_size, c.seq_len, c.gpus), []).append(
-                (o.estimate.step_s, c.step_time_s)
-            )
+        c = o.cells
+        if o.estimate is not None and c is not None and c.step_time_s is not None:
+            key = (c.cluster, c.model, c.num_layers, c.hidden_size, c.seq_len, c.gpus)
+            groups.setdefault(key, []).append((o.estimate.step_s, c.step_time_s))
     found = [(len(pairs), spearman(pairs)) for pairs in groups.values() if len(pairs) >= LEAST_IN_GROUP]
     known = [(n, rho) for n, rho in found if rho is not None]
     return sum(n * rho for n, rho in known) / sum(n for n, _ in known) if known else None
@@ -150,10 +150,10 @@ def spearman(pairs: Sequence[tuple[float, float]]) -> float | None:
     return float((a * b).sum()) / scale if scale > 0 else None
 
 
-def _ranks(values: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+def _ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
-    mean: np.ndarray = (last - (counts - 1) / 2)[inverse]  # type: ignore[type-arg]
+    mean: npt.NDArray[np.float64] = (last - (counts - 1) / 2)[inverse]
     return mean
 
 

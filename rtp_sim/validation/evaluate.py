@@ -1,8 +1,8 @@
 """The prediction of one experiment: its schedule on the longest-path engine, and what it means for time and memory.
 
 Micro-batches are not all simulated. From the second on each adds the same time, so the schedule is evaluated with two
-and with three of them and the time of the rest follows on the line through both; memory is that of three (the peak does
-not grow further, because what a micro-batch leaves is gradients, which exist from the first on).
+and with three of them, and time and peak memory of the rest follow on the line through both. (Memory hardly grows: what
+a micro-batch leaves is gradients, which exist from the first on, but the inputs of all of them are there from the start.)
 """
 
 from __future__ import annotations
@@ -69,7 +69,10 @@ def evaluate(experiment: Experiment, cluster: Cluster | None = None) -> Estimate
         name: getattr(more, name) + rest * (getattr(more, name) - getattr(less, name))
         for name in ("step_s", "compute_s", "exposed_s", "overlapped_s", "bubble_s", "host_s")
     }
-    return replace(more, **times)
+    inputs = rest * (more.peak_bytes - less.peak_bytes)
+    held = dict(more.memory_by_category)
+    held["activations"] = held.get("activations", 0) + inputs
+    return replace(more, **times, peak_bytes=more.peak_bytes + inputs, memory_by_category=held)
 
 
 def _whole(experiment: Experiment, cluster: Cluster, microbatches: int) -> Estimate:
