@@ -2,7 +2,8 @@
 
 Micro-batches are not all simulated. From the second on each adds the same time, so the schedule is evaluated with two
 and with three of them, and time and peak memory of the rest follow on the line through both. (Memory hardly grows: what
-a micro-batch leaves is gradients, which exist from the first on, but the inputs of all of them are there from the start.)
+a micro-batch leaves is gradients, which exist from the first on, but the inputs of all of them are there from the
+start.)
 """
 
 from __future__ import annotations
