@@ -10,12 +10,13 @@ import argparse
 import gc
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from rtp_sim import __version__
 from rtp_sim.errors import InputError
 from rtp_sim.model.training import ATTENTIONS, OPTIMIZER_STATES, PRECISIONS, RECOMPUTE
+from rtp_sim.units import parse_bandwidth, parse_time_ns
 
 FORMATS = ("table", "json", "csv")
 DEFAULT_CLUSTER = "dgx-a100-80g"
@@ -49,6 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             from rtp_sim import commands_calibrate
 
             return commands_calibrate.calibrate(arguments)
+        if arguments.run == "trace":
+            from rtp_sim import commands_trace
+
+            return commands_trace.trace(arguments)
+        if arguments.run == "hardware_import":
+            from rtp_sim import commands_import
+
+            return commands_import.hardware_import(arguments)
         from rtp_sim import commands
 
         run = getattr(commands, arguments.run)
@@ -75,6 +84,7 @@ def parser() -> argparse.ArgumentParser:
     _schedule(commands.add_parser("schedule", help="print or save the program of a rank"))
     _diff(commands.add_parser("diff", help="a predicted against a measured timeline"))
     _validate(commands.add_parser("validate", help="a measured run against its prediction"))
+    _trace(commands.add_parser("trace", help="where the time went in traces of PyTorch's profiler"))
     _run(commands.add_parser("run", help="one strategy on real processes of this machine (extra: torch)"))
     _calibrate(commands.add_parser("calibrate", help="measure this machine and write its cluster profile"))
     _catalogue(commands.add_parser("hardware", help="device and cluster profiles"), "hardware")
@@ -94,6 +104,9 @@ def _workload(p: argparse.ArgumentParser) -> None:
     group.add_argument("--recompute", choices=RECOMPUTE, default="none")
     group.add_argument("--optimizer", choices=sorted(OPTIMIZER_STATES), default="adamw")
     group.add_argument("--attention", choices=ATTENTIONS, default="flash")
+    group.add_argument("--clip-norm", type=float, metavar="X", help="largest norm of all gradients together")
+    group.add_argument("--loss-scale", default="none", metavar="dynamic[:X]|static:X|none")
+    group.add_argument("--dropout", type=_probability, metavar="P", help="of the model's dropout layers (its own)")
 
 
 def _machine(p: argparse.ArgumentParser) -> None:
@@ -197,7 +210,18 @@ def _validate(p: argparse.ArgumentParser) -> None:
     p.add_argument("--tolerance", type=_fraction, default=0.15, metavar="X", help="largest relative error (0.15)")
     p.add_argument("--engine", choices=("simpy", "longest-path"), default="simpy")
     p.add_argument("--predicted", metavar="FILE.json", help="write the predicted timeline")
+    p.add_argument("--from-trace", action="store_true", help="ops as the profiler saw them (run --profile-trace)")
     _difference(p)
+
+
+def _trace(p: argparse.ArgumentParser) -> None:
+    p.set_defaults(run="trace")
+    p.epilog = "window == computing + exposed communication + idle, on each rank."
+    p.add_argument("files", nargs="+", metavar="FILE", help="a trace per rank, .json or .json.gz, or their directory")
+    p.add_argument("--worst", type=_count, default=10, metavar="N", help="list the N kernels that take most (10)")
+    p.add_argument("--timeline", metavar="FILE.json", help="of a run's directory: write its ops as a measured timeline")
+    p.add_argument("--format", choices=("table", "json"), default="table")
+    p.add_argument("--quiet", action="store_true", help="no progress on stderr")
 
 
 def _difference(p: argparse.ArgumentParser) -> None:
@@ -214,14 +238,32 @@ def _run(p: argparse.ArgumentParser) -> None:
     p.add_argument("--strategy", required=True, metavar="NAME")
     _options(p)
     group = p.add_argument_group("processes")
-    group.add_argument("--nproc-per-node", type=_count, metavar="N", help="ranks (default: the product of the degrees)")
+    group.add_argument("--nproc-per-node", "--world-size", type=_count, metavar="N",
+                       help="ranks (default: the product of the degrees)")  # fmt: skip
+    group.add_argument("--only-rank", type=int, metavar="R", help="run rank R of them alone, without its partners")
+    group.add_argument("--communication", choices=("fake", "copy"),
+                       help="of a rank alone: nothing (fake, the default) or copies of the same size")  # fmt: skip
+    group.add_argument("--twin", action="store_true", help="torch's own ddp, fsdp, tp or tp-sp instead of the schedule")
     group.add_argument("--as-nodes", type=_count, default=1, metavar="N", help="lay out as if on N nodes")
     group.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    group.add_argument("--backend", choices=("auto", "gloo", "nccl"), default="auto")
+    group.add_argument(
+        "--transport", "--backend", choices=("auto", "gloo", "nccl", "shm", "emulated"), default="auto",
+        help="how data move: gloo (CPU), nccl (GPU), shared memory, or that over an emulated link (auto: by device)",
+    )  # fmt: skip
+    group.add_argument("--link-latency", type=_time_ns, default=0, metavar="T", help="of an emulated link, as 200us")
+    group.add_argument("--link-bandwidth", type=_bandwidth, default=0, metavar="B", help="of that link, as 1GB/s")
     group.add_argument("--threads", type=_count, default=1, metavar="N", help="threads a rank computes with (1)")
     group.add_argument("--pin", action="store_true", help="keep each rank on one core: less noise where cores are few")
     group.add_argument("--port", type=_count, metavar="N", help="where the ranks meet (default: a free one)")
     group.add_argument("--timeout", type=float, default=60.0, metavar="S", help="end a run that stands still (60)")
+    group = p.add_argument_group("ranks that only sleep")
+    group.add_argument(
+        "--stated-times", metavar="NAME|FILE", help="nothing is computed or sent: ops take what this profile predicts"
+    )
+    group.add_argument("--stretch", type=_factor, metavar="X", help="stated times X times as long, as 100 (1)")
+    group.add_argument(
+        "--slow-rank", type=_slow_rank, action="append", metavar="R:X", help="rank R computes X times as long, as 1:1.5"
+    )
     group = p.add_argument_group("steps and output")
     group.add_argument("--steps", type=_count, default=10, metavar="N", help="measured steps (10)")
     group.add_argument("--warmup", type=int, default=2, metavar="N", help="steps before them (2)")
@@ -229,6 +271,10 @@ def _run(p: argparse.ArgumentParser) -> None:
     group.add_argument("--check", action="store_true", help="compare the first step with dense training")
     group.add_argument("--fp64", action="store_true", help="double precision throughout, to compare results")
     group.add_argument("--save-tensors", action="store_true", help="keep the ranks' weights after the last step")
+    group.add_argument("--profile-trace", action="store_true", help="one more step under PyTorch's profiler")
+    group.add_argument("--save", metavar="DIR", help="write the training state there after the last step")
+    group.add_argument("--save-every", type=_count, default=0, metavar="K", help="... and after every K steps")
+    group.add_argument("--load", metavar="DIR", help="go on from the newest state there, of any layout")
     group.add_argument("-o", "--output", required=True, metavar="DIR", help="run directory")
     group.add_argument("--prepare", action="store_true", help="only write the run directory, for torchrun")
     group.add_argument("--format", choices=("table", "json"), default="table")
@@ -243,13 +289,14 @@ def _calibrate(p: argparse.ArgumentParser) -> None:
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     p.add_argument("--threads", type=_count, default=1, metavar="N", help="threads each CPU rank computes with (1)")
     p.add_argument("--pin", action="store_true", help="keep each rank on one core")
+    p.add_argument("--transport", choices=("gloo", "shm"), default="gloo", help="what CPU ranks send with (gloo)")
     p.add_argument("--quick", action="store_true", help="few sizes and repetitions: seconds instead of minutes")
     p.add_argument("--timeout", type=float, default=120.0, metavar="S", help="how long a rank may stand still (120)")
     p.add_argument("--quiet", action="store_true", help="no progress on stderr")
 
 
 def _catalogue(p: argparse.ArgumentParser, what: str) -> None:
-    actions = p.add_subparsers(title="actions", required=True, metavar="list|show", parser_class=_Parser)
+    actions = p.add_subparsers(title="actions", required=True, metavar="ACTION", parser_class=_Parser)
     lister = actions.add_parser("list", help=f"all {what}")
     lister.set_defaults(run=f"{what}_list")
     shower = actions.add_parser("show", help="everything about one")
@@ -257,6 +304,22 @@ def _catalogue(p: argparse.ArgumentParser, what: str) -> None:
     shower.add_argument("name")
     for sub in (lister, shower):
         sub.add_argument("--format", choices=("table", "json"), default="table")
+    if what == "hardware":
+        _import(actions.add_parser("import", help="a cluster profile from nvidia-smi topo -m and nccl-tests"))
+
+
+def _import(p: argparse.ArgumentParser) -> None:
+    p.set_defaults(run="hardware_import")
+    p.epilog = "Writes FILE.toml and, with --nccl-tests, FILE.import.json. docs/calibration.md says what is fitted."
+    p.add_argument("--topo", required=True, metavar="FILE", help="what nvidia-smi topo -m prints on one node")
+    p.add_argument("--nccl-tests", nargs="+", action="extend", default=[], metavar="FILE",
+                   help="what nccl-tests print, or write with -J: sweeps of one or several nodes")  # fmt: skip
+    p.add_argument("--device", required=True, metavar="NAME|FILE", help="device profile of the GPUs")
+    p.add_argument("--nic", metavar="RATE", help='speed of a NIC, for example "200Gb/s" (the topology does not say)')
+    p.add_argument("--like", metavar="NAME", help="cluster profile that lends what was not measured")
+    p.add_argument("-o", "--output", required=True, metavar="FILE.toml", help="the cluster profile to write")
+    p.add_argument("--format", choices=("table", "json"), default="table")
+    p.add_argument("--quiet", action="store_true", help="no progress on stderr")
 
 
 def _fraction(text: str) -> float:
@@ -267,6 +330,45 @@ def _fraction(text: str) -> float:
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a fraction of 1 such as 0.15")
     return value
+
+
+def _probability(text: str) -> float:
+    value = _fraction(text)
+    if value >= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a probability of at least 0 and below 1 such as 0.1")
+    return value
+
+
+def _time_ns(text: str) -> int:
+    return _quantity(parse_time_ns, text)
+
+
+def _bandwidth(text: str) -> int:
+    return _quantity(parse_bandwidth, text)
+
+
+def _quantity(parse: Callable[[str], int], text: str) -> int:
+    try:
+        return parse(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _factor(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0.001 <= value <= 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a factor such as 1.5")
+    return value
+
+
+def _slow_rank(text: str) -> tuple[int, int]:
+    rank, colon, factor = text.partition(":")
+    if not (rank.isdigit() and colon):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a rank and a factor such as 1:1.5")
+    return int(rank), round(_factor(factor) * 1000)
 
 
 def _count(text: str) -> int:

@@ -221,7 +221,8 @@ def _request(a: Namespace, strategy: str) -> Request:
         model=a.model, cluster=a.cluster, strategy=strategy, gpus=a.gpus, nodes=a.nodes, inner=inner,
         dp=a.dp if axis or a.run != "compare" else None, micro_batch=a.micro_batch, seq_len=a.seq_len,
         global_batch=a.global_batch, precision=a.precision, recompute=a.recompute, optimizer=a.optimizer,
-        attention=a.attention, options=_strategy_options(a),
+        attention=a.attention, clip_norm=a.clip_norm, loss_scale=a.loss_scale, dropout=a.dropout,
+        options=_strategy_options(a),
     )  # fmt: skip
 
 

@@ -11,18 +11,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rtp_sim.errors import InputError
-from rtp_sim.executor.calibrate.fit import fit_kernels, fit_transfers, tune
+from rtp_sim.executor.calibrate.fit import fit_kernels, fit_lines, fit_transfers, tune
 from rtp_sim.executor.calibrate.residuals import Residual, residuals
 from rtp_sim.executor.calibrate.samples import Measurements
+from rtp_sim.executor.calibrate.shapes import QUICK_SHAPES, SHAPES
 from rtp_sim.executor.calibrate.write import Files, Fitted, matmul_efficiency, samples_json, write_profiles
-from rtp_sim.experiment import Request, prepare
+from rtp_sim.experiment import Request, find_network, prepare
 from rtp_sim.hardware.profiles import load_cluster
 from rtp_sim.hardware.spec import Cluster
+from rtp_sim.model.network import Network
 
 if TYPE_CHECKING:
     from rtp_sim.executor.calibrate.probe import Probe
 
-PROBE_MODEL, PROBE_TOKENS = "gpt2-tiny", 32
+ISSUE_MODEL, ISSUE_TOKENS = "gpt2-tiny", 32
+CLOSEST_RANKS = 8
+"""The most ranks that the cpu-local profile, which probes are laid out on, has room for."""
 
 
 def calibrate(a: Namespace) -> int:
@@ -33,9 +37,12 @@ def calibrate(a: Namespace) -> int:
     from rtp_sim.executor.calibrate.worker import Plan, check_device, measure
 
     check_device(a.device, a.nproc)
-    plan = Plan(a.device, a.nproc, a.threads, a.pin, a.quick, a.timeout, probe())
+    plan = Plan(
+        a.device, a.nproc, a.threads, a.pin, a.quick, a.timeout, a.transport, issue_probe(),
+        probes(a.nproc, a.quick) if a.device == "cpu" else (),
+    )  # fmt: skip
     measured = measure(plan, lambda text: None if a.quiet else print(f"rtp-sim: {text}", file=sys.stderr))
-    options = {key: getattr(a, key) for key in ("device", "nproc", "threads", "pin", "quick", "timeout")}
+    options = {key: getattr(a, key) for key in ("device", "nproc", "threads", "pin", "transport", "quick", "timeout")}
     cluster, _, left = write_calibration(files, measured, options)
     print(f"wrote {files.cluster}, {files.device.name} and {files.samples.name}")
     for name, residual in left.items():
@@ -80,15 +87,29 @@ def fit(measured: Measurements) -> Fitted:
             attention = device.peak_flops[kernels.attention_dtype].value * device.attention_efficiency.value
         best = {dtype: max(rate, kernels.best_rates[dtype]) for dtype, rate in rates.items()}
         kernels = replace(kernels, rates=rates, best_rates=best, attention_rate=attention)
-    return Fitted(kernels, transfers)
+    return Fitted(kernels, transfers, fit_lines(measured.steps))
 
 
-def probe() -> Probe:
-    """A step of a tiny model on one rank, which shows what the executor adds to kernels."""
+def issue_probe() -> Probe:
+    """A step of a tiny model on one rank, which shows what the executor's host adds to ops."""
+    return _probe(find_network(ISSUE_MODEL, ISSUE_TOKENS), "ddp", 1, 1)
+
+
+def probes(ranks: int, quick: bool) -> tuple[Probe, ...]:
+    """Steps of small GPT and Llama models, whole and sharded over `ranks` ranks, for the times of their kernels."""
+    found = []
+    for shape in QUICK_SHAPES if quick else SHAPES:
+        for strategy in ("ddp", "rtp", "tp-sp") if ranks > 1 and not quick else ("ddp",):
+            found.append(_probe(shape.network(), strategy, ranks, shape.micro_batch))
+    return tuple(found)
+
+
+def _probe(network: Network, strategy: str, ranks: int, micro_batch: int) -> Probe:
     from rtp_sim.executor.calibrate.probe import Probe
 
-    request = Request(PROBE_MODEL, "cpu-local", "ddp", gpus=1, precision="fp32", seq_len=PROBE_TOKENS)
-    step = prepare(request)
+    cluster = load_cluster("cpu-local", 1, ranks) if ranks <= CLOSEST_RANKS else load_cluster("cpu-local", 1, 1)
+    request = Request("", "cpu-local", strategy, micro_batch=micro_batch, precision="fp32")
+    step = prepare(request, cluster, network)
     return Probe(step.schedule, step.network, step.training)
 
 

@@ -6,6 +6,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rtp_sim.errors import InputError
 from rtp_sim.hardware.profiles import load_cluster
@@ -23,6 +24,9 @@ from rtp_sim.report.tables import write_json
 from rtp_sim.timeline_file import load_timeline, save_timeline
 from rtp_sim.validation.diff import TimelineDiff
 from rtp_sim.validation.diff import diff as join
+
+if TYPE_CHECKING:
+    from rtp_sim.validation.runs import MeasuredRun, Validation
 
 
 def diff(a: Namespace) -> int:
@@ -51,18 +55,16 @@ def validate(a: Namespace) -> int:
     """`rtp-sim validate RUN`: predicts what was run and judges it. Exit code 1 if it is out of tolerance."""
     # Imported here: reading a run needs pydantic, and predicting it SimPy.
     from rtp_sim.validation.runs import load_run
-    from rtp_sim.validation.runs import validate as judge
 
     if a.profile is None:
         raise InputError("validate: give --profile, the cluster profile of the machine that the run was on")
     run = load_run(Path(a.directory))
-    ranks = run.schedule.world_size
-    try:
-        cluster = load_cluster(a.profile, a.nodes or 1, ranks)
-    except InputError as error:
-        raise InputError(f"--profile {a.profile} for the {ranks} ranks of {a.directory}: {error}") from None
-    _progress(a, f"simulating {run.schedule.name} on {cluster.name}, {ranks} ranks")
-    found = judge(run, cluster, a.tolerance, a.engine)
+    if a.from_trace:
+        from rtp_sim.validation.traced import with_trace
+
+        run = with_trace(run)
+    found = _judged(a, run)
+    cluster = found.cluster
     if a.predicted:
         save_timeline(found.diff.predicted, a.predicted)
         _progress(a, f"wrote {a.predicted}")
@@ -83,6 +85,24 @@ def validate(a: Namespace) -> int:
         for text in found.notes:
             print(f"note: {text}")
     return 0 if found.passed else 1
+
+
+def _judged(a: Namespace, run: MeasuredRun) -> Validation:
+    """The run against its prediction on the cluster of --profile: of all its ranks, or of the one that ran alone."""
+    from rtp_sim.validation.one_rank import clusters_for, validate_one_rank
+    from rtp_sim.validation.runs import validate as judge
+
+    ranks = run.schedule.world_size
+    try:
+        if run.only_rank is not None:
+            clusters = clusters_for(run, a.profile, a.nodes)
+            _progress(a, f"simulating {run.schedule.name} on {clusters.whole.name}, {ranks} ranks")
+            return validate_one_rank(run, clusters, a.tolerance, a.engine)
+        cluster = load_cluster(a.profile, a.nodes or 1, ranks)
+    except InputError as error:
+        raise InputError(f"--profile {a.profile} for the {ranks} ranks of {a.directory}: {error}") from None
+    _progress(a, f"simulating {run.schedule.name} on {cluster.name}, {ranks} ranks")
+    return judge(run, cluster, a.tolerance, a.engine)
 
 
 def request_rows(request: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str, str, str, str]]:

@@ -19,7 +19,7 @@ from rtp_sim.errors import InputError
 from rtp_sim.hardware.profiles import load_cluster
 from rtp_sim.hardware.spec import Cluster
 from rtp_sim.metrics import StepMetrics, critical_rank, step_metrics
-from rtp_sim.model.network import Network, transformer_network
+from rtp_sim.model.network import Network, transformer_network, with_dropout
 from rtp_sim.model.presets import find_model
 from rtp_sim.model.training import TrainingSpec
 from rtp_sim.schedule.build import build_schedule, replicas
@@ -40,7 +40,8 @@ class Request:
 
     `inner` is the degree of the strategy's own axis (rtp or tp), `dp` that of data parallelism; one may be left out.
     `micro_batch` counts sequences per replica and micro-batch; `global_batch` per step, by default one micro-batch per
-    replica. `seq_len` is 1024 by default, or what the model's learned positions allow if that is less.
+    replica. `seq_len` is 1024 by default, or what the model's learned positions allow if that is less. `dropout`, where
+    given, replaces the model's own probability (0 for presets).
     """
 
     model: str
@@ -57,6 +58,9 @@ class Request:
     recompute: str = "none"
     optimizer: str = "adamw"
     attention: str = "flash"
+    clip_norm: float | None = None
+    loss_scale: str = "none"
+    dropout: float | None = None
     options: Options = field(default_factory=Options)
 
 
@@ -95,15 +99,20 @@ def usable_memory_bytes(cluster: Cluster) -> int:
     return int(cluster.device.memory_bytes.value - cluster.device.runtime_reserved_bytes.value)
 
 
-def find_network(model: str, seq_len: int | None = None, attention: str = "flash") -> Network:
-    """A preset, a Hugging Face config.json or a layer-list file as a network. InputError if it is none of these."""
+def find_network(
+    model: str, seq_len: int | None = None, attention: str = "flash", dropout: float | None = None
+) -> Network:
+    """A preset, a Hugging Face config.json or a layer-list file as a network, with `dropout` in the place of its own
+    probability. InputError if it is none of these."""
     if model.endswith(".json"):
         # Imported here: only files need pydantic, and importing it is a good part of a short run.
         from rtp_sim.model.network_file import is_network_file, read_network
 
         if is_network_file(Path(model)):
-            return read_network(Path(model))
+            network = read_network(Path(model))
+            return network if dropout is None else with_dropout(network, dropout)
     spec = find_model(model)
+    spec = spec if dropout is None else replace(spec, dropout=dropout)
     if seq_len is None:
         seq_len = min(DEFAULT_SEQ_LEN, spec.max_positions) if spec.position == "learned" else DEFAULT_SEQ_LEN
     return transformer_network(spec, seq_len, attention)
@@ -116,12 +125,14 @@ def prepare(request: Request, cluster: Cluster | None = None, network: Network |
     if cluster is None:
         cluster = load_cluster(request.cluster, request.nodes or 1, request.gpus)
     if network is None:
-        network = find_network(request.model, request.seq_len, request.attention)
+        # Evaluation drops nothing.
+        dropout = 0.0 if request.options.eval_passes else request.dropout
+        network = find_network(request.model, request.seq_len, request.attention, dropout)
     layout = make_layout(request.strategy, cluster.world_size, request.inner, request.dp)
     training = TrainingSpec(
         micro_batch=request.micro_batch, seq_len=network.seq, precision=request.precision, recompute=request.recompute,
-        optimizer=request.optimizer, attention=request.attention,
-        num_microbatches=_microbatches(request, layout),
+        optimizer=request.optimizer, attention=request.attention, clip_norm=request.clip_norm,
+        loss_scale=request.loss_scale, num_microbatches=_microbatches(request, layout),
     )  # fmt: skip
     groups = make_groups(layout, cluster.topology, request.options.rtp_ring)
     schedule = build_schedule(request.strategy, network, training, layout, groups, request.options)

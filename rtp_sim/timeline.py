@@ -71,3 +71,18 @@ class Timeline:
     def population(self, rank: int) -> int:
         """How many ranks the represented rank `rank` stands for, itself included."""
         return sum(1 for r in self.representative_of if r == rank)
+
+
+def of_one_rank(
+    schedule: Schedule, kind: str, rank: int, times: RankTimes, meta: Mapping[str, str | int | float | bool | None]
+) -> Timeline:
+    """The timeline of a rank that ran, or was simulated, without its partners. It stands for the ranks of its program;
+    ops of other programs have no times (-1)."""
+    own = schedule.program_of_rank[rank]
+    ranks, stands_for = {rank: times}, {own: rank}
+    for other, number in enumerate(schedule.program_of_rank):
+        if number not in stands_for:
+            stands_for[number] = other
+            none = np.full(len(schedule.programs[number].ops), -1, dtype=np.int64)
+            ranks[other] = RankTimes(none, none)
+    return Timeline(schedule, kind, ranks, tuple(stands_for[number] for number in schedule.program_of_rank), meta)

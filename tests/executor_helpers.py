@@ -16,7 +16,8 @@ from strategy_helpers import build, gpt2_tiny
 from rtp_sim.executor.launcher import LAUNCHER_PID, free_port
 from rtp_sim.executor.request import RunRequest
 from rtp_sim.executor.rundir import RunDirectory
-from rtp_sim.model.network import Network
+from rtp_sim.model.network import Network, transformer_network
+from rtp_sim.model.presets import find_model
 from rtp_sim.model.training import TrainingSpec
 from rtp_sim.schedule.ir import Schedule
 
@@ -26,7 +27,8 @@ PATIENCE_S = 100
 
 @dataclass(frozen=True)
 class Case:
-    """A strategy to run: `n` ranks of its axis, times `dp`; `options` are words of Options."""
+    """A strategy to run: `n` ranks of its axis, times `dp`; `options` are words of Options, `changes` of
+    TrainingSpec."""
 
     name: str
     strategy: str
@@ -35,17 +37,24 @@ class Case:
     dims: tuple[int, ...] = ()
     micros: int = 1
     optimizer: str = "adamw"
+    recompute: str = "none"
     options: tuple[tuple[str, object], ...] = ()
+    changes: tuple[tuple[str, object], ...] = ()
+    dropout: float = 0.0
 
     @property
     def network(self) -> Network:
         """Two blocks of width 64, 4 heads, vocabulary 256, tied embeddings, 8 tokens."""
+        if self.dropout:
+            return transformer_network(find_model("gpt2-tiny", dropout=self.dropout), 8, "materialised")
         return gpt2_tiny()
 
     @property
     def training(self) -> TrainingSpec:
-        """Two sequences per micro-batch, fp32 throughout."""
-        return TrainingSpec(2, 8, num_microbatches=self.micros, precision="fp32", optimizer=self.optimizer)
+        """Two sequences per micro-batch, fp32 throughout unless `changes` says otherwise."""
+        words = {"num_microbatches": self.micros, "precision": "fp32", "optimizer": self.optimizer}
+        words["recompute"] = self.recompute
+        return TrainingSpec(2, 8, **(words | dict(self.changes)))  # type: ignore[arg-type]
 
     def schedule(self) -> Schedule:
         """The schedule of the case."""

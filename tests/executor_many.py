@@ -2,8 +2,9 @@
 
     python executor_many.py JOBS.json
 
-A job is {"run": directory} for a run, with "shift_ns" to have rank 1 read another clock on another machine, or
-{"moves": file} for exchanges and collectives with values that the test knows.
+A job is {"run": directory} for a run, with "shift_ns" to have rank 1 read another clock on another machine and with
+"partners": file to note whom each rank's hops go to and come from, {"moves": file} for exchanges and collectives with
+values that the test knows, or {"shared": file} for collectives and sends through shared memory.
 """
 
 from __future__ import annotations
@@ -11,19 +12,27 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from executor_shared import exchanges, parcel, transfers
 
-from rtp_sim.executor import clocks, distributed, lanes
+from rtp_sim.executor import clocks, distributed, groups, lanes
 from rtp_sim.executor.communicate import collective, exchange
 from rtp_sim.executor.environment import die_with_parent, read_environment
 from rtp_sim.executor.exchange import Parcel, Transfer
+from rtp_sim.executor.groups import make_control
 from rtp_sim.executor.progress import Progress
 from rtp_sim.executor.rundir import RunDirectory
-from rtp_sim.executor.worker import Worker
+from rtp_sim.executor.shm import SharedMemoryTransport
+from rtp_sim.executor.transport import Traffic
+from rtp_sim.executor.worker import worker_of
+from rtp_sim.link import Link
+from rtp_sim.schedule.ir import Collective
 
 
 def run(job: dict[str, object], rank: int) -> None:
@@ -34,10 +43,23 @@ def run(job: dict[str, object], rank: int) -> None:
     if shift_ns:
         clocks.machine_id = lambda: f"machine {rank}"
         clocks.now_ns = distributed.now_ns = lanes.now_ns = lambda: real_now() + shift_ns * rank
+    partners: set[int] = set()
+    real_exchange = groups.exchange
+    if "partners" in job:
+
+        def noted(transfers: Sequence[Transfer], *rest: Any) -> Traffic:
+            partners.update(p for t in transfers for p in (t.to, t.source))
+            return real_exchange(transfers, *rest)
+
+        groups.exchange = noted
     directory.clear_rank(rank)
-    Worker(directory, schedule, request, read_environment(), Progress(directory.of_rank(rank, "progress"))).work()
+    progress = Progress(directory.of_rank(rank, "progress"))
+    worker_of(request)(directory, schedule, request, read_environment(), progress).work()
     clocks.now_ns = distributed.now_ns = lanes.now_ns = real_now
     clocks.machine_id = real_machine
+    groups.exchange = real_exchange
+    if "partners" in job:
+        Path(f"{job['partners']}.{rank}").write_text(json.dumps(sorted(partners)), encoding="utf-8")
 
 
 def moves(job: dict[str, object], rank: int) -> None:
@@ -85,17 +107,40 @@ def moves(job: dict[str, object], rank: int) -> None:
     Path(f"{job['moves']}.{rank}").write_text(json.dumps(found), encoding="utf-8")
 
 
+def shared(job: dict[str, object], rank: int) -> None:
+    """The schedule of `executor_shared` through shared memory, twice, and over an emulated link."""
+    n = dist.get_world_size()
+    schedule, found = exchanges(n), []
+    for times in (None, Link(100_000, 10**9)):
+        control = make_control(60)
+        transport = SharedMemoryTransport(schedule, rank, control, 60, times)
+        for _ in range(2):
+            for op in schedule.program(rank).ops:
+                if isinstance(op.action, Collective):
+                    mine = parcel(op, n, rank)
+                    transport.collective(op, mine)
+                    found.append(mine.receive)
+                else:
+                    moved = transfers(op, n, rank)
+                    transport.exchange(op, moved, 0)
+                    found += [t.receive for t in moved]
+    torch.save(found, f"{job['shared']}.{rank}")
+
+
 def main() -> None:
     die_with_parent()
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    # One meeting for all jobs; each then makes its own process groups.
+    # One meeting for all jobs; each then makes its own process groups. Meeting again at the same port can go wrong: a
+    # rank that is back before rank 0 has closed its store finds the old one, with addresses where nobody listens.
     dist.init_process_group = lambda *_, **__: None
     for job in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
-        (run if "run" in job else moves)(job, dist.get_rank())
+        JOBS[next(iter(job))](job, dist.get_rank())
         dist.barrier()
     sys.stdout.flush()
     os._exit(0)
 
+
+JOBS = {"run": run, "moves": moves, "shared": shared}
 
 if __name__ == "__main__":
     main()

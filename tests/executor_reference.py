@@ -9,6 +9,7 @@ from strategy_helpers import build
 
 from rtp_sim.executor.batches import random_batch
 from rtp_sim.executor.dense import DenseResult, train_dense
+from rtp_sim.executor.dropout import masks_of
 from rtp_sim.executor.machine import Batch, replicas
 from rtp_sim.executor.optimizer import Hyper
 from rtp_sim.executor.parameters import Parameters, executed_network, initial_parameters
@@ -43,17 +44,17 @@ def batches_of(schedule: Schedule, network: Network, training: TrainingSpec, ste
 
 def run_both(
     strategy: str, network: Network, n: int, training: TrainingSpec, steps: int = 2, *, dp: int = 1,
-    dims: tuple[int, ...] = (), hyper: Hyper = HYPER, **options: object,
+    dims: tuple[int, ...] = (), hyper: Hyper = HYPER, seed: int = 0, **options: object,
 ) -> Pair:  # fmt: skip
     """`steps` training steps of the schedule of `strategy` over n ranks, and dense."""
     schedule = build(strategy, network, n, training, dp=dp, dims=dims, **options)
     executed = executed_network(schedule, network)
     parameters = initial_parameters(executed, dtype=torch.float64)
     batches = batches_of(schedule, executed, training, steps)
-    reference = run_reference(schedule, network, training, parameters, batches, hyper=hyper)
+    reference = run_reference(schedule, network, training, parameters, batches, hyper=hyper, seed=seed)
     dense = train_dense(
         executed, parameters, batches, training.micro_batch, training.optimizer, hyper.lr, hyper.weight_decay,
-        hyper.momentum, hyper.eps,
+        hyper.momentum, hyper.eps, clip_norm=training.clip_norm, keep=masks_of(schedule, executed, seed, "cpu").whole,
     )  # fmt: skip
     return Pair(schedule, reference, dense)
 

@@ -24,26 +24,44 @@ MAY_IMPORT = {
     "text": set(),
     "units": {"errors"},
     "schedule.ir": set(),
+    "link": {"errors"},
+    "stated": BASE,
     "model": BASE,
     "hardware": BASE,
     "schedule": BASE | {"model", "hardware"},
     "timeline": {"schedule.ir"},
     "engine.costs": {"schedule.ir"},
-    "cost": BASE | {"model", "hardware", "engine.costs"},
+    "cost": BASE | {"link", "stated", "model", "hardware", "engine.costs"},
     "engine": BASE | {"timeline", "engine.costs"},
     "metrics": BASE | {"timeline", "engine"},
     "experiment": BASE | {"model", "hardware", "schedule", "timeline", "cost", "engine", "metrics"},
+    "traces": BASE,
     "validation": BASE
-    | {"model", "hardware", "schedule", "timeline", "timeline_file", "cost", "engine", "metrics", "experiment"},
-    "report": BASE | {"hardware", "schedule", "timeline", "engine", "metrics", "experiment", "validation"},
+    | {"link", "stated", "model", "hardware", "schedule", "timeline", "timeline_file", "cost", "engine", "metrics"}
+    | {"engine.costs", "experiment"},
+    "validation.traced": BASE | {"timeline", "traces", "validation", "executor.rendezvous"},
+    "report": BASE | {"hardware", "schedule", "timeline", "engine", "metrics", "experiment", "validation", "traces"},
+    "importing": BASE
+    | {"hardware", "cost", "executor.calibrate", "executor.calibrate.fit", "executor.calibrate.residuals"},
+    "commands_import": BASE | {"hardware", "importing"},
+    "commands_trace": BASE | {"timeline_file", "traces", "validation", "validation.traced", "report"},
     "timeline_file": BASE | {"schedule", "timeline"},
     "commands": BASE
     | {"model", "hardware", "schedule", "timeline", "engine", "metrics", "experiment", "report", "commands_run"},
-    "commands_run": BASE | {"model", "schedule", "timeline", "experiment", "report", "executor"},
-    "commands_validate": BASE | {"hardware", "timeline", "timeline_file", "validation", "report"},
+    "commands_run": BASE
+    | {"stated", "model", "hardware", "cost", "schedule", "timeline", "experiment", "report", "executor"},
+    "commands_validate": BASE
+    | {"hardware", "timeline", "timeline_file", "validation", "validation.traced", "report"},
     "commands_measured": BASE | {"validation", "report"},
-    "cli": {"", "errors", "model", "commands", "commands_validate", "commands_measured", "commands_calibrate"},
-    "executor": BASE | {"model", "schedule", "timeline", "timeline_file"},
+    "cli": {
+        "", "errors", "units", "model",
+        "commands", "commands_validate", "commands_calibrate", "commands_import", "commands_trace",
+        "commands_measured",
+    },
+    "executor": BASE
+    | {"link", "stated", "model", "schedule", "timeline", "timeline_file", "executor.rendezvous", "traces"},
+    # When transfers began follows from the times of all ranks, whoever measured them.
+    "executor.rendezvous": BASE | {"timeline"},
     "executor.calibrate": BASE | {"model", "executor"},
     # What turns times into parameters and checks them runs where the simulator is, not on the ranks.
     "executor.calibrate.fit": BASE | {"model", "hardware", "cost", "executor.calibrate"},
@@ -53,6 +71,7 @@ MAY_IMPORT = {
     "commands_calibrate": BASE
     | {
         "experiment",
+        "model",
         "hardware",
         "executor.calibrate",
         "executor.calibrate.fit",
@@ -67,6 +86,7 @@ MAY_IMPORT = {
 CONFINED = {
     "simpy": {"rtp_sim.engine.simulate"},
     "torch": {module for module in FILES if module.startswith("rtp_sim.executor.") and module.count(".") == 2}
+    | {module for module in FILES if module.startswith("rtp_sim.executor.twins.") and "__init__" not in module}
     | {f"rtp_sim.executor.calibrate.{name}" for name in ("host", "kernels", "probe", "transfers", "worker")},
     "networkx": {"rtp_sim.hardware.topology", "rtp_sim.hardware.picture"},
     "pydantic": {
@@ -162,6 +182,12 @@ print([m for m in sys.modules for room in rooms if m.startswith("rtp_sim." + roo
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
+
+
+def test_ranks_that_only_sleep_do_without_torch():
+    code = "import sys; sys.modules['torch'] = None; import rtp_sim.executor.worker, rtp_sim.executor.sleepers"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_document_names_every_room():

@@ -20,7 +20,14 @@ from rtp_sim.commands_calibrate import write_calibration
 from rtp_sim.cost.compute import ComputeCost
 from rtp_sim.cost.model import ClusterCost
 from rtp_sim.errors import InputError
-from rtp_sim.executor.calibrate.fit import core_ns_per_byte, fit_kernels, fit_transfers, relative_least_squares, tune
+from rtp_sim.executor.calibrate.fit import (
+    core_ns_per_byte,
+    fit_kernels,
+    fit_lines,
+    fit_transfers,
+    relative_least_squares,
+    tune,
+)
 from rtp_sim.executor.calibrate.launch import run_ranks
 from rtp_sim.executor.calibrate.residuals import predicted_ns, residuals
 from rtp_sim.executor.calibrate.samples import (
@@ -164,14 +171,31 @@ def test_transfers_give_back_latencies_and_bandwidth(n: int) -> None:
     assert fit.bandwidth_bytes_per_s == pytest.approx(1.5e9, rel=1e-4)
     assert fit.p2p_efficiency == pytest.approx(0.8, rel=1e-4)
     assert fit.size_curve == ()
-    assert not fit.one_rate
+    # Each kind by itself: its base spread over its steps, of which an all-reduce has twice as many.
+    assert fit.kinds["all_reduce"].step_ns == pytest.approx(50_000 / (2 * (n - 1)) + 40_000, rel=1e-4)
+    assert fit.kinds["all_gather"].step_ns == pytest.approx(50_000 / (n - 1) + 40_000, rel=1e-4)
+    assert [kind.bandwidth_bytes_per_s for kind in fit.kinds.values()] == [pytest.approx(1.5e9, rel=1e-4)] * 3
 
 
-def test_messages_faster_than_collectives_share_one_bandwidth() -> None:
+def test_the_bandwidth_is_that_of_the_fastest_transfers() -> None:
     fit = fit_transfers(transfers(2, 90_000, 50_000, 40_000, 1.0e9, 2.0e9))
-    assert fit.one_rate
-    assert fit.p2p_efficiency == 1.0
-    assert 1.0e9 < fit.bandwidth_bytes_per_s < 2.0e9
+    assert fit.bandwidth_bytes_per_s == pytest.approx(2.0e9, rel=1e-4)
+    assert fit.p2p_efficiency == pytest.approx(1.0, rel=1e-4)
+    assert fit.kinds["reduce_scatter"].bandwidth_bytes_per_s == pytest.approx(1.0e9, rel=1e-4)
+
+
+def test_a_line_gives_back_floor_and_slopes() -> None:
+    """Products of known rate and traffic: 3 us + FLOPs at 80 GFLOP/s + bytes at 10 GB/s."""
+    samples = []
+    for m, k, n in ((64, 64, 64), (128, 64, 256), (512, 512, 512), (32, 1024, 64), (256, 96, 700)):
+        moved = 4 * (m * k + k * n + m * n)
+        ns = 3_000 + 2 * m * k * n / 80 + moved / 10
+        samples.append(KernelSample("linear", "fp32", (("m", m), ("k", k), ("n", n)), (round(ns),)))
+    line = fit_lines(samples)["linear", "fp32"]
+    assert line.floor_ns == pytest.approx(3_000, rel=1e-3)
+    assert 1 / line.ns_per_flop == pytest.approx(80, rel=1e-3)
+    assert 1 / line.ns_per_byte == pytest.approx(10, rel=1e-3)
+    assert fit_lines(samples[:3]) == {}, "three sizes are no line"
 
 
 def test_a_size_curve_is_found_where_there_is_one() -> None:
@@ -311,10 +335,12 @@ def test_a_quick_calibration_of_this_machine(tmp_path: Path, capsys: pytest.Capt
             ClusterCost(cluster).compute(k["kernel"], k["dtype"], tuple(k["dims"].items())).duration_ns / k["median_ns"]
             - 1
         )
-        for k in kept["kernels"]
-        if k["kernel"].startswith("linear") and k["dtype"] == "fp32"
+        for k in kept["steps"]
+        if k["kernel"].startswith("linear")
     ]
-    assert median(errors) == pytest.approx(kept["residuals"]["products fp32"]["median"], abs=1e-3)
+    assert median(errors) == pytest.approx(kept["residuals"]["products fp32 in steps"]["median"], abs=1e-3)
+    assert cluster.host is not None
+    assert cluster.host.cores.value == os.cpu_count()
     for strategy in ("ddp", "rtp"):
         command = ["simulate", "--cluster", str(profile), "--model", "gpt2-tiny", "--strategy", strategy]
         assert main([*command, "--precision", "fp32", "--format", "json", "--quiet"]) == 0

@@ -278,6 +278,13 @@ def test_a_step_that_does_not_fit_is_exit_code_1(run):
 # ---- bad input: exit code 2, one message on stderr, nothing on stdout
 
 BAD = {
+    "clip norm": (f"{SIMULATE} --clip-norm 0", ["clip_norm is 0.0", "above 0"]),
+    "loss scale": (f"{SIMULATE} --loss-scale big", ["loss_scale is 'big'", "static:1024"]),
+    "dropout": (f"{SIMULATE} --dropout 1", ["--dropout", "below 1"]),
+    "dropout of nothing": (
+        "simulate --quiet --model examples/models/mnist-cnn.json --strategy ddp --dropout 0.1",
+        ["mnist-cnn has no dropout layer"],
+    ),
     "unknown model": ("simulate --quiet --model gpt2-lrge --strategy rtp", ["gpt2-lrge", "gpt2-large"]),
     "unknown cluster": (f"{SIMULATE} --cluster dgx-a100", ["dgx-a100'", "dgx-a100-80g"]),
     "unknown strategy": ("simulate --quiet --model gpt2 --strategy rpt", ["rpt", "did you mean rtp"]),
@@ -394,6 +401,17 @@ def test_a_short_model_gets_a_short_sequence(run):
 def test_a_rate_taken_from_another_dtype_is_said(run):
     answer = run("simulate --quiet --model gpt2 --cluster dgx-1-v100 --strategy ddp --precision bf16")
     assert "v100-sxm2-32gb states no rate for bf16: that of fp32 is used" in answer.out
+
+
+def test_clipping_scaling_and_dropout_are_asked_for(run):
+    """The op that each brings, and what was asked for in the schedule's meta; without, nothing of it."""
+    flags = "--clip-norm 0.5 --loss-scale dynamic:1024 --dropout 0.1"
+    plain, asked = (run(f"{SCHEDULE} --format text {more}").out for more in ("", flags))
+    for words in ("grad_norm[", "loss_scale[", "dropout[", "meta clip_norm = 0.5", 'meta loss_scale = "dynamic:1024"',
+                  "meta dropout = 0.1"):  # fmt: skip
+        assert words in asked
+        assert words not in plain
+    assert "dropout[" not in run(f"{SCHEDULE} --format text --eval-passes 2 --dropout 0.1").out
 
 
 def test_a_schedule_needs_no_machine(run):

@@ -14,25 +14,32 @@ import numpy as np
 import pytest
 import torch
 from executor_helpers import Case, prepared, work_off
+from executor_shared import exchanges, parcel, transfers
 from schedule_helpers import Row, kernel, program, shift
-from strategy_helpers import FlatCost
+from strategy_helpers import FlatCost, build, stack
 
 from rtp_sim.engine.longest_path import longest_path
 from rtp_sim.engine.memory import memory_profiles
 from rtp_sim.executor.batches import random_batch
 from rtp_sim.executor.collect import collect
 from rtp_sim.executor.compare import gradient_errors
+from rtp_sim.executor.dense import dense_loss
 from rtp_sim.executor.distributed import ordered_after, touched_after
-from rtp_sim.executor.machine import replicas
+from rtp_sim.executor.machine import Machine, replicas
 from rtp_sim.executor.parameters import Parameters, Share, assembled, initial_parameters
-from rtp_sim.executor.reference import ReferenceResult, run_reference
+from rtp_sim.executor.reference import ReferenceResult, combine, run_reference, run_step
+from rtp_sim.executor.request import RunRequest
 from rtp_sim.executor.rundir import Record, RunDirectory
 from rtp_sim.metrics import communication_totals
-from rtp_sim.schedule.ir import Compute
+from rtp_sim.model.layers import Activation, Linear
+from rtp_sim.model.training import TrainingSpec
+from rtp_sim.schedule.ir import Collective, Compute, Recv
 from rtp_sim.timeline import Timeline
 from rtp_sim.timeline_file import load_timeline
 
 HIDDEN = (("rtp_hide_gradient_hop", True),)
+CLIPPED = (("clip_norm", 0.5),)
+SCALED = (*CLIPPED, ("loss_scale", "dynamic"))
 CASES = (
     Case("rtp", "rtp", 4),
     Case("rtp-hidden-hop", "rtp", 4, options=HIDDEN, optimizer="sgd-momentum"),
@@ -52,7 +59,27 @@ CASES = (
     Case("tp-sp-uneven", "tp-sp", 3),
     Case("rtp-pair", "rtp", 2, options=HIDDEN),
     Case("zero1-pair", "zero1", 2),
+    # What real steps add: clipping, a loss scale, dropout.
+    Case("rtp-dp-clipped", "rtp", 2, dp=2, micros=2, options=(("dp_sync", "zero1"),), changes=SCALED),
+    Case("fsdp-clipped", "fsdp", 3, micros=2, changes=SCALED),
+    Case("tp-sp-dropout", "tp-sp", 3, changes=CLIPPED, dropout=0.2),
+    Case("rtp-dropout", "rtp", 3, changes=(*SCALED, ("recompute", "full")), dropout=0.2),
+    Case("ddp-clipped", "ddp", 2, changes=CLIPPED),
+    Case("rtp-recomputed", "rtp", 3, micros=2, recompute="full"),
 )
+# From 2^26 on, fp16 gradients overflow until the scale has come down.
+OVERFLOWING = Case("overflowing", "zero2", 2, changes=(("precision", "fp16"), ("loss_scale", f"dynamic:{2**26}")))
+EVALUATIONS = tuple(
+    Case(f"{strategy}-eval{k}", strategy, n, options=(("eval_passes", k),))
+    for strategy, n in (("rtp", 2), ("rtp-inplace", 3))
+    for k in range(1, n + 2)
+)
+"""1 to n + 1 forward passes, each case run for two steps: the second begins where the first left the weights."""
+
+WIDE = stack([Activation("relu", 2048), Linear(2048, 2049)], input_numel=2048)
+"""On two ranks a shard of 2048 x 1024 weights and 1024 biases: more than 8 MiB in fp32."""
+
+TURNS = 20
 STEPS = 2
 
 
@@ -66,12 +93,28 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for case in (c for c in CASES if c.n * c.dp == ranks):
             exact = prepared(path / f"{case.name}.exact", case, steps=STEPS, warmup=0, float_dtype="fp64",
                              save_tensors=True)  # fmt: skip
-            jobs += [{"run": str(exact.path)}, {"run": str(prepared(path / case.name, case, steps=3, warmup=1).path)}]
+            memory = prepared(path / f"{case.name}.shm", case, steps=STEPS, warmup=0, float_dtype="fp64",
+                              save_tensors=True, transport="shm")  # fmt: skip
+            own = prepared(path / case.name, case, steps=3, warmup=1)
+            seen = {"partners": str(path / f"{case.name}.partners")} if case.dp > 1 else {}
+            jobs += [{"run": str(exact.path)} | seen, {"run": str(memory.path)}, {"run": str(own.path)}]
+        for case in (c for c in EVALUATIONS if c.n == ranks):
+            run = prepared(path / case.name, case, steps=STEPS, warmup=0, float_dtype="fp64")
+            jobs.append({"run": str(run.path)})
+        jobs.append({"shared": str(path / f"shared{ranks}")})
         if ranks == 3:
             jobs.append({"moves": str(path / "moves")})
         if ranks == 2:
-            shifted = prepared(path / "shifted", CASES[-1], steps=1, warmup=0)
+            for strategy in ("rtp", "rtp-inplace"):
+                run = RunDirectory(path / f"wide-{strategy}")
+                spec = TrainingSpec(1, 1, precision="fp32", optimizer="sgd")
+                schedule = build(strategy, WIDE, 2, spec, rtp_chunk_bytes=1_000_000)
+                run.prepare(schedule, RunRequest(WIDE, spec, steps=TURNS, warmup=0, save_tensors=True))
+                jobs.append({"run": str(run.path)})
+            shifted = prepared(path / "shifted", Case("shifted", "zero1", 2), steps=1, warmup=0)
             jobs.append({"run": str(shifted.path), "shift_ns": 5_000_000_000})
+            overflowing = prepared(path / "overflowing", OVERFLOWING, steps=14, warmup=1, check=True)
+            jobs.append({"run": str(overflowing.path)})
         work_off(jobs, ranks, path)
     return path
 
@@ -111,12 +154,112 @@ def assert_close(ours: Parameters, expected: Parameters, atol: float = 1e-12) ->
 
 
 def test_losses_gradients_and_weights_are_those_of_the_reference(runs: Path, case: Case):
-    expected, path = reference(case), runs / f"{case.name}.exact"
+    expected = reference(case)
     network = expected.machines[0].network
-    assert result_of(path)["loss"] == pytest.approx(expected.losses, rel=1e-12)
-    assert_close(assembled(case.schedule(), network, saved(path, "gradients")), expected.gradients)
-    # Where a gradient is zero but for rounding (biases of keys), Adam divides one rounding error by another.
-    assert_close(assembled(case.schedule(), network, saved(path, "weights")), expected.parameters, atol=1e-10)
+    for path in (runs / f"{case.name}.exact", runs / f"{case.name}.shm"):
+        assert result_of(path)["loss"] == pytest.approx(expected.losses, rel=1e-12)
+        assert_close(assembled(case.schedule(), network, saved(path, "gradients")), expected.gradients)
+        # Where a gradient is zero but for rounding (biases of keys), Adam divides one rounding error by another.
+        assert_close(assembled(case.schedule(), network, saved(path, "weights")), expected.parameters, atol=1e-10)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_shared_memory_moves_what_the_reference_moves(runs: Path, n: int):
+    """Collectives of every kind, dtype and two sizes, shifts and sends, twice, without and with an emulated link."""
+    found = [torch.load(f"{runs}/shared{n}.{rank}") for rank in range(n)]
+    expected: list[list[torch.Tensor]] = [[] for _ in range(n)]
+    for op in exchanges(n).programs[0].ops:
+        if isinstance(op.action, Collective):
+            parcels = [parcel(op, n, rank) for rank in range(n)]
+            combine(parcels)
+            for received, p in zip(expected, parcels, strict=True):
+                received.append(p.receive)
+        else:
+            # What a receive brings is what the op after it, a send, takes away.
+            after = exchanges(n).programs[0].ops[op.index + 1] if isinstance(op.action, Recv) else op
+            sent = [transfers(after, n, rank) for rank in range(n)]
+            for rank in range(n):
+                for j, t in enumerate(transfers(op, n, rank)):
+                    expected[rank].append(sent[t.source][j].send if t.receive.numel() else t.receive)
+    for rank in range(n):
+        assert len(found[rank]) == 4 * len(expected[rank]) > 0
+        for ours, theirs in zip(found[rank], 4 * expected[rank], strict=True):
+            assert ours.dtype == theirs.dtype
+            assert torch.equal(ours, theirs)
+
+
+def test_norms_are_those_of_the_reference(runs: Path, case: Case):
+    """Per step; none where the schedule measures none. Every rank has the same."""
+    norms = result_of(runs / f"{case.name}.exact")["grad_norm"]
+    assert norms == [None if n is None else pytest.approx(n, rel=1e-12) for n in reference(case).grad_norms]
+    assert (None in norms) == (not case.changes)
+
+
+def test_ranks_leave_out_the_same_updates(runs: Path):
+    """Every step of fp16 training is as the reference interpreter has it: scale, left out or not. The check takes place
+    in the first step that updates."""
+    schedule, steps = OVERFLOWING.schedule(), 15
+    batches = [[random_batch(OVERFLOWING.network, 2, 1, r, s) for r in range(2)] for s in range(steps)]
+    machines = [
+        Machine(schedule, r, OVERFLOWING.network, OVERFLOWING.training, initial_parameters(OVERFLOWING.network))
+        for r in range(2)
+    ]
+    expected = []
+    for step in batches:
+        scale = machines[0].watch.scale
+        run_step(schedule, machines, step)
+        expected.append((scale, machines[0].watch.skipped))
+    result = result_of(runs / "overflowing")
+    assert list(zip(result["loss_scale"], result["skipped"], strict=True)) == expected
+    assert 2 <= sum(result["skipped"]) < 12
+    assert result["check"]["passed"], result["check"]
+    for rank in range(2):
+        records, _ = RunDirectory(runs / "overflowing").read_steps(rank, len(schedule.program(rank).ops))
+        assert [(r["loss_scale"], r["skipped"]) for r in records] == expected
+
+
+def test_copies_of_a_parameter_and_its_gradient_are_the_same_bits_on_all_ranks(runs: Path):
+    """Norms and positions after two steps, on ranks with data of their own."""
+    for name in ("rtp", "rtp-inplace", "rtp-uneven", "two-level", "tp", "tp-sp"):
+        for what in ("weights", "gradients"):
+            everyone = saved(runs / f"{name}.exact", what)
+            copies = [[s for s in shares if not any(h.split for h in s.holds)] for shares in everyone]
+            # Two norms per block, one at the end; positions.
+            assert len(copies[0]) == 6
+            for others in copies[1:]:
+                assert [s.holds for s in others] == [s.holds for s in copies[0]]
+                assert all(torch.equal(a.content, b.content) for a, b in zip(copies[0], others, strict=True)), name
+
+
+@pytest.mark.parametrize("case", EVALUATIONS, ids=lambda case: case.name)
+def test_evaluation_passes_give_the_losses_of_their_batches(runs: Path, case: Case):
+    """k = 1 ... n + 1 passes on every rank, and once more."""
+    network, k = case.network, dict(case.options)["eval_passes"]
+    assert isinstance(k, int)
+    parameters = {n: {p: t.double() for p, t in ps.items()} for n, ps in initial_parameters(network).items()}
+    ops = len(case.schedule().programs[0].ops)
+    for rank in range(case.n):
+        found = [record["loss"] for record in RunDirectory(runs / case.name).read_steps(rank, ops)[0]]
+        for step in range(STEPS):
+            batches = random_batch(network, 2, k, rank, step)
+            expected = sum(float(dense_loss(network, parameters, batch, 2)) for batch in batches) / k
+            assert found[step] == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_large_shard_in_place_gives_the_bits_of_out_of_place(runs: Path):
+    """Shards of 8 MiB through a buffer of 1 MB, 20 steps: losses of every step and weights after the last."""
+    assert 2048 * 1024 * 4 >= 8 << 20
+    out, inplace = (result_of(runs / f"wide-{s}") for s in ("rtp", "rtp-inplace"))
+    assert len(set(out["loss"])) == TURNS
+    assert out["loss"] == inplace["loss"]
+    for a, b in zip(saved(runs / "wide-rtp", "weights"), saved(runs / "wide-rtp-inplace", "weights"), strict=True):
+        assert torch.equal(a[-1].content, b[-1].content)
+
+
+def test_rings_keep_to_themselves(runs: Path):
+    """Two rings of two ranks: no hop leaves its ring."""
+    found = [json.loads(Path(f"{runs}/rtp-dp.partners.{rank}").read_text(encoding="utf-8")) for rank in range(4)]
+    assert found == [[1], [0], [3], [2]]
 
 
 # ---- the same traffic, memory and ops

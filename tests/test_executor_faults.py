@@ -22,9 +22,10 @@ def finished_steps(run: Path) -> int:
     return len(json.loads((run / "result.json").read_text(encoding="utf-8"))["step_times_ns"])
 
 
-def test_a_killed_rank_ends_the_run_and_the_finished_steps_stay(tmp_path: Path):
+@pytest.mark.parametrize("transport", ["gloo", "shm"])
+def test_a_killed_rank_ends_the_run_and_the_finished_steps_stay(tmp_path: Path, transport: str):
     run = tmp_path / "run"
-    process = started(*ENDLESS, "-o", run)
+    process = started(*ENDLESS, "--transport", transport, "-o", run)
     os.kill(wait_for_step(run, 1, 4, process), signal.SIGKILL)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1

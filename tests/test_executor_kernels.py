@@ -439,7 +439,7 @@ def test_a_shard_of_attention_by_hand() -> None:
 
 
 def test_every_priced_kernel_of_a_layer_has_one_that_computes() -> None:
-    without_layer = {"copy", "zero", "optimizer"}
+    without_layer = {"copy", "zero", "optimizer", "grad_norm", "loss_scale"}
     assert set(PRICED) - without_layer == set(KERNELS)
 
 

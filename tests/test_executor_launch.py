@@ -10,11 +10,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from executor_helpers import ROOT, Case, command_line, free_port, gone, prepared
+from executor_layouts import named
 from strategy_helpers import bert_tiny, gpt2_tiny, image_network, llama_tiny, moe_tiny
+from torch.distributed.checkpoint.format_utils import torch_save_to_dcp
 
 from rtp_sim.errors import InputError
 from rtp_sim.executor import request as requests
+from rtp_sim.executor.batches import random_batch
+from rtp_sim.executor.checkpoint_files import complete_steps
+from rtp_sim.executor.dense import train_dense
+from rtp_sim.executor.parameters import initial_parameters
 from rtp_sim.executor.progress import Progress, read_place
 from rtp_sim.executor.request import RunRequest
 from rtp_sim.executor.rundir import RunDirectory
@@ -69,8 +76,13 @@ def test_one_command_runs_checks_and_reports(tmp_path: Path):
 
 
 def test_torchrun_starts_the_same_workers(tmp_path: Path):
+    """The request says which state to begin with and where to save."""
     path = tmp_path / "run"
-    told = run("--strategy", "ddp", "--nproc-per-node", 2, "--steps", 2, "--warmup", 0, "--prepare", "-o", path)
+    torch.save({"model": named(initial_parameters(gpt2_tiny(), seed=4))}, tmp_path / "weights.pt")
+    torch_save_to_dcp(tmp_path / "weights.pt", tmp_path / "weights")
+    states = ("--load", tmp_path / "weights", "--save", tmp_path / "states")
+    told = run("--strategy", "ddp", "--nproc-per-node", 2, "--steps", 2, "--warmup", 0, *states, "--prepare", "-o",
+               path)  # fmt: skip
     assert told.returncode == 0, told.stderr
     words = told.stdout.split()
     assert words == ["torchrun", "--nproc-per-node", "2", "-m", "rtp_sim.executor", str(path)]
@@ -80,6 +92,10 @@ def test_torchrun_starts_the_same_workers(tmp_path: Path):
     result = json.loads((path / "result.json").read_text(encoding="utf-8"))
     assert len(result["step_times_ns"]) == 2
     assert load_timeline(path / "measured.json").schedule.name == "ddp"
+    assert (result["first_step"], result["saved_steps"], complete_steps(tmp_path / "states")) == (0, [2], [2])
+    network, parameters = gpt2_tiny(), initial_parameters(gpt2_tiny(), seed=4)
+    first = [random_batch(network, 1, 1, replica) for replica in range(2)]
+    assert result["loss"][0] == pytest.approx(train_dense(network, parameters, [first], 1).losses[0], rel=1e-6)
 
 
 def test_another_run_in_the_same_directory_replaces_the_first(tmp_path: Path):
@@ -123,7 +139,10 @@ def test_a_missing_gpu(tmp_path: Path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--strategy", "ddp", "--backend", "nccl"), "run: backend nccl moves data between GPUs"),
+        (("--strategy", "ddp", "--backend", "nccl"), "run: transport nccl moves data between GPUs"),
+        (("--strategy", "ddp", "--transport", "emulated"), "link: bandwidth is 0 B/s; expected at least 1, as 1GB/s"),
+        (("--strategy", "ddp", "--link-latency", "1ms"), "a link is given, but transport is auto; expected emulated"),
+        (("--strategy", "ddp", "--link-latency", "fast"), "argument --link-latency: given 'fast', expected a time"),
         (("--strategy", "rtp", "--rtp", 3), "--rtp 3 does not divide 2 GPUs"),
         (("--strategy", "rtp", "--tp", 2), "strategy rtp has no --tp axis"),
         (("--strategy", "ddp", "--timeout", 0), "run: timeout is 0.0; expected seconds"),

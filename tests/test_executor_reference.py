@@ -6,6 +6,8 @@ own, so that a gradient that is lost, doubled or averaged over the wrong ranks s
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from executor_reference import EXACT, Pair, assert_equal, batches_of, run_both
@@ -163,7 +165,7 @@ def test_the_other_optimizers(optimizer: str, strategy: str) -> None:
 @pytest.mark.parametrize("strategy", EVERY_STRATEGY)
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_an_encoder_with_materialised_attention(strategy: str, recompute: str) -> None:
-    """Norms after the residuals, segments, a dense layer before the head, dropout layers (of probability 0)."""
+    """Norms after the residuals, segments, a dense layer before the head, dropout layers, attention's included."""
     spec = training(bert_tiny(4), attention="materialised", recompute=recompute)
     assert_equal(run_both(strategy, bert_tiny(4), 1 if strategy == "single" else 3, spec))
 
@@ -174,18 +176,18 @@ def test_an_encoder_with_materialised_attention(strategy: str, recompute: str) -
 @pytest.mark.parametrize("strategy", ["rtp", "rtp-inplace"])
 @pytest.mark.parametrize("n", [2, 3, 4])
 def test_evaluation_passes_one_after_another(strategy: str, n: int) -> None:
-    """k = 1 ... n + 1 forward-only passes: each gives the loss of its own batch, wherever the last one left the
+    """k = 1 ... n + 1 forward-only passes, twice: each gives the loss of its own batch, wherever the last one left the
     shards."""
     network = unfused(NETWORKS["uneven"])
     parameters = initial_parameters(network, dtype=torch.float64)
     for k in range(1, n + 2):
         spec = training(network)
         schedule = build(strategy, network, n, spec, eval_passes=k)
-        batches = batches_of(schedule, network, spec, 1)
+        batches = batches_of(schedule, network, spec, 2)
         result = run_reference(schedule, network, spec, parameters, batches)
-        for rank in range(n):
-            losses = [float(dense_loss(network, parameters, b, 2)) for b in batches[0][rank]]
-            assert result.losses_by_rank[0][rank] == pytest.approx(losses, abs=EXACT)
+        for step, rank in product(range(2), range(n)):
+            losses = [float(dense_loss(network, parameters, b, 2)) for b in batches[step][rank]]
+            assert result.losses_by_rank[step][rank] == pytest.approx(losses, abs=EXACT)
 
 
 # ---- what was sent

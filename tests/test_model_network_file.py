@@ -71,6 +71,12 @@ def test_layers_before_the_first_weights_join_its_block(tmp_path: Path) -> None:
     ]
 
 
+def test_dropout_states_its_probability(tmp_path: Path) -> None:
+    layers = [{"kind": "linear", "out_features": 4}, {"kind": "dropout", "p": 0.25}, {"kind": "dropout", "p": 0}, LOSS]
+    network = read_network(write(tmp_path, layers, {"features": 9}))
+    assert [layer.op for layer in network.layers()][1:] == [Dropout(4, 0.25), CrossEntropy(4)]
+
+
 def test_features_norms_strides_and_names(tmp_path: Path) -> None:
     layers = [
         {"kind": "conv2d", "out_channels": 4, "kernel_size": 3, "stride": 2, "padding": 1, "bias": False},
@@ -88,7 +94,7 @@ def test_features_norms_strides_and_names(tmp_path: Path) -> None:
         Conv2d(3, 4, 3, 13, 20, 2, 1, False),
         MaxPool2d(4, 7, 10, 3),
         Norm("layernorm", 24),
-        Dropout(24),
+        Dropout(24, 0.5),
         Linear(24, 2, False),
         CrossEntropy(2),
     ]
@@ -112,6 +118,7 @@ def test_features_norms_strides_and_names(tmp_path: Path) -> None:
             [{"kind": "flatten"}, {"kind": "maxpool2d", "window": 2}, LOSS],
             ["layer 1 (maxpool2d)", "784 features"],
         ),
+        ([{"kind": "dropout", "p": 1}, LOSS], ["dropout.p' is 1", "for example 0.1"]),
         ([{"kind": "maxpool2d", "window": 29}, LOSS], ["window 29 is larger than the 28 x 28"]),
         ([{"kind": "conv2d", "out_channels": 3, "kernel_size": 29}, LOSS], ["kernel_size 29 is larger"]),
         ([{"kind": "flatten"}, {"kind": "relu"}], ["layer 1 (relu)", "cross_entropy as the last layer"]),

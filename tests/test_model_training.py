@@ -62,12 +62,29 @@ def test_tokens() -> None:
         ({"optimizer": "lion"}, "optimizer is 'lion'; expected one of adam, adamw, sgd, sgd-momentum"),
         ({"attention": "paged"}, "attention is 'paged'; expected one of flash, materialised"),
         ({"grad_dtype": "int8"}, "grad_dtype is 'int8'; expected one of fp32, bf16, fp16"),
+        ({"clip_norm": 0}, "clip_norm is 0; expected a number above 0"),
+        ({"clip_norm": float("nan")}, "clip_norm is nan"),
+        ({"loss_scale": "often"}, "loss_scale is 'often'; expected none, dynamic or a number as in static:1024"),
+        ({"loss_scale": "static"}, "loss_scale is 'static'"),
+        ({"loss_scale": "static:-1"}, "loss_scale is 'static:-1'"),
+        ({"loss_scale": "dynamic:inf"}, "loss_scale is 'dynamic:inf'"),
     ],
 )
 def test_wrong_fields_are_named(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError) as error:
         TrainingSpec(**({"micro_batch": 1, "seq_len": 8} | changes))
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("loss_scale", "start", "dynamic"),
+    [("none", None, False), ("dynamic", 65536, True), ("dynamic:2", 2, True), ("static:1024", 1024, False)],
+)
+def test_loss_scales(loss_scale: str, start: float | None, dynamic: bool) -> None:
+    training = TrainingSpec(1, 8, loss_scale=loss_scale)
+    assert (training.initial_loss_scale, training.dynamic_loss_scale) == (start, dynamic)
+    assert training.scales_loss == training.measures_gradients == (start is not None)
+    assert TrainingSpec(1, 8, clip_norm=1).measures_gradients
 
 
 def test_learned_positions_end() -> None:

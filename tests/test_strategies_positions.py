@@ -108,9 +108,10 @@ def test_evaluation_passes_visit_every_shard_once_and_alternate(n: int, dims: tu
             steps = worked[k * n : (k + 1) * n]
             assert steps == (worked[:n] if k % 2 == 0 else worked[:n][::-1])
             assert all(sorted(s[r] for s in steps) == list(range(n)) for r in range(n))
-        assert len(shifts(schedule)) == passes * (n - 1)
+        # The last of an odd number of passes goes once more, to where the first began.
+        assert len(shifts(schedule)) == passes * (n - 1) + passes % 2
         meaning = interpret(schedule, "rtp")
         assert meaning.wrong == []
-        # The kept buffer holds the last shard of the pass: home after an even number of passes.
-        (kept,) = [b for b, x in schedule.programs[0].buffers.items() if x.live_out and b.startswith("w.")]
-        assert [meaning.weights[r][kept] for r in range(n)] == worked[-1]
+        kept = [b for b, x in schedule.programs[0].buffers.items() if x.live_out and b.startswith("w.")]
+        assert kept == [b for b, x in schedule.programs[0].buffers.items() if x.live_in and b.startswith("w.")]
+        assert [meaning.weights[r][kept[0]] for r in range(n)] == list(range(n))

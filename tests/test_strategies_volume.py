@@ -175,12 +175,14 @@ def test_recomputing_leaves_fsdp_unchanged() -> None:
 
 @pytest.mark.parametrize("n", [2, 3, 4])
 def test_evaluation_moves_each_unit_n_minus_1_hops_per_pass(n: int) -> None:
+    """And once more at the end of an odd number of passes, which would leave the weights one hop from home."""
     for passes in range(1, n + 2):
         schedule = build("rtp", gpt2_tiny(), n, eval_passes=passes)
-        assert len(shifts(schedule)) == passes * (n - 1) * (3 * LAYERS + 2)
         signs = Counter((op.name[: op.name.index(".")], hop.offset[0] % n) for op, hop in shifts(schedule))
-        hops = (n - 1) * (3 * LAYERS + 2)
-        assert signs == Counter({(f"m{k}", 1 if k % 2 == 0 else n - 1): hops for k in range(passes)})
+        expected = {(k, 1 if k % 2 == 0 else n - 1): (n - 1) * (3 * LAYERS + 2) for k in range(passes)}
+        if passes % 2:
+            expected[passes - 1, 1] += 3 * LAYERS + 2
+        assert signs == Counter({(f"m{k}", sign): hops for (k, sign), hops in expected.items()})
 
 
 # ---- tensor parallelism

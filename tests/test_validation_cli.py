@@ -13,14 +13,23 @@ from test_cli import Answer, documented_keys
 from test_report_html import FRAMES, Elements, root_of, run_browser
 
 from rtp_sim.cli import main
+from rtp_sim.cost.model import ClusterCost
+from rtp_sim.cost.stated import priced
 from rtp_sim.engine.memory import memory_profiles
+from rtp_sim.errors import InputError
 from rtp_sim.experiment import Request, prepare
 from rtp_sim.experiment import run as simulate
+from rtp_sim.hardware.profiles import load_cluster
+from rtp_sim.link import Link
 from rtp_sim.metrics import communication_totals
+from rtp_sim.schedule.ir import Compute, Shift
 from rtp_sim.schedule.serialize import to_json
+from rtp_sim.stated import to_json as stated_to_json
 from rtp_sim.timeline import RankTimes, Timeline
 from rtp_sim.timeline_file import load_timeline, save_timeline
-from rtp_sim.validation.runs import Spread, spread_of
+from rtp_sim.validation.predict import Conditions
+from rtp_sim.validation.runs import Spread, load_run, spread_of
+from rtp_sim.validation.runs import validate as judge
 
 NASTY = "</script><img src=x onerror=alert(1)>"
 KIB = 2**10
@@ -82,6 +91,49 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 def validate(directory: Path, more: str = "") -> str:
     return f"validate {directory} --profile cpu-local --quiet {more}"
+
+
+# ---- validate: how it was run
+
+
+def test_a_run_is_predicted_under_its_own_conditions(directory: Path):
+    """With 1 ms and 1 GB/s a hop takes that at least, and the profile's own link does not matter."""
+    hop = {"transport": "emulated", "link_latency_ns": 1_000_000, "link_bandwidth_bytes_per_s": 10**9}
+    edit(directory / "request.json", lambda data: data.update(hop))
+    run = load_run(directory)
+    assert run.conditions == Conditions(NASTY, "emulated", Link(1_000_000, 10**9))
+    timeline = judge(run, load_cluster("cpu-local", 1, 4), 0.5).diff.predicted
+    spans = [span for span in timeline.spans(0) if isinstance(span.op.action, Shift)]
+    assert spans
+    for span in spans:
+        (hop_,) = span.op.action.hops  # type: ignore[union-attr]
+        assert span.end_ns - span.start_ns >= 1_000_000 + hop_.bytes_at(0) + 88_000, "the profile's base of a message"
+
+
+def test_the_times_that_ranks_slept_are_those_of_the_prediction(directory: Path):
+    run = load_run(directory)
+    edit(directory / "request.json", lambda data: data.update(stated=True))
+    with pytest.raises(InputError, match=r"stated\.json is missing"):
+        load_run(directory)
+    cluster = load_cluster("cpu-local", 1, 4)
+    times = priced(run.schedule, ClusterCost(cluster), 2.0, {})
+    (directory / "stated.json").write_text(stated_to_json(times))
+    found = judge(load_run(directory), cluster, 0.5)
+    kernels = {key: 2 * ClusterCost(cluster).compute(*key).duration_ns for key in times.kernels}
+    for span in found.diff.predicted.spans(0):
+        action = span.op.action
+        if isinstance(action, Compute):
+            assert span.end_ns - span.start_ns == kernels[action.kernel, action.dtype, action.dims]
+    assert any("ranks slept for the times in stated.json" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("value", [None, "fast", 0])
+def test_an_emulated_link_that_is_none(run, directory: Path, value: object):
+    link = {"transport": "emulated", "link_latency_ns": 1, "link_bandwidth_bytes_per_s": value}
+    edit(directory / "request.json", lambda data: data.update(link))
+    answer = run(validate(directory))
+    assert (answer.code, answer.out) == (2, "")
+    assert "bandwidth" in answer.err
 
 
 # ---- validate: answers

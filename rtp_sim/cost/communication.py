@@ -112,6 +112,8 @@ class CommunicationCost:
             return self._chain(_CHAINS[kind], group, size_bytes)
         if kind not in _ROUNDS:
             raise InputError(f"given the collective {kind!r}, expected one of {', '.join(KINDS)}")
+        if kind in self.params.kinds:
+            return self._measured_kind(kind, _ROUNDS[kind], group, size_bytes)
         ring = self._ring(_ROUNDS[kind], group, size_bytes)
         if kind != "all_reduce":
             return ring
@@ -148,6 +150,16 @@ class CommunicationCost:
         if ranks not in self._groups:
             self._groups[ranks] = Group(ranks, self.topology, self.params, self.cores)
         return self._groups[ranks]
+
+    def _measured_kind(self, kind: str, rounds: int, group: Group, size_bytes: int) -> tuple[Phase, ...]:
+        """A ring of a kind that has been measured by itself."""
+        params, way = self.params.kinds[kind], group.way("ring")
+        steps = rounds * (group.size - 1)
+        work_bytes = ceil(size_bytes * steps / group.size / way.channels)
+        wires = [link for link in way.usage if self.cores is None or not self.cores.is_pool(link)]
+        rate = min(self.topology.links[link].bandwidth_bytes_per_s / way.usage[link] for link in wires)
+        cap = max(1, int(rate * params.efficiency.value * self._size_fraction(size_bytes)))
+        return (Phase(round(steps * params.step_ns.value), work_bytes, way.usage, cap),)
 
     def _flow(self, latency_ns: float, edge_bytes: float, way: Way, message_bytes: int) -> Phase:
         """A phase that moves `edge_bytes` over every edge, spread over the channels."""

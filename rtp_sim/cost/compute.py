@@ -1,7 +1,8 @@
 """Time of a kernel on a device: a roofline whose compute side rounds up to tiles and waves.
 
 Matrix products and attention take the longer of their compute and their memory time, memory-bound kernels the
-device's floor plus bytes / bandwidth, and nothing is faster than the floor. The efficiencies and the floor come
+device's floor plus bytes / bandwidth, and nothing is faster than the floor. A kernel that the profile has measured by
+itself follows its own straight line instead. The efficiencies and the floor come
 from the device profile; the constants below belong to a class of kernels and hold for every device. What they give
 on measured kernels is printed by `benchmarks/kernel_accuracy.py`.
 """
@@ -13,7 +14,7 @@ from functools import lru_cache
 from rtp_sim.cost.products import ROW_BLOCK, Product, fused_rows, products
 from rtp_sim.engine.costs import OpCost
 from rtp_sim.errors import InputError
-from rtp_sim.hardware.spec import Device, Number
+from rtp_sim.hardware.spec import Device, MeasuredKernel, Number
 from rtp_sim.model.kernels import KERNELS, Kernel
 from rtp_sim.schedule.ir import Dims
 
@@ -42,6 +43,16 @@ the backward for the input's gradient, then for the weights')."""
 _FALLBACK = {"tf32": "fp32", "bf16": "fp32", "fp16": "fp32", "fp8": "fp16", "int8": "fp8"}
 
 
+def work(k: Kernel, sizes: dict[str, int]) -> float:
+    """FLOPs that are really done: attention leaves out half the scores under a causal mask."""
+    return k.flops(sizes) / (2 if k.kind == "attention" and sizes.get("causal") else 1)
+
+
+def _line_ns(measured: MeasuredKernel, k: Kernel, sizes: dict[str, int], dtype: str) -> float:
+    moved_ns = k.bytes_moved(sizes, dtype) * measured.ns_per_byte
+    return measured.floor_ns + work(k, sizes) * measured.ns_per_flop + moved_ns
+
+
 class ComputeCost:
     """Kernel times on one device. Basis: "interpolated" where an efficiency was measured, else "assumed"."""
 
@@ -55,6 +66,11 @@ class ComputeCost:
     def _cost(self, kernel: str, dtype: str, dims: Dims) -> OpCost:
         """The kernel's time alone on the device. InputError for a dtype the device has no rate for."""
         k, sizes = KERNELS[kernel], dict(dims)
+        measured = self.device.kernels.get((kernel, dtype))
+        if measured is not None:
+            duration_ns = _line_ns(measured, k, sizes, dtype)
+            basis = "interpolated" if measured.provenance.kind == "measured" else "assumed"
+            return OpCost(max(1, round(duration_ns)), basis)
         memory_ns = k.bytes_moved(sizes, dtype) * REREADS.get(kernel, 1.0) / self._bytes_per_ns
         if k.kind == "memory":
             efficiency = self.device.memory_efficiency

@@ -14,7 +14,7 @@ from rtp_sim.hardware.spec import Cluster
 WEIGHT = 1000
 """What a computing rank puts on the pool, so that a transfer's core time can be stated in thousandths."""
 LOCAL_CORES = 2
-"""Assumed for a host that does not say: what the figures of the cpu-local profile were measured on."""
+"""Assumed for a host whose profile does not say ([host]): what the figures of cpu-local were measured on."""
 CORE_NS_PER_KILOBYTE = 380
 """Core time of one message per 1000 bytes, sender and receiver together. Measured with gloo ring shifts on a 2-core
 host: 0.85 CPU seconds per GB that each of 2 ranks sends, 2.7 with 8 ranks: 0.425 and 0.34 ns per byte; the mean."""
@@ -53,4 +53,8 @@ def cores_of(cluster: Cluster, count: int | None = None) -> Cores | None:
     """The pools of a cluster whose ranks are on CPUs: those of a node talk over loopback links. None elsewhere."""
     if all(link.kind != "loopback" for link in cluster.topology.template.links):
         return None
-    return Cores(len(cluster.topology.links), LOCAL_CORES if count is None else count)
+    first_link, host = len(cluster.topology.links), cluster.host
+    if host is None:
+        return Cores(first_link, LOCAL_CORES if count is None else count)
+    return Cores(first_link, round(host.cores.value) if count is None else count,
+                 max(1, round(host.core_ns_per_megabyte.value / 1000)))  # fmt: skip

@@ -22,7 +22,10 @@ class ClusterCost:
         self._compute = ComputeCost(cluster.device)
         self._cores = cores_of(cluster, host_cores)
         self._communication = CommunicationCost(cluster, self._cores)
-        self._issue_ns = round(cluster.device.host_issue_ns.value)
+        device = cluster.device
+        self._issue_ns = round(device.host_issue_ns.value)
+        to_communicate = device.communication_issue_ns or device.host_issue_ns
+        self._communication_issue_ns = round(to_communicate.value)
 
     @property
     def overlap_slowdown_permille(self) -> int:
@@ -45,8 +48,9 @@ class ClusterCost:
         return "" if used == dtype else f"{name} states no rate for {dtype}: that of {used} is used"
 
     def host_issue_ns(self, op: Op) -> int:
-        """Host time to issue one op."""
-        return self._host.issue_ns(op, self._issue_ns)
+        """Host time to issue one op: cutting out and putting in place what communication moves may take longer."""
+        default_ns = self._issue_ns if isinstance(op.action, Compute) else self._communication_issue_ns
+        return self._host.issue_ns(op, default_ns)
 
     def link_capacity(self, link: int) -> int:
         """Bytes/s of a wire; of a pool of cores, cores x weight x 1e9."""

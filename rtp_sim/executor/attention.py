@@ -28,19 +28,21 @@ def _parts(k: Launch, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, t
 
 
 def _joined(k: Launch, *parts: torch.Tensor) -> torch.Tensor:
-    """Queries, keys and values back in the layout of qkv."""
-    return torch.cat(parts, 1).transpose(1, 2).contiguous()
+    """Queries, keys and values back in the layout of qkv, in one pass."""
+    return torch.cat([part.transpose(1, 2) for part in parts], 2)
 
 
 def _repeated(k: Launch, x: torch.Tensor) -> torch.Tensor:
     """Key or value heads, once per query head that reads them."""
-    return x.repeat_interleave(k.dims["heads"] // k.dims["kv_heads"], 1) if k.dims["kv_heads"] else x
+    if k.dims["kv_heads"] in (0, k.dims["heads"]):
+        return x
+    return x.repeat_interleave(k.dims["heads"] // k.dims["kv_heads"], 1)
 
 
 def _summed(k: Launch, dx: torch.Tensor) -> torch.Tensor:
     """The gradient of a key or value head, over the query heads that read it."""
     d = k.dims
-    if not d["kv_heads"]:
+    if d["kv_heads"] in (0, d["heads"]):
         return dx
     return dx.reshape(d["batch"], d["kv_heads"], -1, d["kv"], d["head_dim"]).sum(2)
 

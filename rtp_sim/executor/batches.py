@@ -1,4 +1,8 @@
-"""Random batches of a network's inputs, the same for the same seed."""
+"""Random batches of a network's inputs, the same for the same seed.
+
+A sample depends on its number in the step's global batch, not on who works on it: layouts that share the same global
+batch among other replicas and micro-batches train on the same data.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +22,19 @@ def random_batch(
     from the normal distribution. InputError if no embedding or loss reads an id tensor."""
     found = []
     for micro in range(micros):
-        generator = torch.Generator().manual_seed(zlib.crc32(repr((seed, step, replica, micro)).encode()))
-        found.append({i.name: _random(network, i, micro_batch, generator) for i in network.inputs})
+        first = (replica * micros + micro) * micro_batch
+        samples = [_sample(network, (seed, step, number)) for number in range(first, first + micro_batch)]
+        found.append({i.name: torch.cat([s[i.name] for s in samples]) for i in network.inputs})
     return found
 
 
-def _random(network: Network, tensor: Input, micro_batch: int, generator: torch.Generator) -> torch.Tensor:
-    numel = tensor.numel_per_sample * micro_batch
+def _sample(network: Network, which: tuple[int, int, int]) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(zlib.crc32(repr(which).encode()))
+    return {i.name: _random(network, i, generator) for i in network.inputs}
+
+
+def _random(network: Network, tensor: Input, generator: torch.Generator) -> torch.Tensor:
+    numel = tensor.numel_per_sample
     if tensor.dtype != "int64":
         return torch.randn(numel, generator=generator, dtype=torch.float64)
     return torch.randint(0, _vocabulary(network, tensor.name), (numel,), generator=generator)

@@ -2,7 +2,7 @@
 
 Ranks on one machine read the same clock. Otherwise a rank asks rank 0 for its time over and over; half way between
 question and answer (Cristian, 1989) both clocks show the same moment, to within half the round trip, so the quickest
-round trip is the one to believe. Drift within a run is not followed.
+round trip is the one to believe. Drift within a run is not followed. Torch is imported only where ranks talk.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 ROUNDS = 25
+EARLY_NS = 100_000
+"""How long before its end a precise sleep stops to trust the system's timer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +33,16 @@ def now_ns() -> int:
     return time.monotonic_ns()
 
 
-def align(control: dist.ProcessGroup) -> Clock:
+def sleep_until(deadline_ns: int) -> None:
+    """Sleeps until then, no longer: sleeps end late, so the last stretch is slept in short ones."""
+    while (left_ns := deadline_ns - now_ns()) > 0:
+        time.sleep((left_ns - EARLY_NS) / 1e9 if left_ns > 2 * EARLY_NS else 1e-5)
+
+
+def align(control: ProcessGroup) -> Clock:
     """Compares this rank's clock with rank 0's, one rank after another. All ranks of the group must call it."""
+    import torch.distributed as dist
+
     rank, size = dist.get_rank(control), dist.get_world_size(control)
     machines: list[str | None] = [None] * size
     dist.all_gather_object(machines, machine_id(), group=control)
@@ -46,8 +57,11 @@ def align(control: dist.ProcessGroup) -> Clock:
     return found
 
 
-def ask(control: dist.ProcessGroup) -> Clock:
+def ask(control: ProcessGroup) -> Clock:
     """The offset of this rank's clock from rank 0's, which must answer meanwhile."""
+    import torch
+    import torch.distributed as dist
+
     reading = torch.zeros(1, dtype=torch.int64)
     best: Clock | None = None
     for _ in range(ROUNDS):
@@ -62,8 +76,11 @@ def ask(control: dist.ProcessGroup) -> Clock:
     return best
 
 
-def _answer(control: dist.ProcessGroup, other: int) -> None:
+def _answer(control: ProcessGroup, other: int) -> None:
     """Rank 0's side of `ask`."""
+    import torch
+    import torch.distributed as dist
+
     reading = torch.zeros(1, dtype=torch.int64)
     for _ in range(ROUNDS):
         dist.recv(reading, group=control, group_src=other)
@@ -82,11 +99,12 @@ def machine_id() -> str:
     return boot.read_text(encoding="ascii") + (offsets.read_text(encoding="ascii") if offsets.exists() else "")
 
 
-def start_together(control: dist.ProcessGroup, clock: Clock, lead_ns: int = 2_000_000) -> None:
+def start_together(control: ProcessGroup, clock: Clock, lead_ns: int = 2_000_000) -> None:
     """Waits until all ranks are here, then until a moment that rank 0 names: ranks leave a barrier one by one."""
+    import torch
+    import torch.distributed as dist
+
     dist.barrier(group=control)
     moment = torch.tensor([now_ns() + lead_ns], dtype=torch.int64)
     dist.broadcast(moment, group=control, group_src=0)
-    left_ns = int(moment.item()) + clock.offset_ns - now_ns()
-    if left_ns > 0:
-        time.sleep(left_ns / 1e9)
+    sleep_until(int(moment.item()) + clock.offset_ns)

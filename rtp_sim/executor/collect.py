@@ -13,6 +13,7 @@ import platform
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,8 +21,9 @@ from rtp_sim import __version__
 from rtp_sim.executor.rendezvous import with_partners
 from rtp_sim.executor.request import RunRequest
 from rtp_sim.executor.rundir import OpTimes, Record, RunDirectory
+from rtp_sim.executor.twins import TWINS
 from rtp_sim.schedule.ir import Schedule
-from rtp_sim.timeline import RankTimes, Timeline
+from rtp_sim.timeline import RankTimes, Timeline, of_one_rank
 from rtp_sim.timeline_file import save_timeline
 
 SCHEMA = "rtp-sim/run/1"
@@ -31,19 +33,22 @@ def collect(run: RunDirectory, schedule: Schedule, request: RunRequest, failure:
     """Writes result.json, and measured.json if a measured step was finished; returns the result."""
     steps: list[list[Record]] = []
     times: list[OpTimes] = []
-    for rank in range(schedule.world_size):
-        records, rows = run.read_steps(rank, len(schedule.program(rank).ops))
+    numbers = request.ranks(schedule.world_size)
+    for rank in numbers:
+        records, rows = run.read_steps(rank, 0 if request.twin else len(schedule.program(rank).ops))
         steps.append(records)
         times.append(rows)
+    # A step under the profiler comes after the measured ones and counts for none of their numbers.
     finished = min((len(records) for records in steps), default=0)
-    ranks = [run.read_rank(rank, "rank.json") or {"rank": rank} for rank in range(schedule.world_size)]
+    finished = min(finished, request.warmup + request.steps)
+    ranks = [run.read_rank(rank, "rank.json") or {"rank": rank} for rank in numbers]
     spans = [_span_ns(steps, ranks, k) for k in range(finished)]
     measured = [k for k in range(finished) if k >= request.warmup]
     result = _result(schedule, request, failure, steps, ranks, [spans[k][1] - spans[k][0] for k in range(finished)])
-    if measured:
+    if measured and not request.twin:
         chosen = sorted(measured, key=lambda k: (spans[k][1] - spans[k][0], k))[(len(measured) - 1) // 2]
         result["timeline_step"] = chosen
-        save_timeline(_timeline(schedule, times, ranks, chosen, spans[chosen][0], result), run.measured)
+        save_timeline(_timeline(schedule, request, times, ranks, chosen, spans[chosen][0], result), run.measured)
     _write(run.result, result)
     return result
 
@@ -60,17 +65,24 @@ def _offset_ns(rank: Record) -> int:
 
 
 def _timeline(
-    schedule: Schedule, times: Sequence[OpTimes], ranks: Sequence[Record], k: int, origin_ns: int, result: Record
-) -> Timeline:
+    schedule: Schedule, request: RunRequest, times: Sequence[OpTimes], ranks: Sequence[Record], k: int, origin_ns: int,
+    result: Record,
+) -> Timeline:  # fmt: skip
     measured = {}
-    for rank, rows in enumerate(times):
-        start_ns, end_ns = rows[k] - _offset_ns(ranks[rank]) - origin_ns
+    for record, rows in zip(ranks, times, strict=True):
+        rank = int(record["rank"])
+        start_ns, end_ns = rows[k] - _offset_ns(record) - origin_ns
         # A clock read a little early on another machine must not put an op before the step.
         measured[rank] = RankTimes(np.maximum(start_ns, 0), np.maximum(end_ns, 0))
     measured = with_partners(schedule, measured)
-    keys = ("device", "backend", "threads", "torch", "clock_error_ns", "median_step_time_ns", "step_time_cv")
+    keys = (
+        "device", "backend", "transport", "threads", "torch", "clock_error_ns", "median_step_time_ns", "step_time_cv",
+    )  # fmt: skip
     meta = {"engine": "executor", "host": result["host"]["name"], "step": k} | {key: result[key] for key in keys}
-    offsets = {f"clock_offset_ns.{r}": _offset_ns(rank) for r, rank in enumerate(ranks) if _offset_ns(rank)}
+    offsets = {f"clock_offset_ns.{r['rank']}": _offset_ns(r) for r in ranks if _offset_ns(r)}
+    if request.only_rank is not None:
+        meta |= {key: result[key] for key in ("only_rank", "communication")} | offsets
+        return of_one_rank(schedule, "measured", request.only_rank, measured[request.only_rank], meta)
     return Timeline(schedule, "measured", measured, tuple(range(schedule.world_size)), meta | offsets)
 
 
@@ -79,15 +91,20 @@ def _result(
     ranks: Sequence[Record], durations_ns: Sequence[int],
 ) -> Record:  # fmt: skip
     finished, measured = len(durations_ns), list(durations_ns[request.warmup :])
-    losses = [_mean([mine[k]["loss"] for mine in steps]) for k in range(finished)]
+    # Ranks that only sleep have no loss, send nothing and hold nothing.
+    counted = finished and not request.stated
+    losses = [_mean([mine[k]["loss"] for mine in steps]) for k in range(finished)] if counted else []
     first = ranks[0]
     return {
         "schema": SCHEMA,
         "failure": failure,
         **{key: schedule.meta.get(key) for key in ("strategy", "layout", "model", "tokens", "precision")},
         "world_size": schedule.world_size,
+        "only_rank": request.only_rank,
+        "communication": request.communication,
         "device": request.device,
-        "backend": request.real_backend,
+        "backend": request.backend,
+        "transport": request.real_transport,
         "threads": request.threads,
         "seed": request.seed,
         "warmup": request.warmup,
@@ -97,11 +114,15 @@ def _result(
         "median_step_time_ns": int(statistics.median_low(measured)) if measured else None,
         "step_time_cv": statistics.stdev(measured) / statistics.fmean(measured) if len(measured) > 1 else None,
         "loss": losses,
-        "bytes_sent": [mine[-1]["bytes_sent"] for mine in steps] if finished else None,
-        "messages": [mine[-1]["messages"] for mine in steps] if finished else None,
-        "peak_memory_bytes": [mine[-1]["peak_memory_bytes"] for mine in steps] if finished else None,
-        "memory_by_category": [mine[-1]["memory_by_category"] for mine in steps] if finished else None,
+        **{key: [steps[0][k].get(key) for k in range(finished)] for key in ("grad_norm", "loss_scale", "skipped")},
+        "twin": TWINS[schedule.name] if request.twin else None,
+        **{
+            key: _of_last_step(key, steps, ranks) if counted else None
+            for key in ("bytes_sent", "messages", "peak_memory_bytes", "memory_by_category", "allocator_peak_bytes")
+        },
         "clock_error_ns": max((int(r.get("clock_error_ns", 0)) for r in ranks), default=0),
+        "first_step": first.get("first_step", 0),
+        "saved_steps": first.get("saved_steps", []),
         "check": first.get("check"),
         "torch": first.get("torch"),
         "versions": {"rtp-sim": __version__, "python": platform.python_version(), "numpy": np.__version__}
@@ -109,6 +130,14 @@ def _result(
         "host": host_description(),
         "ranks": list(ranks),
     }
+
+
+def _of_last_step(key: str, steps: Sequence[Sequence[Record]], ranks: Sequence[Record]) -> list[Any] | None:
+    """What each rank said of its last step, or of its whole run; None where it was not measured."""
+    if not all(steps):
+        return None
+    found = [record.get(key, mine[-1].get(key)) for mine, record in zip(steps, ranks, strict=True)]
+    return None if None in found else found
 
 
 def host_description() -> Mapping[str, str | int | None]:

@@ -7,25 +7,14 @@ for NCCL's, not the host. So the same code serves both.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
 
 from rtp_sim.executor.exchange import Parcel, Round, Transfer
+from rtp_sim.executor.transport import Traffic
 
 Group = dist.ProcessGroup
-
-
-@dataclass(frozen=True, slots=True)
-class Traffic:
-    """What a rank has sent, by the accounting of `rtp_sim/metrics.py`."""
-
-    size_bytes: int = 0
-    messages: int = 0
-
-    def __add__(self, other: Traffic) -> Traffic:
-        return Traffic(self.size_bytes + other.size_bytes, self.messages + other.messages)
 
 
 def _renamed(new: str, old: str) -> Callable[..., Any]:

@@ -7,14 +7,15 @@ nets show in each precision (a wrong schedule is off by tens of percent), not pr
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 
-from rtp_sim.executor.dense import train_dense
+from rtp_sim.executor.dense import Keep, train_dense
+from rtp_sim.executor.dropout import masks_of
 from rtp_sim.executor.machine import Batch, Machine
-from rtp_sim.executor.parameters import Parameters, Share, assembled, initial_parameters, owners, unfused_parameters
+from rtp_sim.executor.parameters import Parameters, Share, assembled, owners, unfused_parameters
 from rtp_sim.executor.request import RunRequest
 from rtp_sim.executor.rundir import Record
 
@@ -25,12 +26,13 @@ TINY, HUGE = 1e-300, 1e300
 
 
 def compare_with_dense(
-    machine: Machine, request: RunRequest, loss: float, batches: Sequence[Batch], control: dist.ProcessGroup
-) -> Record | None:
+    machine: Machine, request: RunRequest, start: Callable[[], Parameters], loss: float, batches: Sequence[Batch],
+    control: dist.ProcessGroup,
+) -> Record | None:  # fmt: skip
     """Gathers the gradients of all ranks on rank 0 and compares; None on the others.
 
-    `loss` is this rank's share of the mean (its mean over the ranks is the training loss), `batches` those of all
-    replicas.
+    The step is the first whose update was not left out; `start` makes the full parameters that it began with. `loss` is
+    this rank's share of the mean (its mean over the ranks is the training loss), `batches` those of all replicas.
     """
     mine = (loss, machine.gradients)
     everyone: list[tuple[float, list[Share]] | None] | None = [None] * machine.schedule.world_size
@@ -40,15 +42,20 @@ def compare_with_dense(
         return None
     found = [item for item in everyone if item is not None]
     network = machine.network
-    given = _rounded(initial_parameters(request.network, request.seed), machine)
+    given = _rounded(start(), machine)
     if given.keys() != owners(network).keys():
         given = unfused_parameters(request.network, given)
-    dense = train_dense(network, given, [batches], request.training.micro_batch)
+    dense = train_dense(
+        network, given, [batches], request.training.micro_batch, clip_norm=request.training.clip_norm,
+        keep=_masks(machine),
+    )  # fmt: skip
     losses = sum(loss for loss, _ in found) / len(found)
     errors = {"loss": _finite(abs(losses - dense.losses[0]) / abs(dense.losses[0]))}
     if found[0][1]:
         ours = assembled(machine.schedule, network, [shares for _, shares in found])
         errors |= gradient_errors(ours, dense.gradients)
+    if machine.watch.norm is not None:
+        errors["grad_norm"] = _finite(abs(machine.watch.norm - dense.grad_norms[0]) / dense.grad_norms[0])
     worst = max(errors, key=lambda name: errors[name])
     limit = LIMITS[request.float_dtype or request.training.policy.compute_dtype]
     return {
@@ -60,6 +67,12 @@ def compare_with_dense(
         "compared": len(errors),
         "passed": errors[worst] <= limit,
     }
+
+
+def _masks(machine: Machine) -> Keep:
+    """What the dropouts of the machine's step keep."""
+    masks = masks_of(machine.schedule, machine.network, machine.seed, machine.device)
+    return lambda layer, _, replica, micro, shape: masks.whole(layer, machine.step, replica, micro, shape)
 
 
 def gradient_errors(ours: Parameters, dense: Parameters) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""One rank's program on a machine without streams: the interpreter of a schedule over torch.distributed.
+"""One rank's program on a machine without streams: the interpreter of a schedule, over any transport.
 
 The host goes through the program in order. It computes where it stands; a communication op it hands to the thread of
 the op's stream (lanes.py) and goes on, until an op comes that needs the result. What the IR says of streams holds: an
@@ -10,20 +10,24 @@ putting in place what has arrived: only the host touches the machine.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from rtp_sim.executor.clocks import now_ns
-from rtp_sim.executor.communicate import Traffic, collective, exchange
-from rtp_sim.executor.groups import Groups
 from rtp_sim.executor.lanes import Board, Job, Lane
-from rtp_sim.executor.machine import Machine
 from rtp_sim.executor.progress import Progress
+from rtp_sim.executor.transport import Traffic, Transport
 from rtp_sim.schedule.ir import Collective, Compute, Op, Program, Recv, Schedule, Send
 from rtp_sim.timeline import TimesNs
+
+if TYPE_CHECKING:
+    from rtp_sim.executor.exchange import Parcel, Transfer
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,30 @@ class StepTimes:
     sent: Traffic
 
 
+Around = Callable[[Op], AbstractContextManager[object]]
+
+
+class Actor(Protocol):
+    """One rank that carries out the ops an interpreter walks through: a `Machine`, or one that only takes the time for
+    it (sleepers.py)."""
+
+    def run(self, op: Op) -> None:
+        """Does a compute op."""
+
+    def parcel(self, op: Op) -> Parcel:
+        """The rank's part of a collective, when the op is issued."""
+
+    def transfers(self, op: Op) -> list[Transfer]:
+        """What a shift, send or receive moves, when the op is issued."""
+
+    def finish(self, op: Op, parcel: Parcel | None = None) -> None:
+        """Ends a communication op whose data are there."""
+
+
 class Interpreter(Protocol):
-    """Runs one rank's program, step by step."""
+    """Runs one rank's program, step by step. `around` is entered around every op, for a profiler's ranges."""
+
+    around: Around
 
     def run_step(self) -> StepTimes:
         """One step from start to end."""
@@ -47,12 +73,14 @@ class Interpreter(Protocol):
 class HostInterpreter:
     """The interpreter for CPUs. `progress` is told about every op."""
 
-    def __init__(self, schedule: Schedule, rank: int, machine: Machine, groups: Groups, progress: Progress) -> None:
-        self._machine, self._groups, self._progress = machine, groups, progress
+    def __init__(self, schedule: Schedule, rank: int, machine: Actor, transport: Transport, progress: Progress) -> None:
+        self._machine, self._transport, self._progress = machine, transport, progress
+        self.around: Around = nullcontext
         self._program = schedule.program(rank)
         self._tags = transfer_tags(schedule)
         self._waits = ordered_after(self._program)
         self._data = touched_after(self._program)
+        self._awaited = awaited_at_once(self._program, self._waits, self._data)
         streams = dict.fromkeys(op.stream for op in self._program.ops if communicates(op))
         self._lanes = {stream: Lane(i, stream, progress) for i, stream in enumerate(streams)}
         self._unfinished: dict[int, Movement] = {}
@@ -69,18 +97,31 @@ class HostInterpreter:
             self._progress.at(op.index)
             if communicates(op):
                 self._settle(board, self._data[op.index])
-                moves = movement(op, self._machine, self._groups, self._tags)
-                self._unfinished[op.index] = moves
-                self._lanes[op.stream].put(Job(op, moves.start, self._waits[op.index], board))
+                self._communicate(op, board)
                 self._settle(board, (op.index,) if op.blocks_host else ())
             else:
                 self._settle(board, self._waits[op.index] | self._data[op.index])
                 board.times[0, op.index] = now_ns()
-                self._machine.run(op)
+                with self.around(op):
+                    self._machine.run(op)
                 board.times[1, op.index] = now_ns()
         self._settle(board, self._unfinished.keys())
         sent = sum((lane.traffic for lane in self._lanes.values()), Traffic())
         return StepTimes(start_ns, now_ns(), board.times, sent)
+
+    def _communicate(self, op: Op, board: Board) -> None:
+        """Hands the op to its stream's thread; does it here where the host would wait for it at once anyway."""
+        self._unfinished[op.index] = moves = movement(op, self._machine, self._transport, self._tags)
+        job = Job(op, partial(self._move, op, moves), self._waits[op.index], board)
+        if op.index in self._awaited:
+            self._lanes[op.stream].do(job)
+        else:
+            self._lanes[op.stream].put(job)
+
+    def _move(self, op: Op, moves: Movement) -> Traffic:
+        """Moves the data, on the thread of the op's lane or the host's."""
+        with self.around(op):
+            return moves.start()
 
     def _settle(self, board: Board, needed: Collection[int]) -> None:
         """Waits for these communication ops; puts into place what they, and others done meanwhile, have brought."""
@@ -98,15 +139,15 @@ class Movement:
     finish: Callable[[], None]
 
 
-def movement(op: Op, machine: Machine, groups: Groups, tags: Mapping[str, int]) -> Movement:
+def movement(op: Op, machine: Actor, transport: Transport, tags: Mapping[str, int]) -> Movement:
     """Takes the tensors of a communication op from the machine."""
-    group, action = groups.group(op), op.action
+    action = op.action
     if isinstance(action, Collective):
         parcel = machine.parcel(op)
-        return Movement(lambda: collective(parcel, group), lambda: machine.finish(op, parcel))
+        return Movement(lambda: transport.collective(op, parcel), lambda: machine.finish(op, parcel))
     transfers = machine.transfers(op)
     tag = tags[action.tag] if isinstance(action, Send | Recv) else 0
-    return Movement(lambda: exchange(transfers, group, machine.rank, tag), lambda: machine.finish(op))
+    return Movement(lambda: transport.exchange(op, transfers, tag), lambda: machine.finish(op))
 
 
 # ---- what follows from the program alone
@@ -151,3 +192,22 @@ def touched_after(program: Program) -> list[frozenset[int]]:
         for b in op.writes:
             writer[b], readers[b] = op.index, set()
     return found
+
+
+def awaited_at_once(
+    program: Program, waits: Sequence[frozenset[int]], data: Sequence[frozenset[int]]
+) -> frozenset[int]:  # fmt: skip
+    """The communication ops that the host waits for before it does anything else."""
+    found = set()
+    for op, following in zip_longest(program.ops, program.ops[1:]):
+        if not communicates(op):
+            continue
+        if following is None or op.blocks_host:
+            found.add(op.index)
+        else:
+            blocked = data[following.index]
+            if not communicates(following):
+                blocked |= waits[following.index]
+            if op.index in blocked:
+                found.add(op.index)
+    return frozenset(found)

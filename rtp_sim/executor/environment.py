@@ -18,7 +18,7 @@ from rtp_sim.executor.launcher import LAUNCHER_PID
 from rtp_sim.executor.request import RunRequest
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG, _PR_SET_TIMERSLACK = 1, 29
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _MMAP_THRESHOLD_BYTES = 32 << 20
 """The most that glibc takes."""
@@ -100,6 +100,13 @@ def calm_gloo_threads() -> None:
             continue
 
 
+def sharpen_timers() -> None:
+    """Has the system end sleeps of this thread, and of those it starts, when they are due: it otherwise takes up to
+    50 us more, so as to wake up less often."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)
+
+
 def require_device(request: RunRequest, environment: Environment) -> None:
     """InputError if torch does not have the device or the backend, or fewer GPUs than ranks here."""
     import torch
@@ -113,5 +120,5 @@ def require_device(request: RunRequest, environment: Environment) -> None:
                 f"--device cuda: local rank {environment.local_rank} needs a GPU of its own, but torch finds "
                 f"{torch.cuda.device_count()}; expected at most as many ranks"
             )
-    if not dist.is_available() or not dist.is_backend_available(request.real_backend):
-        raise InputError(f"this torch {torch.__version__} has no backend {request.real_backend}; expected one that has")
+    if not dist.is_available() or not dist.is_backend_available(request.backend):
+        raise InputError(f"this torch {torch.__version__} has no backend {request.backend}; expected one that has")

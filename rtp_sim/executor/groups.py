@@ -7,13 +7,16 @@ receives of a group share one more, because the two halves of a transfer may lie
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
 
 from rtp_sim.errors import ScheduleError
+from rtp_sim.executor.communicate import collective, exchange
+from rtp_sim.executor.exchange import Parcel, Transfer
+from rtp_sim.executor.transport import Traffic
 from rtp_sim.schedule.ir import Collective, Op, Program, Recv, Schedule, Send, Shift
 
 Key = tuple[str, str]
@@ -22,7 +25,8 @@ Key = tuple[str, str]
 
 @dataclass(frozen=True)
 class Groups:
-    """The process groups that one rank is in, and `control`, a gloo group of all ranks for barriers and clocks."""
+    """The process groups that one rank is in, and `control`, a gloo group of all ranks for barriers and clocks. Also
+    the `Transport` over them."""
 
     control: dist.ProcessGroup
     of: Mapping[Key, dist.ProcessGroup]
@@ -33,13 +37,21 @@ class Groups:
         assert isinstance(action, Shift | Collective | Send | Recv)
         return self.of[action.group, "" if isinstance(action, Send | Recv) else op.stream]
 
+    def exchange(self, op: Op, transfers: Sequence[Transfer], tag: int) -> Traffic:
+        """Does the transfers of a shift, send or receive."""
+        return exchange(transfers, self.group(op), dist.get_rank(), tag)
+
+    def collective(self, op: Op, parcel: Parcel) -> Traffic:
+        """Does this rank's part of a collective."""
+        return collective(parcel, self.group(op))
+
 
 def make_groups(schedule: Schedule, rank: int, backend: str, timeout_s: float) -> Groups:
     """Makes all process groups; `init_process_group` must have been called. ScheduleError where two ranks meet on
     streams of different names."""
     timeout = timedelta(seconds=timeout_s)
-    _require_same_streams(schedule)
-    control = dist.new_group(backend="gloo", timeout=timeout)
+    require_same_streams(schedule)
+    control = make_control(timeout_s)
     made: dict[Key, dist.ProcessGroup] = {}
     for name, stream in _keys(schedule):
         for members in schedule.groups[name].instances:
@@ -49,6 +61,12 @@ def make_groups(schedule: Schedule, rank: int, backend: str, timeout_s: float) -
                 assert dist.get_process_group_ranks(group) == list(members)
                 made[name, stream] = group
     return Groups(control, made)
+
+
+def make_control(timeout_s: float) -> dist.ProcessGroup:
+    """The group of all ranks for barriers and clocks."""
+    control: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    return control
 
 
 def _keys(schedule: Schedule) -> list[Key]:
@@ -63,7 +81,7 @@ def _keys(schedule: Schedule) -> list[Key]:
     return list(keys)
 
 
-def _require_same_streams(schedule: Schedule) -> None:
+def require_same_streams(schedule: Schedule) -> None:
     """The k-th collective or shift of a group must lie on the same stream for all members."""
     for name, group in schedule.groups.items():
         for members in group.instances:

@@ -7,16 +7,29 @@ taken in at least fp32. A kernel returns new tensors; the machine stores them or
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from math import pi, sqrt
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from rtp_sim.executor import attention, loss, routing
+from rtp_sim.executor.dropout import keep_mask
 from rtp_sim.executor.dtypes import accurate
 from rtp_sim.executor.launch import Columns, Launch, Made, columns, matrix
-from rtp_sim.model.layers import Activation, Attention, Conv2d, Embedding, Experts, Linear, MaxPool2d, Mlp
+from rtp_sim.model.layers import (
+    WHOLE,
+    Activation,
+    Attention,
+    Conv2d,
+    Embedding,
+    Experts,
+    LayerOp,
+    Linear,
+    MaxPool2d,
+    Mlp,
+    Split,
+)
 
 NORM_EPS = 1e-5
 
@@ -48,6 +61,12 @@ def shares_bias(k: Launch) -> bool:
     """Whether the call's bias lies on every shard: where the shards' outputs are summed."""
     whole_experts = isinstance(k.op, Experts) and k.split.kind == "experts"
     return k.call.outputs[0] in ("y", "down") and k.split.kind in k.op.sums and not whole_experts
+
+
+@cache
+def param_shapes(op: LayerOp, split: Split) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters of a shard."""
+    return {p.name: p.shape for p in op.params(split)}
 
 
 def _edges(k: Launch) -> tuple[int, int]:
@@ -82,15 +101,20 @@ def linear_dgrad(k: Launch) -> Made:
 def linear_wgrad(k: Launch) -> Made:
     """dW = dy^T x, db = the sum of dy over tokens. A bias on every shard gets its whole gradient on each."""
     weight, bias = weight_names(k)
-    shapes = {p.name: p.shape for p in k.op.params(k.split)}
+    shapes = param_shapes(k.op, k.split)
     if isinstance(k.op, Experts):
         dw, db = routing.grouped_wgrad(k, shapes[weight])
-    else:
-        (out, width), (first_in, first_out) = shapes[weight], _edges(k)
-        x = columns(k.x[0], k.dims["m"], width, first_in)
-        dy = columns(k.gradient(), k.dims["m"], out, first_out)
-        dw, db = dy.t() @ x, dy.sum(0)
-    return Made(dw={weight: dw, bias: db} if bias in shapes else {weight: dw})
+        return Made(dw={weight: dw, bias: db} if bias in shapes else {weight: dw})
+    (out, width), (first_in, first_out) = shapes[weight], _edges(k)
+    x = columns(k.x[0], k.dims["m"], width, first_in)
+    dy = columns(k.gradient(), k.dims["m"], out, first_out)
+    made = {bias: dy.sum(0)} if bias in shapes else {}
+    target = k.dw.get(weight)
+    if target is not None and target.dtype == dy.dtype:
+        # Added by the product itself: no tensor in between.
+        target.addmm_(dy.t(), x)
+        return Made(dw=made)
+    return Made(dw={weight: dy.t() @ x, **made})
 
 
 # ---- convolution and pooling
@@ -185,7 +209,7 @@ def embedding(k: Launch) -> Made:
     w, ids = k.w["weight"], _ids(k)
     first = k.start(k.op.width, "width")
     if k.split.kind != "vocab":
-        return Made((Columns(w[ids], first),))
+        return Made((Columns(F.embedding(ids, w), first),))
     found = _found(ids, w.shape[0])
     y = w.new_zeros(ids.numel(), w.shape[1])
     y[found] = w[ids[found]]
@@ -195,12 +219,17 @@ def embedding(k: Launch) -> Made:
 def embedding_wgrad(k: Launch) -> Made:
     """Each token's gradient added to its row."""
     assert isinstance(k.op, Embedding)
-    rows, width = k.op.params(k.split)[0].shape
+    rows, width = param_shapes(k.op, k.split)["weight"]
     ids = _ids(k)
     dy = columns(k.gradient(), ids.numel(), width, k.start(k.op.width, "width"))
-    found = _found(ids, rows)
-    dw = dy.new_zeros(rows, width)
-    return Made(dw={"weight": dw.index_add_(0, ids[found], dy[found])})
+    if k.split.kind == "vocab":
+        found = _found(ids, rows)
+        ids, dy = ids[found], dy[found]
+    target = k.dw.get("weight")
+    if target is not None and target.dtype == dy.dtype:
+        target.index_add_(0, ids, dy)
+        return Made()
+    return Made(dw={"weight": dy.new_zeros(rows, width).index_add_(0, ids, dy)})
 
 
 def _position(k: Launch, device: torch.device) -> torch.Tensor:
@@ -209,16 +238,26 @@ def _position(k: Launch, device: torch.device) -> torch.Tensor:
     return torch.arange(first, first + k.dims["rows"], device=device) % k.extent.seq
 
 
+def _whole_sequences(k: Launch) -> bool:
+    """Whether the rank has sequences from their first token to their last."""
+    return k.start(k.extent.tokens, "rows") % k.extent.seq == 0 and k.dims["rows"] % k.extent.seq == 0
+
+
 def positions(k: Launch) -> Made:
     """x + the row of the token's position. Further rows (token types) are not looked up: all tokens are of one."""
-    x, w = matrix(k.x[0], k.dims["rows"]), k.w["weight"]
+    x, w, seq = matrix(k.x[0], k.dims["rows"]), k.w["weight"], k.extent.seq
+    if _whole_sequences(k):
+        return Made(((x.view(-1, seq, x.shape[1]) + w[:seq]).view(x.shape),))
     return Made((x + w[_position(k, x.device)],))
 
 
 def positions_wgrad(k: Launch) -> Made:
     """Each token's gradient added to the row of its position."""
-    dy = matrix(k.gradient(), k.dims["rows"])
-    dw = dy.new_zeros(k.op.params()[0].shape)
+    dy, seq = matrix(k.gradient(), k.dims["rows"]), k.extent.seq
+    dw = dy.new_zeros(param_shapes(k.op, WHOLE)["weight"])
+    if _whole_sequences(k):
+        dw[:seq] = dy.view(-1, seq, dy.shape[1]).sum(0)
+        return Made(dw={"weight": dw})
     return Made(dw={"weight": dw.index_add_(0, _position(k, dy.device), dy)})
 
 
@@ -232,15 +271,14 @@ def layernorm(k: Launch) -> Made:
 
 
 def layernorm_bwd(k: Launch) -> Made:
-    """With h the normalised row: dx = (g - mean(g) - h mean(g h)) / deviation, where g = dy w."""
+    """Statistics are taken again by a forward pass (the IR keeps none), then torch's own backward."""
     x, dy = (accurate(matrix(t, k.dims["rows"])) for t in (k.x[0], k.gradient()))
-    centred = x - x.mean(1, keepdim=True)
-    inverse = (centred.square().mean(1, keepdim=True) + NORM_EPS).rsqrt()
-    h, g = centred * inverse, dy * k.w["weight"].to(dy.dtype)
-    dw = {"weight": (dy * h).sum(0), "bias": dy.sum(0)}
-    if not k.wanted:
-        return Made(dw=dw)
-    return Made(dx={0: (g - g.mean(1, keepdim=True) - h * (g * h).mean(1, keepdim=True)) * inverse}, dw=dw)
+    w, b, shape = k.w["weight"].to(x.dtype), k.w["bias"].to(x.dtype), [x.shape[1]]
+    _, mean, inverse = torch.native_layer_norm(x, shape, w, b, NORM_EPS)
+    dx, dw, db = torch.ops.aten.native_layer_norm_backward(
+        dy, x, shape, mean, inverse, w, b, [bool(k.wanted), True, True]
+    )
+    return Made(dx={0: dx} if k.wanted else {}, dw={"weight": dw, "bias": db})
 
 
 def rmsnorm(k: Launch) -> Made:
@@ -262,16 +300,6 @@ def rmsnorm_bwd(k: Launch) -> Made:
 # ---- elementwise
 
 
-def _gelu_slope(x: torch.Tensor) -> torch.Tensor:
-    normal = torch.exp(-0.5 * x * x) / sqrt(2 * pi)
-    return 0.5 * (1 + torch.erf(x / sqrt(2))) + x * normal
-
-
-def _silu_slope(x: torch.Tensor) -> torch.Tensor:
-    s = torch.sigmoid(x)
-    return s * (1 + x * (1 - s))
-
-
 def gelu(k: Launch) -> Made:
     """x times the normal distribution function of x."""
     return Made((F.gelu(k.x[0]),))
@@ -279,7 +307,7 @@ def gelu(k: Launch) -> Made:
 
 def gelu_bwd(k: Launch) -> Made:
     """dx = dy gelu'(x)."""
-    return Made(dx={0: k.gradient() * _gelu_slope(k.x[0])})
+    return Made(dx={0: torch.ops.aten.gelu_backward(k.gradient(), k.x[0])})
 
 
 def silu(k: Launch) -> Made:
@@ -289,7 +317,7 @@ def silu(k: Launch) -> Made:
 
 def silu_bwd(k: Launch) -> Made:
     """dx = dy silu'(x)."""
-    return Made(dx={0: k.gradient() * _silu_slope(k.x[0])})
+    return Made(dx={0: torch.ops.aten.silu_backward(k.gradient(), k.x[0])})
 
 
 def relu(k: Launch) -> Made:
@@ -299,7 +327,7 @@ def relu(k: Launch) -> Made:
 
 def relu_bwd(k: Launch) -> Made:
     """The gradient where the output is positive."""
-    return Made(dx={0: k.gradient() * (k.y[0] > 0)})
+    return Made(dx={0: torch.ops.aten.threshold_backward(k.gradient(), k.y[0], 0)})
 
 
 def _gated_width(k: Launch) -> int:
@@ -326,7 +354,7 @@ def gated_bwd(k: Launch) -> Made:
     """Gradients of both halves, side by side."""
     gate, up = _halves(k)
     dy = k.gradient().view(gate.shape)
-    return Made(dx={0: torch.cat([dy * up * _silu_slope(gate), dy * F.silu(gate)], 1)})
+    return Made(dx={0: torch.cat([torch.ops.aten.silu_backward(dy * up, gate), dy * F.silu(gate)], 1)})
 
 
 def add(k: Launch) -> Made:
@@ -337,8 +365,7 @@ def add(k: Launch) -> Made:
 def dropout(k: Launch) -> Made:
     """Zeroes a share of the elements and scales up the others; the seed makes a recomputed mask the same."""
     x = k.x[0]
-    generator = torch.Generator(x.device).manual_seed(k.seed)
-    mask = torch.rand(x.shape, generator=generator, device=x.device) >= k.dropout
+    mask = keep_mask(x.numel(), k.dropout, k.seed, x.device).view(x.shape)
     return Made((x * mask / (1 - k.dropout), mask.to(torch.uint8)))
 
 
@@ -358,4 +385,4 @@ KERNELS: Mapping[str, Kernel] = {
     "gated": gated, "gated.bwd": gated_bwd, "add": add, "dropout": dropout, "dropout.bwd": dropout_bwd,
     **attention.KERNELS, **loss.KERNELS, **routing.KERNELS,
 }  # fmt: skip
-"""Kernel name (model/kernels.py) -> what it computes. Copy, zero, gradient sums and the optimizer are the machine's."""
+"""Kernel name (model/kernels.py) -> what it computes. Kernels without a layer (copy, optimizer) are the machine's."""

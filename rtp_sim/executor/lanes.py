@@ -13,8 +13,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from rtp_sim.executor.clocks import now_ns
-from rtp_sim.executor.communicate import Traffic
 from rtp_sim.executor.progress import Progress
+from rtp_sim.executor.transport import Traffic
 from rtp_sim.schedule.ir import Op
 from rtp_sim.timeline import TimesNs
 
@@ -57,23 +57,39 @@ class Lane:
         self.traffic = Traffic()
         self._number, self._progress = number, progress
         self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        self._lock, self._waiting, self._idle = threading.Lock(), 0, threading.Event()
+        self._idle.set()
         # A daemon: a worker whose partner is gone ends without waiting for it.
         threading.Thread(target=self._work, name=f"lane {stream}", daemon=True).start()
 
     def put(self, job: Job) -> None:
         """Queues an op behind those already there."""
+        with self._lock:
+            self._waiting += 1
+            self._idle.clear()
         self._jobs.put(job)
+
+    def do(self, job: Job) -> None:
+        """Does an op on the caller's thread, once those before it are done: two changes of threads less."""
+        self._idle.wait()
+        self._work_on(job)
 
     def _work(self) -> None:
         while True:
-            job = self._jobs.get()
-            for i in job.needed:
-                job.board.done[i].wait()
-            if not job.board.failure:
-                self._do(job)
-            job.board.done[job.op.index].set()
+            self._work_on(self._jobs.get())
+            with self._lock:
+                self._waiting -= 1
+                if not self._waiting:
+                    self._idle.set()
 
-    def _do(self, job: Job) -> None:
+    def _work_on(self, job: Job) -> None:
+        for i in job.needed:
+            job.board.done[i].wait()
+        if not job.board.failure:
+            self._move(job)
+        job.board.done[job.op.index].set()
+
+    def _move(self, job: Job) -> None:
         index, times = job.op.index, job.board.times
         self._progress.in_flight(self._number, index)
         times[0, index] = now_ns()

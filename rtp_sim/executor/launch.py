@@ -26,14 +26,15 @@ class Route:
     counts: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Launch:
     """One launch of a kernel of `call` of layer `op`, on shard `split`.
 
     `x`, `y`, `dy` are flat operands (operands.py) and `w` the layer's parameters by name. `dims` are the op's sizes,
     `wanted` the numbers of the inputs whose gradients are asked for.
     `gradient_scale` is what the loss counts in the step's mean. `route` passes the routing of tokens from the dispatch
-    to the kernels of the same experts that follow, `scratch` what the partial loss keeps on the rank.
+    to the kernels of the same experts that follow. `dw` are the gradients of the parameters so far: a kernel adds to
+    them what it does not return.
     """
 
     op: LayerOp
@@ -50,6 +51,7 @@ class Launch:
     dropout: float = 0.0
     gradient_scale: float = 1.0
     route: MutableMapping[str, Route] = field(default_factory=dict)
+    dw: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def gradient(self) -> torch.Tensor:
         """The gradient of the first output."""
@@ -78,7 +80,7 @@ Result = torch.Tensor | Columns
 @dataclass(frozen=True, slots=True)
 class Made:
     """What a kernel computed: outputs in the call's order (forward), gradients of inputs by number and of parameters by
-    name (backward)."""
+    name (backward), as far as they have not been added to `Launch.dw` already."""
 
     outputs: tuple[Result, ...] = ()
     dx: Mapping[int, Result] = field(default_factory=dict)

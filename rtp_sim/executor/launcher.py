@@ -52,18 +52,19 @@ class Worker:
 
 
 def launch(run: RunDirectory, schedule: Schedule, request: RunRequest, port: int | None, report: Report) -> None:
-    """Runs the schedule on `schedule.world_size` processes of this machine, one per rank, until all are done.
+    """Runs the schedule on processes of this machine, one per rank that the request asks for, until all are done.
 
     InputError for a set-up that cannot work (port in use, no GPU, no torch), RunFailed when a rank dies, raises or
     stands still for longer than `request.timeout_s`. Either way no worker is left.
     """
-    if find_spec("torch") is None:
+    if not request.stated and find_spec("torch") is None:
         raise InputError("running a schedule needs torch; install it with: pip install 'rtp-sim[torch]'")
     port = free_port() if port is None else _require_free(port)
     workers: list[Worker] = []
     try:
-        for rank in range(schedule.world_size):
-            workers.append(_start(run, schedule.world_size, request, port, rank))
+        ranks = request.ranks(schedule.world_size)
+        for number, rank in enumerate(ranks):
+            workers.append(_start(run, len(ranks), request, port, number, rank))
         _watch(run, schedule, request, workers, report)
     finally:
         _stop(workers)
@@ -86,21 +87,21 @@ def _require_free(port: int) -> int:
     return port
 
 
-def _start(run: RunDirectory, world_size: int, request: RunRequest, port: int, rank: int) -> Worker:
+def _start(run: RunDirectory, world_size: int, request: RunRequest, port: int, number: int, rank: int) -> Worker:
     command = [sys.executable, "-m", "rtp_sim.executor", str(run.path)]
     with run.of_rank(rank, "log.txt").open("wb") as log:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-            env=os.environ | _environment(world_size, request, port, rank),
+            env=os.environ | _environment(world_size, request, port, number),
         )  # fmt: skip
     return Worker(rank, process)
 
 
-def _environment(world_size: int, request: RunRequest, port: int, rank: int) -> Mapping[str, str]:
+def _environment(world_size: int, request: RunRequest, port: int, number: int) -> Mapping[str, str]:
     package = str(Path(__file__).resolve().parent.parent.parent)
     path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
     mine = {
-        "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size,
+        "RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size,
         "MASTER_ADDR": HOST, "MASTER_PORT": port, "OMP_NUM_THREADS": request.threads,
         "MKL_NUM_THREADS": request.threads, "PYTHONPATH": path, LAUNCHER_PID: os.getpid(),
     }  # fmt: skip
@@ -140,6 +141,8 @@ def _progress_line(places: Mapping[int, Place | None], request: RunRequest) -> s
     if place.phase not in ("step", "between steps"):
         return place.phase
     number = place.step - request.warmup + 1
+    if number > request.steps:
+        return "one step under the profiler"
     return f"step {number} of {request.steps}" if number > 0 else f"warm-up step {place.step + 1} of {request.warmup}"
 
 

@@ -41,10 +41,14 @@ def cross_entropy_bwd(k: Launch) -> Made:
         probs = (saved - maximum[:, None]).exp() / total[:, None]
     else:
         probs = saved.exp()
-    found = (targets >= 0) & (targets < probs.shape[1])
-    rows = torch.arange(len(targets), device=targets.device)[found]
-    probs[rows, targets[found]] -= 1
-    return Made(dx={0: probs * (k.gradient_scale / k.extent.tokens)})
+    if k.split.kind == "vocab":
+        found = ((targets >= 0) & (targets < probs.shape[1])).to(probs.dtype)
+        targets = targets.clamp(0, max(0, probs.shape[1] - 1))
+    else:
+        found = torch.ones(len(targets), dtype=probs.dtype, device=probs.device)
+    if probs.shape[1]:
+        probs.scatter_add_(1, targets[:, None], -found[:, None])
+    return Made(dx={0: probs.mul_(k.gradient_scale / k.extent.tokens)})
 
 
 # ---- statistics of split logits

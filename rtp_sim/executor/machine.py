@@ -7,7 +7,6 @@ move, and what runs at the same time, is the interpreter's business; what is com
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 
@@ -15,12 +14,14 @@ import torch
 
 from rtp_sim.errors import InputError, ScheduleError
 from rtp_sim.executor import loss
+from rtp_sim.executor.dropout import mask_seed, probability_of
 from rtp_sim.executor.dtypes import torch_dtype
 from rtp_sim.executor.exchange import Parcel, Transfer
+from rtp_sim.executor.gradients import Counted, GradientWatch, counted
 from rtp_sim.executor.kernels import KERNELS
 from rtp_sim.executor.launch import Columns, Launch, Made, Result, Route
 from rtp_sim.executor.optimizer import DEFAULTS, Hyper, State, new_state, update
-from rtp_sim.executor.packing import unpacked
+from rtp_sim.executor.packing import placed
 from rtp_sim.executor.parameters import (
     Parameters,
     Share,
@@ -32,10 +33,10 @@ from rtp_sim.executor.parameters import (
     weight_shares,
 )
 from rtp_sim.executor.parcels import STATISTICS, Wire, deliver, laid_out, make_parcel, sources, spread
-from rtp_sim.executor.plan import Plan, plan
+from rtp_sim.executor.plan import Plan, make_plan
 from rtp_sim.executor.shares import OptimizerWork, local_numel, optimizer_work
 from rtp_sim.executor.storage import Storage, last_uses
-from rtp_sim.model.layers import Experts, Extent, Layer, Split
+from rtp_sim.model.layers import Experts, Extent, Layer
 from rtp_sim.model.network import Network
 from rtp_sim.model.training import TrainingSpec
 from rtp_sim.schedule.ir import DTYPE_BYTES, Collective, Compute, Holding, Op, Recv, Schedule, Send, Shift
@@ -48,33 +49,42 @@ class Machine:
     """Rank `rank` of `schedule`, on `device`.
 
     `parameters` are full tensors (of `network`; its MLPs are unfused here if the schedule's are). `float_dtype`
-    replaces every floating-point dtype, for exactness tests. `dropout` is the probability that dropout layers use,
-    `seed` what their masks derive from. With `keep_gradients` the gradients that the optimizer sees are kept in
-    `gradients`. InputError if network and schedule do not fit.
+    replaces every floating-point dtype, for exactness tests. The masks of dropout layers derive from `seed`. With
+    `keep_gradients` the gradients that the optimizer sees (clipped, unscaled) are kept in `gradients`. `watch` knows
+    the norm of all gradients and the loss scale. InputError if network and schedule do not fit.
     """
 
     def __init__(
         self, schedule: Schedule, rank: int, network: Network, training: TrainingSpec, parameters: Parameters,
         device: torch.device | str = "cpu", float_dtype: torch.dtype | None = None, *, hyper: Hyper = DEFAULTS,
-        dropout: float = 0.0, seed: int = 0, keep_gradients: bool = False,
+        seed: int = 0, keep_gradients: bool = False,
     ) -> None:  # fmt: skip
         self.schedule, self.rank, self.training, self.hyper = schedule, rank, training, hyper
         self.network = executed_network(schedule, network)
         if parameters.keys() != owners(self.network).keys():
             parameters = unfused_parameters(network, parameters)
         self.device, self.float_dtype = torch.device(device), float_dtype
-        self.dropout, self.seed, self.keep_gradients = dropout, seed, keep_gradients
+        self.seed, self.keep_gradients = seed, keep_gradients
         self.program = schedule.program(rank)
         self.storage = Storage(self.program)
         self.states: dict[str, State] = {}
         self.gradients: list[Share] = []
         self.step = 0
+        self.watch = GradientWatch(self.program, training)
         self._layers: dict[str, Layer] = {layer.name: layer for layer in self.network.layers()}
         self._place = place_of(schedule, rank)
         self._wire = Wire(schedule, rank, self.storage)
         self._last_uses = last_uses(self.program)
+        self._shape = {
+            b.name: (local_numel(schedule, rank, b), torch_dtype(b.dtype, float_dtype))
+            for b in self.program.buffers.values()
+        }
         self._extent = Extent(training.micro_batch, self.network.seq)
+        self._loaded = {i.name for i in self.network.inputs}
         self._plans: dict[int, Plan] = {}
+        self._parts: list[Counted] | None = None
+        self._works: dict[int, list[OptimizerWork]] = {}
+        self._offsets: dict[tuple[str, str], int] = {}
         self._routes: dict[tuple[str, str, int], dict[str, Route]] = {}
         # Gradients that backward passes start from instead of 1, by micro-batch.
         self._starts: dict[int, torch.Tensor] = {}
@@ -88,15 +98,13 @@ class Machine:
         for b in self.program.buffers.values():
             if b.category == "weights" and b.live_in:
                 full[b.name] = buffer_content(self.schedule, self.network, self.rank, b, parameters).to(self.device)
-        for op in self.program.ops:
-            if isinstance(op.action, Compute) and op.action.kernel == "optimizer":
-                for work in optimizer_work(self.schedule, self.rank, op, self._parameter_count):
-                    size = work.weights.stop - work.weights.start
-                    weights = work.weights.part(full, 0, size) if size else torch.zeros(0, device=self.device)
-                    self.states[work.state.name] = new_state(self.training, weights, self.float_dtype)
+        for work in self._updates():
+            size = work.weights.stop - work.weights.start
+            weights = work.weights.part(full, 0, size) if size else torch.zeros(0, device=self.device)
+            self.states[work.state.name] = new_state(self.training, weights, self.float_dtype)
         for name, content in full.items():
             self.storage.put(name, content.to(self.dtype(name)))
-        self.storage.add_bytes("optimizer", sum(s.size_bytes for s in self.states.values()))
+        self.storage.add_bytes("optimizer", sum(s.size_bytes for s in self.states.values()) + self.watch.size_bytes)
 
     def start_step(self, batch: Batch) -> None:
         """Loads the step's inputs and zeroes what is collected anew in each step; `batch[i]` is micro-batch i.
@@ -104,16 +112,16 @@ class Machine:
         InputError if a tensor is missing or has another size than the schedule's buffer.
         """
         self.step += 1
+        self.watch.start_step()
         self._routes.clear()
         self._starts.clear()
         if self.keep_gradients:
             self.gradients = []
-        inputs = {i.name for i in self.network.inputs}
         for b in self.program.buffers.values():
             if not b.live_in or b.category in ("weights", "optimizer"):
                 continue
             micro, _, name = b.name.partition("/")
-            if name in inputs:
+            if name in self._loaded:
                 self._load(b.name, name, batch, int(micro[1:]))
             else:
                 self.storage.put(b.name, self._zeros(b.name))
@@ -137,19 +145,25 @@ class Machine:
 
     def dtype(self, buffer: str) -> torch.dtype:
         """The torch dtype of a buffer."""
-        return torch_dtype(self.program.buffers[buffer].dtype, self.float_dtype)
+        return self._shape[buffer][1]
 
     def _numel(self, buffer: str) -> int:
-        return local_numel(self.schedule, self.rank, self.program.buffers[buffer])
+        return self._shape[buffer][0]
 
     def _zeros(self, buffer: str) -> torch.Tensor:
-        return torch.zeros(self._numel(buffer), dtype=self.dtype(buffer), device=self.device)
+        numel, dtype = self._shape[buffer]
+        return torch.zeros(numel, dtype=dtype, device=self.device)
 
     def losses(self) -> list[float]:
         """The rank's loss of each micro-batch (or pass) of the step; of split tokens its part of it."""
         name = self.network.blocks[-1].layers[-1].output
         found = [b for b in self.program.buffers if b.partition("/")[2] == name and b in self.storage]
         return [float(self.storage[b].double().sum()) for b in found]
+
+    @property
+    def updates(self) -> int:
+        """How many steps have updated the weights: Adam's step number, which a step left out does not count for."""
+        return self.step - self.watch.left_out
 
     def weights(self) -> list[Share]:
         """The weights the rank keeps, with their meaning; `assembled` makes full tensors of all ranks'."""
@@ -165,6 +179,11 @@ class Machine:
             self._launch(op, action)
         elif action.kernel == "optimizer":
             self._optimize(op)
+        elif action.kernel == "grad_norm":
+            (norm,) = op.writes
+            self.watch.measure(op, self._counted(), self.storage.put(norm, self._zeros(norm)), self.storage)
+        elif action.kernel == "loss_scale":
+            self.watch.update_scale()
         elif action.kernel == "copy":
             self._copy(op)
         elif action.kernel == "add":
@@ -177,14 +196,11 @@ class Machine:
         self._release(op)
 
     def _launch(self, op: Op, action: Compute) -> None:
-        plan = self._plan(op)
+        plan = self._plans.get(op.index)
+        if plan is None:
+            plan = self._plans[op.index] = make_plan(op, self.schedule, self.rank, self.network, self._layers)
         launch = self._prepare(plan)
-        self._store(plan, KERNELS[action.kernel](launch))
-
-    def _plan(self, op: Op) -> Plan:
-        if op.index not in self._plans:
-            self._plans[op.index] = plan(op, self.schedule, self.rank, self.network, self._layers)
-        return self._plans[op.index]
+        self._store(plan, KERNELS[action.kernel](launch), launch.dw)
 
     def _prepare(self, plan: Plan) -> Launch:
         roles, storage = plan.roles, self.storage
@@ -193,14 +209,36 @@ class Machine:
             dy = self._start_gradient(roles.layer, plan.micro)
         return Launch(
             roles.layer.op, roles.call, plan.split, plan.dims, self._extent,
-            {i: storage[b] for i, b in roles.x.items()}, {i: storage[b] for i, b in roles.y.items() if roles.backward},
-            {} if roles.w is None else self._parameters(roles.w, roles.layer, plan.split), dy,
-            tuple(roles.dx), self._dropout_seed(plan), self.dropout, self.gradient_scale,
-            self._routes.setdefault((plan.micro, roles.layer.name, plan.shard), {}),
+            {i: self._input(b) for i, b in roles.x.items()},
+            {i: storage[b] for i, b in roles.y.items() if roles.backward},
+            {} if roles.w is None else self._parameters(roles.w, plan), dy,
+            tuple(roles.dx), self._dropout_seed(plan), probability_of(roles.layer.op), self.gradient_scale,
+            self._routes.setdefault((plan.micro, roles.layer.name, plan.shard), {}), self._weight_gradients(plan),
         )  # fmt: skip
 
-    @cached_property
+    def _input(self, buffer: str) -> torch.Tensor:
+        """An input of a kernel. Numbers from the data loader come in fp32 and are computed with as weights are."""
+        flat = self.storage[buffer]
+        if not flat.is_floating_point() or buffer.partition("/")[2] not in self._loaded:
+            return flat
+        return flat.to(torch_dtype(self.training.policy.weight_dtype, self.float_dtype))
+
+    def _weight_gradients(self, plan: Plan) -> Mapping[str, torch.Tensor]:
+        """Where the launch adds the gradients of its parameters; zeros if it is the first to."""
+        buffer = plan.roles.dw
+        if buffer is None:
+            return {}
+        if buffer not in plan.roles.updated:
+            self.storage.put(buffer, self._zeros(buffer))
+        return self._parameters(buffer, plan)
+
+    @property
     def gradient_scale(self) -> float:
+        """What the backward pass of a micro-batch starts from: its part of the step's loss, times the loss scale."""
+        return self._loss_share * self.watch.scale
+
+    @cached_property
+    def _loss_share(self) -> float:
         """What one micro-batch's loss counts in the step's: the schedule's reductions are sums, the loss is a mean over
         micro-batches and replicas."""
         micros = int(self.schedule.meta.get("num_microbatches") or self.training.num_microbatches)
@@ -210,57 +248,63 @@ class Machine:
         """Where a network ends without a loss: ones, or what the batch gives as "d.<last tensor>"."""
         given = self._starts.get(int(micro[1:]))
         like = self.storage[f"{micro}/{layer.output}"]
-        return (torch.ones_like(like) if given is None else given.to(like.dtype)) * self.gradient_scale
+        if given is None:
+            return torch.full_like(like, self.gradient_scale)
+        # Scaled first: what is small would be lost in fp16.
+        return (given * self.gradient_scale).to(like.dtype)
 
     def _dropout_seed(self, plan: Plan) -> int:
         """The same for a forward and its recomputation, another for every replica, shard, layer and step."""
         if plan.roles.call.kernel != "dropout":
             return 0
-        which = (self.seed, self.step, replica_of(self.schedule, self.rank), plan.micro, plan.site, plan.shard)
-        return zlib.crc32(repr(which).encode())
+        replica = replica_of(self.schedule, self.rank)
+        return mask_seed(self.seed, self.step, replica, plan.micro, plan.site, plan.shard)
 
-    def _parameters(self, buffer: str, layer: Layer, split: Split) -> dict[str, torch.Tensor]:
+    def _parameters(self, buffer: str, plan: Plan) -> dict[str, torch.Tensor]:
         """Views of the layer's parameters (of the shard that lies there now) in a flat buffer."""
-        weight_split = Split() if split.kind == "rows" else split
+        layer, flat = plan.roles.layer, self.storage[buffer]
+        offset = self._offsets.get((buffer, layer.weight_name))
+        if offset is None:
+            offset = self._offsets[buffer, layer.weight_name] = self._offset(buffer, layer.weight_name)
+        return placed(plan.parameters, flat, offset)
+
+    def _offset(self, buffer: str, weight_name: str) -> int:
+        """Where a layer's parameters begin in a flat buffer."""
         offset = 0
         for h in self.program.buffers[buffer].holds:
-            if h.layer == layer.weight_name:
-                return unpacked(layer.op, weight_split, self.storage[buffer], offset)
+            if h.layer == weight_name:
+                return offset
             offset += self._parameter_count(h)
-        raise ScheduleError(f"buffer {buffer!r} does not hold the parameters of {layer.weight_name}")
+        raise ScheduleError(f"buffer {buffer!r} does not hold the parameters of {weight_name}")
 
     def _parameter_count(self, holding: Holding) -> int:
         """Parameters of a holding that the rank has at rest."""
         return self._layers[holding.layer].op.numel(self._place.split(holding))
 
-    def _store(self, plan: Plan, made: Made) -> None:
+    def _store(self, plan: Plan, made: Made, dw: Mapping[str, torch.Tensor]) -> None:
         roles = plan.roles
         updated, dynamic = roles.updated, isinstance(roles.layer.op, Experts)
         for i, result in enumerate(made.outputs):
             self._write(roles.y[i], result, roles.y[i] in updated, dynamic)
         for i, buffer in roles.dx.items():
             self._write(buffer, made.dx[i], buffer in updated, dynamic)
-        if roles.dw is not None:
-            if roles.dw not in updated:
-                self.storage.put(roles.dw, self._zeros(roles.dw))
-            views = self._parameters(roles.dw, roles.layer, plan.split)
-            for name, gradient in made.dw.items():
-                views[name].add_(gradient.to(views[name].dtype))
+        for name, gradient in made.dw.items():
+            dw[name].add_(gradient)
 
     def _write(self, buffer: str, result: Result, add: bool, dynamic: bool) -> None:
         """Stores a kernel's result, or adds it to what is there; columns go to their place in the whole tensor."""
         values, start = result if isinstance(result, Columns) else (result, 0)
-        numel, dtype = self._numel(buffer), self.dtype(buffer)
+        numel, dtype = self._shape[buffer]
         if not add and (values.numel() == numel or dynamic):
             self.storage.put(buffer, values.reshape(-1).to(dtype))
             return
         flat = self.storage[buffer] if add else self.storage.put(buffer, self._zeros(buffer))
-        if values.numel() == flat.numel():
-            flat.add_(values.reshape(-1).to(dtype))
+        if values.numel() == numel:
+            flat.add_(values.reshape(-1))
             return
         if not isinstance(result, Columns):
             raise ScheduleError(f"buffer {buffer!r} has {numel} elements, but its kernel makes {values.numel()}")
-        flat.view(values.shape[0], -1)[:, start : start + values.shape[1]] += values.to(dtype)
+        flat.view(values.shape[0], -1)[:, start : start + values.shape[1]].add_(values)
 
     # ---- kernels without a layer
 
@@ -271,9 +315,9 @@ class Machine:
         if target in op.reads:
             first, others = self.storage[target], [self.storage[n] for n in op.reads if n != target]
         else:
-            first = self.storage.put(target, first.clone())
+            first = self.storage.put(target, torch.add(first, others.pop(0)) if others else first.clone())
         for other in others:
-            first.add_(other.to(first.dtype))
+            first.add_(other)
 
     def _copy(self, op: Op) -> None:
         """What the op reads, end to end, to what it writes, end to end."""
@@ -283,21 +327,44 @@ class Machine:
                 self.storage.put(name, self._zeros(name))
         spread(self.storage, op.writes, flat)
 
+    def _counted(self) -> list[Counted]:
+        """The gradients that the rank counts in the norm: those that its optimizer steps update with."""
+        if self._parts is None:
+            works = self._updates()
+            self._parts = [c for w in works for c in counted(self.schedule, self.rank, w, self._layers)]
+        return self._parts
+
+    def _updates(self) -> list[OptimizerWork]:
+        """What all optimizer steps of the program update."""
+        steps = [op for op in self.program.ops if isinstance(op.action, Compute) and op.action.kernel == "optimizer"]
+        return [work for op in steps for work in self._works_of(op)]
+
+    def _works_of(self, op: Op) -> list[OptimizerWork]:
+        """What one optimizer step updates."""
+        if op.index not in self._works:
+            self._works[op.index] = optimizer_work(self.schedule, self.rank, op, self._parameter_count)
+        return self._works[op.index]
+
     def _optimize(self, op: Op) -> None:
-        for work in optimizer_work(self.schedule, self.rank, op, self._parameter_count):
+        self.watch.judge(op, self.storage)
+        for work in self._works_of(op):
             if self.keep_gradients:
                 self.gradients.append(self._gradient_share(work))
+            if self.watch.skipped:
+                continue
             state = self.states[work.state.name]
             for start, weights in work.weights.views(self.storage):
                 gradients = work.gradients.part(self.storage, start, start + weights.numel())
                 part = state.part(start, start + weights.numel())
-                update(self.training.optimizer, self.hyper, self.step, weights, gradients, part)
+                gradients = self.watch.multiplied(gradients)
+                update(self.training.optimizer, self.hyper, self.updates, weights, gradients, part)
 
     def _gradient_share(self, work: OptimizerWork) -> Share:
         """A copy of the gradients of one share, with the places of its parameters in the sequence."""
         stretch, state = work.gradients, work.state
         size = stretch.stop - stretch.start
         content = stretch.part(self.storage, 0, size).clone() if size else torch.zeros(0)
+        content = self.watch.multiplied(content)
         names = work.weights.buffers
         if state.slice_of and not self.program.buffers[names[0]].slice_of:
             # In a sequence of buffers each takes the room of its largest shard.

@@ -28,6 +28,9 @@ class Hyper:
 
 DEFAULTS = Hyper()
 
+FUSED = (torch.float32, torch.float64)
+"""Dtypes whose Adam torch does in one pass, on every device."""
+
 
 @dataclass(frozen=True, slots=True)
 class State:
@@ -67,7 +70,9 @@ def update(kind: str, hyper: Hyper, step: int, weights: torch.Tensor, gradients:
     w = weights if state.master is None else state.master
     work = state.moments[0].dtype if state.moments else w.dtype
     g = gradients.to(work)
-    if kind in ("adam", "adamw"):
+    if kind in ("adam", "adamw") and w.dtype == work and w.dtype in FUSED:
+        _fused_adam(kind, hyper, step, w, g, state.moments)
+    elif kind in ("adam", "adamw"):
         if kind == "adamw":
             w.mul_(1 - hyper.lr * hyper.weight_decay)
         first, second = state.moments
@@ -84,3 +89,16 @@ def update(kind: str, hyper: Hyper, step: int, weights: torch.Tensor, gradients:
         w.sub_((hyper.lr * g).to(w.dtype))
     if state.master is not None:
         weights.copy_(state.master)
+
+
+def _fused_adam(
+    kind: str, hyper: Hyper, step: int, w: torch.Tensor, g: torch.Tensor, moments: tuple[torch.Tensor, ...]
+) -> None:
+    """One pass over weights, gradients and moments, as torch.optim does it with `fused=True`."""
+    fused = torch._fused_adamw_ if kind == "adamw" else torch._fused_adam_
+    first, second = moments
+    steps = torch.tensor(float(step), device=w.device)
+    fused(
+        [w], [g], [first], [second], [], [steps], lr=hyper.lr, beta1=hyper.betas[0], beta2=hyper.betas[1],
+        weight_decay=hyper.weight_decay if kind == "adamw" else 0.0, eps=hyper.eps, amsgrad=False, maximize=False,
+    )  # fmt: skip

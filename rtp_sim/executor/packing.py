@@ -90,12 +90,21 @@ def packed(op: LayerOp, split: Split, params: Mapping[str, torch.Tensor]) -> tor
 
 def unpacked(op: LayerOp, split: Split, flat: torch.Tensor, offset: int = 0) -> dict[str, torch.Tensor]:
     """Views of the shard's parameters in a flat tensor that holds them from `offset` on."""
-    return {name: flat[offset + a : offset + b].view(shape) for name, a, b, shape in layout(op, split)}
+    return placed(layout(op, split), flat, offset)
+
+
+def placed(places: Sequence[Place], flat: torch.Tensor, offset: int = 0) -> dict[str, torch.Tensor]:
+    """Views of the parameters at `places`, counted from `offset` on."""
+    return {name: flat[offset + a : offset + b].view(shape) for name, a, b, shape in places}
+
+
+Place = tuple[str, int, int, tuple[int, ...]]
+"""Name, first and last element (exclusive) and shape of a parameter in a flat tensor."""
 
 
 @cache
-def layout(op: LayerOp, split: Split) -> tuple[tuple[str, int, int, tuple[int, ...]], ...]:
-    """Name, first and last element (exclusive) and shape of each parameter of a shard in a flat tensor."""
+def layout(op: LayerOp, split: Split) -> tuple[Place, ...]:
+    """The places of the parameters of a shard."""
     found, offset = [], 0
     for p in op.params(split):
         found.append((p.name, offset, offset + p.numel, p.shape))

@@ -48,6 +48,19 @@ def _key(layer: str, param: str) -> str:
     return f"{layer}/{param}"
 
 
+def parameter_name(layer: str, param: str) -> str:
+    """A parameter's name in checkpoints, the same whether MLPs are one layer or three: h0.mlp.up, h0.mlp.up_bias."""
+    return _key(layer, param).replace("/", ".")
+
+
+def blank_parameters(network: Network) -> Parameters:
+    """Zeros in the parameters' shapes that take up no memory, for ranks that read their shards from a checkpoint."""
+    return {
+        name: {p.name: torch.zeros(()).expand(p.shape) for p in layer.op.params()}
+        for name, layer in owners(network).items()
+    }
+
+
 def _initial(op: LayerOp, key: str, param: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{key}".encode()))
     numbers = torch.randn(shape, generator=generator, dtype=torch.float64)

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rtp_sim.executor.operands import Operands, operands
-from rtp_sim.model.layers import Layer, Split
+from rtp_sim.executor.packing import Place, layout
+from rtp_sim.model.layers import WHOLE, Layer, Split
 from rtp_sim.model.network import Network
 from rtp_sim.schedule.ir import Compute, Op, Schedule, Site
 
@@ -14,7 +15,8 @@ from rtp_sim.schedule.ir import Compute, Op, Schedule, Site
 @dataclass(frozen=True, slots=True)
 class Plan:
     """Roles of the operands; the shard that the launch works on, its number and the kernel's sizes; `micro` is the
-    micro-batch as buffers name it ("m0")."""
+    micro-batch as buffers name it ("m0"). `parameters` says where in a flat buffer each of the layer's parameters
+    lies, counted from where those of the layer begin."""
 
     site: Site
     roles: Operands
@@ -22,9 +24,10 @@ class Plan:
     shard: int
     dims: Mapping[str, int]
     micro: str
+    parameters: tuple[Place, ...]
 
 
-def plan(op: Op, schedule: Schedule, rank: int, network: Network, layers: Mapping[str, Layer]) -> Plan:
+def make_plan(op: Op, schedule: Schedule, rank: int, network: Network, layers: Mapping[str, Layer]) -> Plan:
     """The plan of a compute op with a site. ScheduleError if its operands do not fit its kernel."""
     action = op.action
     assert isinstance(action, Compute)
@@ -33,4 +36,7 @@ def plan(op: Op, schedule: Schedule, rank: int, network: Network, layers: Mappin
     n = schedule.groups[action.part.group].size if action.part is not None else 1
     split = Split(action.site.split, n, shard) if action.site.split else Split()
     micro = next(name.partition("/")[0] for name in (*op.reads, *op.writes) if "/" in name)
-    return Plan(action.site, operands(op, network, layers), split, shard, dict(action.dims_at(shard)), micro)
+    roles = operands(op, network, layers)
+    # Rows are shares of the tokens: parameters are whole then.
+    places = layout(roles.layer.op, WHOLE if split.kind == "rows" else split)
+    return Plan(action.site, roles, split, shard, dict(action.dims_at(shard)), micro, places)

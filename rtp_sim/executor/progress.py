@@ -14,7 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-PHASES = ("starting", "joining the group", "preparing", "step", "between steps", "checking", "writing results", "done")
+PHASES = (
+    "starting", "joining the group", "preparing", "loading", "step", "between steps", "saving", "checking",
+    "writing results", "done",
+)  # fmt: skip
 """What a worker does, in this order; only "step" has ops."""
 
 LANES = 12

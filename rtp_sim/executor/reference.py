@@ -26,8 +26,9 @@ Traffic = dict[str, tuple[int, int]]
 @dataclass(frozen=True)
 class ReferenceResult:
     """`losses[s]` is the mean loss of step s over micro-batches and replicas; `losses_by_rank[s][r]` lists rank r's
-    micro-batches. `gradients` are those the last optimizer step saw, `parameters` those after it (full tensors).
-    `traffic[r]` is what rank r sent in one step, `peak_bytes[r]` the most its buffers held in the last step."""
+    micro-batches, `grad_norms[s]` is the norm of all gradients where the schedule measures it. `gradients` are those
+    the last optimizer step saw, `parameters` those after it (full tensors). `traffic[r]` is what rank r sent in one
+    step, `peak_bytes[r]` the most its buffers held in the last step."""
 
     losses: list[float]
     losses_by_rank: list[list[list[float]]]
@@ -36,12 +37,12 @@ class ReferenceResult:
     traffic: list[Traffic]
     peak_bytes: list[int]
     machines: list[Machine] = field(repr=False)
+    grad_norms: list[float | None] = field(default_factory=list)
 
 
 def run_reference(
     schedule: Schedule, network: Network, training: TrainingSpec, parameters: Parameters,
-    batches: Sequence[Sequence[Batch]], *, float64: bool = True, hyper: Hyper = DEFAULTS, dropout: float = 0.0,
-    seed: int = 0,
+    batches: Sequence[Sequence[Batch]], *, float64: bool = True, hyper: Hyper = DEFAULTS, seed: int = 0,
 ) -> ReferenceResult:  # fmt: skip
     """One training step per entry of `batches`; `batches[step][replica][micro-batch]` are the network's inputs.
 
@@ -50,22 +51,22 @@ def run_reference(
     dtype = torch.float64 if float64 else None
     machines = [
         Machine(
-            schedule, r, network, training, parameters, float_dtype=dtype, hyper=hyper, dropout=dropout, seed=seed,
-            keep_gradients=True,
+            schedule, r, network, training, parameters, float_dtype=dtype, hyper=hyper, seed=seed, keep_gradients=True,
         )
         for r in range(schedule.world_size)
     ]  # fmt: skip
-    losses, by_rank, traffic = [], [], [Traffic() for _ in machines]
+    losses, by_rank, norms, traffic = [], [], [], [Traffic() for _ in machines]
     for step in batches:
         traffic = run_step(schedule, machines, step)
         by_rank.append([m.losses() for m in machines])
         losses.append(mean_loss(schedule, by_rank[-1]))
+        norms.append(machines[0].watch.norm)
     net = machines[0].network
     gradients = assembled(schedule, net, [m.gradients for m in machines]) if machines[0].gradients else {}
     updated = bool(gradients)
     return ReferenceResult(
         losses, by_rank, gradients, assembled(schedule, net, [m.weights() for m in machines]) if updated else {},
-        traffic, [m.storage.peak_bytes for m in machines], machines,
+        traffic, [m.storage.peak_bytes for m in machines], machines, norms,
     )  # fmt: skip
 
 

@@ -1,9 +1,11 @@
 """`RunDirectory`: which file of a run lies where, and what each rank leaves there.
 
     run1/schedule.json  request.json             what to run, written by the launcher
+    run1/stated.json                             what every op takes, where ranks only sleep
     run1/ranks/<r>/log.txt  progress  error.json  what the worker of rank r says, where it is, why it failed
     run1/ranks/<r>/steps.jsonl  times.bin         a line and a row of op times per finished step, written at once
     run1/ranks/<r>/rank.json  tensors.pt          host, clock, memory, check; weights and gradients where asked for
+    run1/ranks/<r>/trace.json.gz                 the profiler's trace of one more step, where asked for
     run1/measured.json  result.json               the outcome
 
 Standard library and numpy only.
@@ -27,8 +29,12 @@ from rtp_sim.executor.request import to_json as request_to_json
 from rtp_sim.schedule.ir import Schedule
 from rtp_sim.schedule.serialize import from_json as schedule_from_json
 from rtp_sim.schedule.serialize import to_json as schedule_to_json
+from rtp_sim.stated import StatedTimes
+from rtp_sim.stated import from_json as stated_from_json
+from rtp_sim.stated import to_json as stated_to_json
 
 Record = dict[str, Any]
+TRACE = "trace.json.gz"
 OpTimes = npt.NDArray[np.int64]
 """Of shape (steps, 2, ops): start and end of every op, in ns of the rank's own clock."""
 
@@ -53,11 +59,16 @@ class RunDirectory:
         """A file of one rank."""
         return self.path / "ranks" / str(rank) / name
 
-    def prepare(self, schedule: Schedule, request: RunRequest) -> None:
+    @property
+    def stated(self) -> Path:
+        """What every op takes, in a run with stated times."""
+        return self.path / "stated.json"
+
+    def prepare(self, schedule: Schedule, request: RunRequest, times: StatedTimes | None = None) -> None:
         """Writes what to run and removes what an earlier run left. InputError if the directory cannot be used."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for old in (self.measured, self.result):
+            for old in (self.measured, self.result, self.stated):
                 old.unlink(missing_ok=True)
             ranks = self.path / "ranks"
             if ranks.exists() and not (self.path / "request.json").exists():
@@ -66,7 +77,9 @@ class RunDirectory:
                 shutil.rmtree(ranks)
             (self.path / "schedule.json").write_text(schedule_to_json(schedule), encoding="utf-8")
             (self.path / "request.json").write_text(request_to_json(request), encoding="utf-8")
-            for rank in range(schedule.world_size):
+            if times is not None:
+                self.stated.write_text(stated_to_json(times), encoding="utf-8")
+            for rank in request.ranks(schedule.world_size):
                 self.of_rank(rank, "").mkdir(parents=True)
         except OSError as error:
             raise InputError(f"cannot write to the run directory {self.path}: {error.strerror}") from None
@@ -82,10 +95,17 @@ class RunDirectory:
                 raise InputError(f"no run directory at {self.path}: {name}: {error.strerror}; {hint}") from None
         return schedule_from_json(texts[0]), request_from_json(texts[1])
 
+    def read_stated(self) -> StatedTimes:
+        """The times of a run with stated times. InputError if they are not there."""
+        try:
+            return stated_from_json(self.stated.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError(f"{self.stated}: {error.strerror}; rtp-sim run --stated-times writes it") from None
+
     def clear_rank(self, rank: int) -> None:
         """Removes what an earlier run left for this rank (the log stays: it may be open)."""
         self.of_rank(rank, "").mkdir(parents=True, exist_ok=True)
-        for name in ("error.json", "steps.jsonl", "times.bin", "rank.json", "tensors.pt"):
+        for name in ("error.json", "steps.jsonl", "times.bin", "rank.json", "tensors.pt", TRACE):
             self.of_rank(rank, name).unlink(missing_ok=True)
 
     def write_rank(self, rank: int, name: str, record: Record) -> None:

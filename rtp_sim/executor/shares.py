@@ -59,7 +59,7 @@ def optimizer_work(schedule: Schedule, rank: int, op: Op, numel: Callable[[Holdi
     buffers = schedule.program(rank).buffers
     reads = [buffers[name] for name in op.reads]
     found = []
-    for state in (b for b in reads if b.category == "optimizer"):
+    for state in (b for b in reads if b.category == "optimizer" and b.holds):
         gradients = _stretch(schedule, rank, op, state, [b for b in reads if b.category == "gradients"])
         weights = _stretch(schedule, rank, op, state, [b for b in reads if b.category == "weights"])
         if not state.slice_of and len(state.holds) == 1:

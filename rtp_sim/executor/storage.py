@@ -34,8 +34,9 @@ class Storage(Mapping[str, torch.Tensor]):
     `peak_by_category` what they held then."""
 
     def __init__(self, program: Program) -> None:
-        self._program = program
+        self._category = {name: b.category for name, b in program.buffers.items()}
         self._tensors: dict[str, torch.Tensor] = {}
+        self._total_bytes = 0
         self.bytes_by_category: dict[str, int] = {}
         self.peak_bytes = 0
         self.peak_by_category: dict[str, int] = {}
@@ -57,31 +58,29 @@ class Storage(Mapping[str, torch.Tensor]):
 
     def put(self, name: str, flat: torch.Tensor) -> torch.Tensor:
         """Makes `flat` the content of the buffer."""
-        self.drop(name)
+        if name in self._tensors:
+            self.drop(name)
         self._tensors[name] = flat
-        self._count(name, flat.numel() * flat.element_size())
+        self.add_bytes(self._category[name], flat.nbytes)
         return flat
 
     def drop(self, name: str) -> None:
         """Frees the buffer, if there is one."""
         flat = self._tensors.pop(name, None)
         if flat is not None:
-            self._count(name, -flat.numel() * flat.element_size())
+            self.add_bytes(self._category[name], -flat.nbytes)
 
     def reset_peak(self) -> None:
         """Starts counting the peak again, from what is held now."""
         self.peak_bytes = 0
-        self._count_peak()
+        self._note_peak()
 
     def add_bytes(self, category: str, size_bytes: int) -> None:
-        """Counts storage that lies outside the buffers (optimizer states)."""
+        """Counts storage; also such that lies outside the buffers (optimizer states)."""
         self.bytes_by_category[category] = self.bytes_by_category.get(category, 0) + size_bytes
-        self._count_peak()
+        self._total_bytes += size_bytes
+        if self._total_bytes > self.peak_bytes:
+            self._note_peak()
 
-    def _count(self, name: str, size_bytes: int) -> None:
-        self.add_bytes(self._program.buffers[name].category, size_bytes)
-
-    def _count_peak(self) -> None:
-        total = sum(self.bytes_by_category.values())
-        if total > self.peak_bytes:
-            self.peak_bytes, self.peak_by_category = total, dict(self.bytes_by_category)
+    def _note_peak(self) -> None:
+        self.peak_bytes, self.peak_by_category = self._total_bytes, dict(self.bytes_by_category)

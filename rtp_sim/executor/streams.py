@@ -8,17 +8,17 @@ is waited for, so that the span on the IR's stream covers it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 
 from rtp_sim.executor.clocks import now_ns
-from rtp_sim.executor.communicate import Traffic
-from rtp_sim.executor.distributed import StepTimes, communicates, movement, transfer_tags
-from rtp_sim.executor.groups import Groups
+from rtp_sim.executor.distributed import Around, StepTimes, communicates, movement, transfer_tags
 from rtp_sim.executor.machine import Machine
 from rtp_sim.executor.progress import Progress
+from rtp_sim.executor.transport import Traffic, Transport
 from rtp_sim.schedule.ir import Op, Schedule
 from rtp_sim.timeline import TimesNs
 
@@ -29,8 +29,11 @@ _cuda: Any = torch.cuda
 class StreamInterpreter:
     """The interpreter for GPUs. `progress` is told what the host issues."""
 
-    def __init__(self, schedule: Schedule, rank: int, machine: Machine, groups: Groups, progress: Progress) -> None:
-        self._machine, self._groups, self._progress = machine, groups, progress
+    def __init__(
+        self, schedule: Schedule, rank: int, machine: Machine, transport: Transport, progress: Progress
+    ) -> None:
+        self._machine, self._transport, self._progress = machine, transport, progress
+        self.around: Around = nullcontext
         self._program = schedule.program(rank)
         self._tags = transfer_tags(schedule)
         # What the machine made before the first step lies on the current stream.
@@ -53,7 +56,8 @@ class StreamInterpreter:
                 for before in op.after:
                     stream.wait_event(end[before])
                 begin[op.index].record(stream)
-                sent += self._do(op, stream)
+                with self.around(op):
+                    sent += self._do(op, stream)
                 end[op.index].record(stream)
             if op.blocks_host:
                 end[op.index].synchronize()
@@ -71,7 +75,7 @@ class StreamInterpreter:
             self._mark(op, stream)
             self._machine.run(op)
             return Traffic()
-        moves = movement(op, self._machine, self._groups, self._tags)
+        moves = movement(op, self._machine, self._transport, self._tags)
         self._mark(op, stream)
         sent = moves.start()
         moves.finish()

@@ -9,8 +9,8 @@ from rtp_sim.schedule.ir import Collective, Compute, Op, Schedule
 def describe(schedule: Schedule, rank: int, place: Place) -> str:
     """The place of a rank, with the op its host is at and those in flight."""
     if place.phase != "step":
-        step = f" (before step {place.step})" if place.phase == "between steps" else ""
-        return f"was {place.phase}{step}"
+        which = {"between steps": f" (before step {place.step})", "saving": f" (after step {place.step})"}
+        return f"was {place.phase}{which.get(place.phase, '')}"
     ops = schedule.program(rank).ops
     words = [f"was in step {place.step}"]
     if 0 <= place.op < len(ops):
@@ -21,8 +21,9 @@ def describe(schedule: Schedule, rank: int, place: Place) -> str:
 
 def furthest_behind(place: Place) -> tuple[int, int, int, int]:
     """A key by which the rank that the others wait for comes first."""
-    if place.phase in ("step", "between steps"):
-        return PHASES.index("step"), place.step, int(place.phase == "step"), place.op
+    of_a_step = ("between steps", "step", "saving")
+    if place.phase in of_a_step:
+        return PHASES.index("step"), place.step, of_a_step.index(place.phase), place.op
     return PHASES.index(place.phase), 0, 0, 0
 
 

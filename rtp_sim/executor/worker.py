@@ -13,12 +13,14 @@ import platform
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rtp_sim.errors import InputError
+from rtp_sim.executor import sleepers
 from rtp_sim.executor.environment import (
     Environment,
     calm_gloo_threads,
@@ -27,18 +29,22 @@ from rtp_sim.executor.environment import (
     pin_to_core,
     read_environment,
     require_device,
+    sharpen_timers,
 )
 from rtp_sim.executor.launcher import START_UP_S
 from rtp_sim.executor.progress import Progress
 from rtp_sim.executor.request import RunRequest
-from rtp_sim.executor.rundir import Record, RunDirectory
+from rtp_sim.executor.rundir import TRACE, Record, RunDirectory
 from rtp_sim.schedule.ir import Compute, Schedule
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from rtp_sim.executor.checkpoint import Checkpoint
     from rtp_sim.executor.clocks import Clock
     from rtp_sim.executor.distributed import Interpreter, StepTimes
-    from rtp_sim.executor.groups import Groups
     from rtp_sim.executor.machine import Batch, Machine
+    from rtp_sim.executor.transport import Transport
 
 LAUNCHER_GRACE_S = 10.0
 """How much longer than our launcher torch waits: the launcher knows better who is to blame."""
@@ -55,7 +61,9 @@ def main(arguments: Sequence[str]) -> int:
         if environment.watched:
             die_with_parent()
         schedule, request = run.load()
-        _require_world(schedule, environment)
+        _require_world(schedule, request, environment)
+        if request.only_rank is not None:
+            environment = replace(environment, rank=request.only_rank)
     except InputError as error:
         # Every rank finds the same; once is enough.
         if os.environ.get("RANK", "0") == "0":
@@ -64,7 +72,10 @@ def main(arguments: Sequence[str]) -> int:
     run.clear_rank(environment.rank)
     progress = Progress(run.of_rank(environment.rank, "progress"))
     try:
-        Worker(run, schedule, request, environment, progress).work()
+        if request.stated:
+            sleepers.work(run, schedule, request, environment, progress)
+        else:
+            worker_of(request)(run, schedule, request, environment, progress).work()
     except BaseException as error:
         _fail(run, environment, error)
     # Not even torch's own threads may keep a finished worker.
@@ -73,8 +84,23 @@ def main(arguments: Sequence[str]) -> int:
     os._exit(0)
 
 
-def _require_world(schedule: Schedule, environment: Environment) -> None:
-    if environment.world_size != schedule.world_size:
+def worker_of(request: RunRequest) -> type[Worker]:
+    """The worker that does what is asked for: the schedule, or its twin."""
+    if request.twin:
+        from rtp_sim.executor.twins.worker import TwinWorker
+
+        return TwinWorker
+    return Worker
+
+
+def _require_world(schedule: Schedule, request: RunRequest, environment: Environment) -> None:
+    expected = len(request.ranks(schedule.world_size))
+    if environment.world_size != expected:
+        if request.only_rank is not None:
+            raise InputError(
+                f"this run is of rank {request.only_rank} alone, but {environment.world_size} processes were started "
+                "(WORLD_SIZE); expected one"
+            )
         raise InputError(
             f"the schedule is for {schedule.world_size} ranks, but {environment.world_size} processes were started "
             f"(WORLD_SIZE); expected --nproc-per-node {schedule.world_size}"
@@ -110,91 +136,128 @@ class Worker:
     ) -> None:
         self.run, self.schedule, self.request, self.progress = run, schedule, request, progress
         self.environment, self.rank = environment, environment.rank
+        self.seed = request.seed
+        self.checkpoint: Checkpoint | None = None
+        self.record: Record = {}
 
     def work(self) -> None:
         """All of it. Raises what goes wrong."""
         keep_freed_memory()
         if self.request.pin:
             pin_to_core(self.environment.local_rank)
+        sharpen_timers()
         require_device(self.request, self.environment)
         self.progress.enter("joining the group")
-        groups = self._join()
-        clock = self._align(groups)
+        control, transport = self._join()
+        clock = self._align(control)
         self.progress.enter("preparing")
         machine = self._machine()
-        interpreter = self._interpreter(machine, groups)
-        record = self._description(clock)
-        self.run.write_rank(self.rank, "rank.json", record)
-        check = self._steps(machine, interpreter, groups, clock)
+        interpreter = self._interpreter(machine, transport)
+        self.record = self._description(clock) | {"first_step": machine.step, "saved_steps": []}
+        self.run.write_rank(self.rank, "rank.json", self.record)
+        self._steps(machine, interpreter, control, clock)
         self.progress.enter("writing results")
         if self.request.save_tensors:
             _save_tensors(machine, self.run.of_rank(self.rank, "tensors.pt"))
-        self.run.write_rank(self.rank, "rank.json", record | {"check": check})
-        self._finish(groups)
+        self.run.write_rank(self.rank, "rank.json", self.record)
+        self._finish(control)
 
     # ---- joining
 
-    def _join(self) -> Groups:
-        """The process groups; InputError where another program has our port."""
+    def _join(self) -> tuple[ProcessGroup, Transport]:
+        """The group of all ranks for what they agree on between steps, and what moves the step's data. InputError where
+        another program has our port."""
         import torch
         import torch.distributed as dist
-
-        from rtp_sim.executor.groups import make_groups
 
         torch.set_num_threads(self.request.threads)
         if self.request.device == "cuda":
             torch.cuda.set_device(self.environment.local_rank)
         patience = timedelta(seconds=max(self.request.timeout_s, START_UP_S))
         try:
-            dist.init_process_group(self.request.real_backend, timeout=patience)
+            dist.init_process_group(self.request.backend, timeout=patience)
         except (RuntimeError, ValueError) as error:
             if "address already in use" in str(error).lower() or "EADDRINUSE" in str(error):
                 where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
                 raise InputError(f"port in use: the ranks cannot meet at {where}; expected a free port") from None
             raise
         timeout_s = self.request.timeout_s + (LAUNCHER_GRACE_S if self.environment.watched else 0)
-        groups = make_groups(self.schedule, self.rank, self.request.real_backend, timeout_s)
+        joined = self._transport(timeout_s)
         if self.request.pin:
             calm_gloo_threads()
-        return groups
+        return joined
 
-    def _align(self, groups: Groups) -> Clock:
+    def _transport(self, timeout_s: float) -> tuple[ProcessGroup, Transport]:
+        from rtp_sim.executor.groups import Groups, make_control, make_groups, require_same_streams
+        from rtp_sim.executor.shm import SharedMemoryTransport
+
+        request = self.request
+        if request.only_rank is not None or request.twin:
+            # One rank alone has a stand-in for its partners (alone.py), a twin torch's own communication.
+            control = make_control(timeout_s)
+            return control, Groups(control, {})
+        if request.real_transport == request.backend:
+            groups = make_groups(self.schedule, self.rank, request.backend, timeout_s)
+            return groups.control, groups
+        require_same_streams(self.schedule)
+        control, itemsize = make_control(timeout_s), 8 if request.float_dtype == "fp64" else None
+        transport = SharedMemoryTransport(self.schedule, self.rank, control, timeout_s, request.link(), itemsize)
+        return control, transport
+
+    def _align(self, control: ProcessGroup) -> Clock:
         from rtp_sim.executor.clocks import align
 
-        return align(groups.control)
+        return align(control)
 
     # ---- preparing
 
     def _machine(self) -> Machine:
+        """The rank's machine, with the state to start from."""
         import torch
 
+        from rtp_sim.executor import checkpoint, checkpoint_files
         from rtp_sim.executor.machine import Machine
-        from rtp_sim.executor.parameters import initial_parameters
+        from rtp_sim.executor.parameters import blank_parameters, initial_parameters
 
         request = self.request
+        if request.load:
+            self.checkpoint = checkpoint.open_checkpoint(Path(request.load))
+            self.seed = self.checkpoint.seed_of(request.seed)
         device = "cpu" if request.device == "cpu" else f"cuda:{self.environment.local_rank}"
-        return Machine(
+        machine = Machine(
             self.schedule, self.rank, request.network, request.training,
-            initial_parameters(request.network, request.seed), device,
-            torch.float64 if request.float_dtype == "fp64" else None, seed=request.seed,
+            blank_parameters(request.network) if request.load else initial_parameters(request.network, self.seed),
+            device, torch.float64 if request.float_dtype == "fp64" else None, seed=self.seed,
             keep_gradients=request.save_tensors,
         )  # fmt: skip
+        if self.checkpoint is not None:
+            self.progress.enter("loading")
+            checkpoint.load(machine, self.checkpoint)
+        if request.save:
+            checkpoint.require_training(machine)
+            checkpoint_files.require_room(Path(request.save), machine.step)
+        return machine
 
-    def _interpreter(self, machine: Machine, groups: Groups) -> Interpreter:
+    def _interpreter(self, machine: Machine, transport: Transport) -> Interpreter:
+        if self.request.only_rank is not None:
+            from rtp_sim.executor.alone import alone
+
+            return alone(self.schedule, self.rank, machine, self.progress, self.request.communication)
         if self.request.device == "cuda":
             from rtp_sim.executor.streams import StreamInterpreter
 
-            return StreamInterpreter(self.schedule, self.rank, machine, groups, self.progress)
+            return StreamInterpreter(self.schedule, self.rank, machine, transport, self.progress)
         from rtp_sim.executor.distributed import HostInterpreter
 
-        return HostInterpreter(self.schedule, self.rank, machine, groups, self.progress)
+        return HostInterpreter(self.schedule, self.rank, machine, transport, self.progress)
 
     def _batch(self, replica: int, step: int) -> Batch:
+        """The data of a step, counted from the training's first."""
         from rtp_sim.executor.batches import random_batch
 
         request = self.request
         micros = int(self.schedule.meta.get("num_microbatches") or request.training.num_microbatches)
-        return random_batch(request.network, request.training.micro_batch, micros, replica, step, request.seed)
+        return random_batch(request.network, request.training.micro_batch, micros, replica, step, self.seed)
 
     def _description(self, clock: Clock) -> Record:
         import torch
@@ -209,63 +272,128 @@ class Worker:
 
     # ---- steps
 
-    def _steps(self, machine: Machine, interpreter: Interpreter, groups: Groups, clock: Clock) -> Record | None:
-        """All steps; returns what the check found (rank 0 of a run with a check)."""
+    def _steps(self, machine: Machine, interpreter: Interpreter, control: ProcessGroup, clock: Clock) -> None:
+        """All steps, saved where that is asked for; notes what the check found (rank 0 of a run with a check)."""
         from rtp_sim.executor.clocks import start_together
         from rtp_sim.executor.machine import replica_of
 
-        found = None
         replica, rows = replica_of(self.schedule, self.rank), _loss_parts(self.schedule)
-        for step in range(self.request.warmup + self.request.steps):
+        unchecked = self.request.check
+        steps = self.request.warmup + self.request.steps
+        for step in range(steps + self.request.profile_trace):
             self.progress.enter("between steps", step)
-            checked = self.request.check and step == 0
+            # A step whose update was left out, on all ranks, leaves the check to the next.
+            checked = unchecked
             machine.keep_gradients = checked or self.request.save_tensors
-            machine.start_step(self._batch(replica, step))
-            start_together(groups.control, clock)
+            machine.start_step(self._batch(replica, machine.step))
+            scale = machine.watch.scale
+            start_peak(machine)
+            if step == steps:
+                self._profile(step, machine, interpreter, lambda: start_together(control, clock))
+                continue
+            start_together(control, clock)
             self.progress.enter("step", step)
             times = interpreter.run_step()
-            losses = machine.losses()
+            # What a rank computes from made-up data is no loss.
+            losses = machine.losses() if self.request.only_rank is None else []
             loss = sum(losses) * rows / len(losses) if losses else math.nan
-            self.run.append_step(self.rank, self._step_record(step, times, loss, machine), times.ops)
+            self.run.append_step(self.rank, self._step_record(step, times, loss, scale, machine), times.ops)
             if checked:
                 self.progress.enter("checking")
-                found = self._check(machine, loss, groups)
+                self.record["check"] = self._check(machine, loss, control)
                 machine.gradients = []
-        return found
+                unchecked = machine.watch.skipped
+            every = self.request.save_every
+            if self.request.save and (step == steps - 1 or (every and machine.step % every == 0)):
+                self.progress.enter("saving", step)
+                self._save(machine, control)
 
-    def _step_record(self, step: int, times: StepTimes, loss: float, machine: Machine) -> Record:
+    def _save(self, machine: Machine, control: ProcessGroup) -> None:
+        from rtp_sim.executor.checkpoint import save
+
+        save(machine, Path(self.request.save), self.seed, control)
+        self.record["saved_steps"] = [*self.record["saved_steps"], machine.step]
+        self.run.write_rank(self.rank, "rank.json", self.record)
+
+    def _profile(self, step: int, machine: Machine, interpreter: Interpreter, gather: Callable[[], None]) -> None:
+        """One more step, under the profiler; its trace and its times are left beside those of the others."""
+        from rtp_sim.executor.profiling import StepProfile, op_range
+
+        profile = StepProfile(self.request.device)
+        profile.begin()
+        scale = machine.watch.scale
+        gather()
+        self.progress.enter("step", step)
+        interpreter.around = op_range
+        with profile.step(step):
+            times = interpreter.run_step()
+        self.run.append_step(self.rank, self._step_record(step, times, math.nan, scale, machine), times.ops)
+        self.progress.enter("writing results")
+        profile.finish(self.run.of_rank(self.rank, TRACE))
+
+    def _step_record(self, step: int, times: StepTimes, loss: float, scale: float, machine: Machine) -> Record:
+        norm, scaler = machine.watch.norm, machine.watch.scaler
         return {
             "step": step,
             "warmup": step < self.request.warmup,
             "start_ns": times.start_ns,
             "end_ns": times.end_ns,
             "loss": loss if math.isfinite(loss) else None,
+            "grad_norm": norm if norm is None or math.isfinite(norm) else None,
+            "loss_scale": None if scaler is None else scale,
+            "skipped": machine.watch.skipped,
             "bytes_sent": times.sent.size_bytes,
             "messages": times.sent.messages,
             "peak_memory_bytes": machine.storage.peak_bytes,
             "memory_by_category": machine.storage.peak_by_category,
+            "allocator_peak_bytes": allocator_peak_bytes(machine),
         }
 
-    def _check(self, machine: Machine, loss: float, groups: Groups) -> Record | None:
-        """Compares loss and gradients of the step just done with dense training, on rank 0."""
+    def _check(self, machine: Machine, loss: float, control: ProcessGroup) -> Record | None:
+        """Compares loss and gradients of the step just done, the first update, with dense training, on rank 0."""
+        from rtp_sim.executor.checkpoint import full_parameters
         from rtp_sim.executor.compare import compare_with_dense
         from rtp_sim.executor.machine import replicas
+        from rtp_sim.executor.parameters import Parameters, initial_parameters
 
-        batches = [self._batch(replica, 0) for replica in range(replicas(self.schedule))]
-        return compare_with_dense(machine, self.request, loss, batches, groups.control)
+        def start() -> Parameters:
+            if self.checkpoint is not None:
+                return full_parameters(self.checkpoint, machine.network)
+            return initial_parameters(self.request.network, self.seed)
 
-    def _finish(self, groups: Groups) -> None:
+        # The step has been counted already.
+        batches = [self._batch(replica, machine.step - 1) for replica in range(replicas(self.schedule))]
+        return compare_with_dense(machine, self.request, start, loss, batches, control)
+
+    def _finish(self, control: ProcessGroup) -> None:
         """Waits for the others, then under torchrun rank 0 makes the results that our launcher would make."""
         import torch.distributed as dist
 
-        dist.barrier(group=groups.control)
-        if self.rank == 0 and not self.environment.watched:
+        dist.barrier(group=control)
+        if self.rank == self.request.ranks(self.schedule.world_size)[0] and not self.environment.watched:
             from rtp_sim.executor.collect import collect
 
             collect(self.run, self.schedule, self.request)
             print(f"rtp-sim: wrote {self.run.result} and {self.run.measured}", file=sys.stderr)
-        dist.barrier(group=groups.control)
+        dist.barrier(group=control)
         self.progress.enter("done")
+
+
+def start_peak(machine: Machine) -> None:
+    """On a GPU the allocator starts counting its peak again."""
+    if machine.device.type == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(machine.device)
+
+
+def allocator_peak_bytes(machine: Machine) -> int | None:
+    """The most that torch's allocator held on the GPU since then, kernels' workspaces and all; None on a CPU."""
+    if machine.device.type != "cuda":
+        return None
+    import torch
+
+    return int(torch.cuda.max_memory_allocated(machine.device))
 
 
 def _loss_parts(schedule: Schedule) -> int:

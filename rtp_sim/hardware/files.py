@@ -76,6 +76,18 @@ class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
 
+class KernelFile(_Model):
+    """One kernel in one dtype: floor + FLOPs / `rate` + bytes / `bandwidth`; a part that is left out is none."""
+
+    name: str
+    dtype: str
+    floor: str
+    rate: str | None = None
+    bandwidth: str | None = None
+    kind: str = Field(pattern="^(measured|vendor|assumed)$")
+    source: str = Field(min_length=1)
+
+
 class DeviceFile(_Model):
     """A device profile; `scale_up_bandwidth` and `pcie_bandwidth` (one direction) serve the generic
     cluster.
@@ -97,6 +109,8 @@ class DeviceFile(_Model):
     price_usd_per_hour: Plain | None = None
     scale_up_bandwidth: Bandwidth | None = None
     pcie_bandwidth: Bandwidth | None = None
+    communication_issue: Time | None = None
+    kernels: list[KernelFile] = []
 
 
 class LinkFile(_Model):
@@ -153,6 +167,20 @@ class CurveFile(_Model):
     source: str = Field(min_length=1)
 
 
+class KindFile(_Model):
+    """A kind of collective measured by itself; see `spec.KindParams`."""
+
+    step: Time
+    efficiency: Fraction
+
+
+class HostFile(_Model):
+    """The cores that ranks on CPUs share; see `spec.HostParams`."""
+
+    cores: Plain
+    core_time_per_megabyte: Time
+
+
 class CommunicationFile(_Model):
     """The communication library; see `spec.CommunicationParams`."""
 
@@ -167,6 +195,7 @@ class CommunicationFile(_Model):
     in_switch_base: Time | None = None
     in_switch_efficiency: Fraction | None = None
     collective_chunk_inter: Time | None = None
+    kinds: dict[str, KindFile] = {}
 
 
 class CalibrationFile(_Model):
@@ -201,6 +230,7 @@ class ClusterFile(_Model):
     nics: NicsFile | None = None
     fabric: FabricFile | None = None
     communication: CommunicationFile
+    host: HostFile | None = None
 
 
 File = TypeVar("File", bound=_Model)

@@ -6,7 +6,7 @@ import re
 
 from rtp_sim.errors import InputError
 from rtp_sim.hardware.files import ClusterFile, CommunicationFile, IntraFile, LinkFile, NicsFile
-from rtp_sim.hardware.spec import CommunicationParams, Number
+from rtp_sim.hardware.spec import CommunicationParams, KindParams, Number
 from rtp_sim.hardware.wiring import LINK_KINDS, LinkClass, Nics, Wire, Wiring, is_gpu
 from rtp_sim.units import parse_bytes
 
@@ -86,6 +86,7 @@ def communication_params(file: CommunicationFile) -> CommunicationParams:
         in_switch_base_ns=file.in_switch_base,
         in_switch_efficiency=file.in_switch_efficiency,
         collective_chunk_inter_ns=file.collective_chunk_inter,
+        kinds={name: KindParams(kind.step, kind.efficiency) for name, kind in file.kinds.items()},
     )
 
 

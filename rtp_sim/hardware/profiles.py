@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 import rtp_sim
 from rtp_sim.errors import InputError
-from rtp_sim.hardware.spec import Cluster, CommunicationParams, Device
+from rtp_sim.hardware.spec import Cluster, CommunicationParams, Device, HostParams, MeasuredKernel, Number
 from rtp_sim.hardware.topology import Fabric, Topology
 from rtp_sim.hardware.wiring import NodeTemplate
+from rtp_sim.units import parse_bandwidth, parse_flops, parse_time_ns
 
 if TYPE_CHECKING:
-    from rtp_sim.hardware.files import CalibrationFile, DeviceFile
+    from rtp_sim.hardware.files import CalibrationFile, DeviceFile, KernelFile
 
 GENERIC = "generic:"
 
@@ -118,7 +119,21 @@ def device_from_file(name: str, file: DeviceFile) -> Device:
         runtime_reserved_bytes=file.runtime_reserved,
         tdp_w=file.tdp_w,
         price_usd_per_hour=file.price_usd_per_hour,
+        communication_issue_ns=file.communication_issue,
+        kernels=dict(_measured_kernel(name, kernel) for kernel in file.kernels),
     )
+
+
+def _measured_kernel(device: str, file: KernelFile) -> tuple[tuple[str, str], MeasuredKernel]:
+    """One of a device's kernels, by name and dtype."""
+    try:
+        floor_ns = float(parse_time_ns(file.floor))
+        per_flop = 1e9 / parse_flops(file.rate) if file.rate is not None else 0.0
+        per_byte = 1e9 / parse_bandwidth(file.bandwidth) if file.bandwidth is not None else 0.0
+    except (InputError, ZeroDivisionError) as error:
+        raise InputError(f"device {device}: kernels: {file.name} {file.dtype}: {error}") from None
+    provenance = Number(floor_ns, file.kind, file.source)
+    return (file.name, file.dtype), MeasuredKernel(floor_ns, per_flop, per_byte, provenance)
 
 
 def load_communication(name: str) -> CommunicationParams:
@@ -193,6 +208,7 @@ def _cluster_from_file(path: Path, nodes: int, gpus: int | None, changes: Mappin
         communication=communication,
         topology=topology,
         notes=tuple(file.notes),
+        host=None if file.host is None else HostParams(file.host.cores, file.host.core_time_per_megabyte),
     )
 
 

@@ -7,7 +7,7 @@ so). Links are directed: a full-duplex cable is two links. Bandwidths are bytes/
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -24,6 +24,20 @@ class Number:
 
 
 @dataclass(frozen=True, slots=True)
+class MeasuredKernel:
+    """One kernel in one dtype as a straight line through its measured times: floor + FLOPs / rate + bytes / bandwidth.
+
+    `ns_per_flop` and `ns_per_byte` are the slopes, 0 where that part was not found. `provenance` is a `Number` whose
+    value is the floor in ns.
+    """
+
+    floor_ns: float
+    ns_per_flop: float
+    ns_per_byte: float
+    provenance: Number
+
+
+@dataclass(frozen=True, slots=True)
 class Device:
     """One accelerator (or one CPU core pool), as the cost model sees it.
 
@@ -31,7 +45,8 @@ class Device:
     that class reach; those for fp32, which has no matrix units of its own, where they differ. `kernel_floor_ns` is
     the shortest time any kernel takes on the device, `host_issue_ns` what the
     host thread spends to issue one op, `overlap_slowdown` (>= 1) how much longer compute takes while a communication
-    kernel runs beside it on the same device.
+    kernel runs beside it on the same device. `kernels`, by name and dtype, are those measured one by one: their times
+    stand above the efficiencies of their class.
     """
 
     name: str
@@ -51,6 +66,8 @@ class Device:
     attention_efficiency_fp32: Number | None = None
     tdp_w: Number | None = None
     price_usd_per_hour: Number | None = None
+    communication_issue_ns: Number | None = None
+    kernels: Mapping[tuple[str, str], MeasuredKernel] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +94,24 @@ class Route:
 
 
 @dataclass(frozen=True, slots=True)
+class KindParams:
+    """One kind of collective measured by itself: `step_ns` per ring step, with all that the library and the links add,
+    and the fraction of the links' bandwidth that it reaches."""
+
+    step_ns: Number
+    efficiency: Number
+
+
+@dataclass(frozen=True, slots=True)
+class HostParams:
+    """The cores that ranks on CPUs share: how many, and what core time a message takes per million bytes, sender and
+    receiver together."""
+
+    cores: Number
+    core_ns_per_megabyte: Number
+
+
+@dataclass(frozen=True, slots=True)
 class CommunicationParams:
     """What the communication library adds to the wires. Latencies are software costs on top of link latencies.
 
@@ -85,10 +120,10 @@ class CommunicationParams:
     collectives reach. `size_curve` lists (bytes, fraction of bandwidth reached), ascending in bytes, joined by powers
     of the size; empty means 1 everywhere. `in_switch_reduction_min_ranks` is None where the switch cannot reduce
     (NVLink SHARP); `in_switch_base_ns` is what that takes before data flows, `in_switch_efficiency` the fraction of the
-    port rate it then reaches. `collective_chunk_inter_ns` is how long a port between nodes is busy with one chunk of
-    a ring
-    whatever its size (None: not at all): it paces rings that span nodes. `algorithms` lists which of ring, tree,
-    hierarchical, in-switch the library may pick.
+    port rate it then reaches. `collective_chunk_inter_ns` is how long a port between nodes is busy with one chunk of a
+    ring whatever its size (None: not at all): it paces rings that span nodes. `algorithms` lists which of ring, tree,
+    hierarchical, in-switch the library may pick. `kinds` are collectives (by the IR's names) that were measured by
+    themselves.
     """
 
     p2p_base_ns: Number
@@ -103,6 +138,7 @@ class CommunicationParams:
     in_switch_base_ns: Number | None
     in_switch_efficiency: Number | None
     collective_chunk_inter_ns: Number | None = None
+    kinds: Mapping[str, KindParams] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -117,6 +153,7 @@ class Cluster:
     communication: CommunicationParams
     topology: Topology
     notes: tuple[str, ...] = ()
+    host: HostParams | None = None
 
     @property
     def world_size(self) -> int:

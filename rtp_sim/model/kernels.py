@@ -163,6 +163,10 @@ _ALL = (
     Kernel("maxpool2d.bwd", "memory", _zero, lambda d: d["in_numel"] + d["out_numel"], lambda d: 8 * d["out_numel"]),
     Kernel("copy", "memory", _zero, _numel(2)),
     Kernel("zero", "memory", _zero, _numel(1)),
+    # All gradients of a rank, read once -> their sum of squares and whether all are finite (two fp32 numbers).
+    Kernel("grad_norm", "memory", _zero, _numel(1), lambda _: 8),
+    # The next loss scale: what is known of the gradients, scale and steps since it last changed (fp32 each).
+    Kernel("loss_scale", "memory", _zero, _zero, lambda _: 24),
     # Optimizer step over `numel` parameters that moves `state_bytes` per parameter, all operands counted.
     Kernel("optimizer", "memory", _zero, _zero, lambda d: d["numel"] * d["state_bytes"]),
 )  # fmt: skip

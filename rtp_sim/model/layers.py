@@ -266,9 +266,10 @@ class Add(LayerOp):
 
 @dataclass(frozen=True, slots=True)
 class Dropout(LayerOp):
-    """Keeps a one-byte mask."""
+    """Zeroes elements with `probability` and scales up the others; keeps a one-byte mask."""
 
     width: int
+    probability: float = 0.5
 
     def lower(self, extent: Extent, split: Split = WHOLE) -> Lowered:
         """One elementwise kernel."""
@@ -293,12 +294,12 @@ class Activation(LayerOp):
 @dataclass(frozen=True, slots=True)
 class Attention(LayerOp):
     """Self-attention with its input and output projections. Split "heads": whole groups of query heads with their
-    key/value head and the matching columns of the output projection; the output bias is on every shard.
+    key/value head and the matching columns of the output projection; the output bias is on every shard. `dropout` is
+    the probability with which attention probabilities are dropped: the fused kernel drops none.
 
     `context_copy`: the context is copied into the projection's layout, as torch.nn.MultiheadAttention does, so autograd
     keeps it twice. `scaled_copies`: materialised attention keeps scaled queries and keys beside the projection's
-    output,
-    as torch's own fallback does."""
+    output, as torch's own fallback does."""
 
     hidden: int
     heads: int
@@ -309,7 +310,7 @@ class Attention(LayerOp):
     rotary: bool = False
     causal: bool = True
     implementation: str = "flash"
-    dropout: bool = False
+    dropout: float = 0.0
     context_copy: bool = False
     scaled_copies: bool = False
 

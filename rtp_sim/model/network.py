@@ -121,7 +121,7 @@ def _embedding_block(model: ModelSpec) -> Block:
 
 
 def _dropped(chain: _Chain, model: ModelSpec, name: str, x: str) -> str:
-    return chain.add(name, Dropout(model.hidden_size), x) if model.dropout > 0 else x
+    return chain.add(name, Dropout(model.hidden_size, model.dropout), x) if model.dropout > 0 else x
 
 
 def _transformer_block(model: ModelSpec, name: str, x: str, attention: str) -> Block:
@@ -129,7 +129,7 @@ def _transformer_block(model: ModelSpec, name: str, x: str, attention: str) -> B
     attend = Attention(
         hidden=width, heads=model.num_heads, kv_heads=model.num_kv_heads, head_dim=model.head_dim,
         qkv_bias=model.qkv_bias, out_bias=model.out_bias, rotary=model.position == "rotary", causal=model.causal,
-        implementation=attention, dropout=model.dropout > 0,
+        implementation=attention, dropout=model.dropout,
     )  # fmt: skip
 
     def residual(tag: str, x: str, inner: Callable[[str], str]) -> str:
@@ -184,3 +184,26 @@ def unfused(network: Network) -> Network:
 
     blocks = tuple(replace(b, layers=tuple(x for layer in b.layers for x in expand(layer))) for b in network.blocks)
     return replace(network, blocks=blocks)
+
+
+def with_dropout(network: Network, probability: float) -> Network:
+    """The network whose dropout layers have that probability; with 0 it has none of them.
+
+    InputError if there is no such layer and the probability is not 0.
+    """
+    if probability and not any(isinstance(layer.op, Dropout) for layer in network.layers()):
+        raise InputError(f"--dropout {probability:g}: {network.name} has no dropout layer; expected one in its layers")
+    instead: dict[str, str] = {}  # the output of a layer that is gone -> what it was given
+    blocks = []
+    for block in network.blocks:
+        kept = []
+        for layer in block.layers:
+            inputs = tuple(instead.get(x, x) for x in layer.inputs)
+            if isinstance(layer.op, Dropout) and not probability:
+                instead[layer.output] = inputs[0]
+                continue
+            op = replace(layer.op, probability=probability) if isinstance(layer.op, Dropout) else layer.op
+            kept.append(replace(layer, op=op, inputs=inputs))
+        if kept:
+            blocks.append(replace(block, layers=tuple(kept)))
+    return replace(network, blocks=tuple(blocks))

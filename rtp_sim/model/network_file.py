@@ -99,6 +99,7 @@ class _Norm(_LayerLine):
 
 class _Dropout(_LayerLine):
     kind: Literal["dropout"]
+    p: float = Field(0.5, ge=0, lt=1, description="the probability to drop, for example 0.1")
 
 
 class _Flatten(_LayerLine):
@@ -175,7 +176,7 @@ class _File(_Part):
     )
 
 
-_PARTS = (_Image, _Features, _Tokens, _Conv2d, _MaxPool2d, _Linear, _Embedding, _Attention, _Mlp, _Moe)
+_PARTS = (_Image, _Features, _Tokens, _Conv2d, _MaxPool2d, _Linear, _Dropout, _Embedding, _Attention, _Mlp, _Moe)
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +275,8 @@ def _ops(line: _AnyLayer, shape: Shape, place: _Place) -> tuple[tuple[LayerOp, .
         case _Activation():
             return (Activation(line.kind, prod(_numbers(shape, place))),), shape
         case _Dropout():
-            return (Dropout(prod(_numbers(shape, place))),), shape
+            width = prod(_numbers(shape, place))
+            return ((Dropout(width, line.p),) if line.p else ()), shape
         case _Flatten():
             return (), (prod(_numbers(shape, place)),)
         case _CrossEntropy():

@@ -1,4 +1,4 @@
-"""How a model is trained: batch, sequence, precision, recomputation, optimizer. No ranks, no time.
+"""How a model is trained: batch, sequence, precision, recomputation, optimizer, clipping. No ranks, no time.
 
 Bytes per parameter follow the accounting of ZeRO (Rajbhandari et al., arXiv 1910.02054, section 3.1): with
 Adam and mixed precision 2 (weights) + 2 (gradients) + 4 (fp32 master weights) + 4 + 4 (Adam's two moments) =
@@ -8,6 +8,7 @@ Adam and mixed precision 2 (weights) + 2 (gradients) + 4 (fp32 master weights) +
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -19,6 +20,9 @@ RECOMPUTE = ("none", "selective", "full")
 ATTENTIONS = ("flash", "materialised")
 OPTIMIZER_STATES = {"adam": 2, "adamw": 2, "sgd": 0, "sgd-momentum": 1}
 """Numbers per parameter that an optimizer keeps from step to step, master weights aside."""
+
+LOSS_SCALE = 65536.0
+"""Where a dynamic loss scale starts, as torch.amp.GradScaler's."""
 
 STORAGE_DTYPES = ("fp32", "bf16", "fp16")
 """Dtypes that weights, gradients and optimizer states can be stored in."""
@@ -89,7 +93,10 @@ class TrainingSpec:
     `precision` names one of PRECISIONS; `grad_dtype`, where given, replaces its gradient dtype. `recompute`
     "full" keeps each block's input only, "selective" drops the attention scores and recomputes them
     (Korthikanti et al., arXiv 2205.05198). `attention` says whether the scores are kept in fast memory
-    ("flash") or written out.
+    ("flash") or written out. `clip_norm`, where given, is the largest norm that all gradients together may
+    have. `loss_scale` multiplies the loss against underflow of small gradients (Micikevicius et al., arXiv
+    1710.03740): "none", "dynamic" from 65536 on, "dynamic:1024" from another start, or a constant as in
+    "static:1024". It is "none" for fp16 too: as with clipping, a step has what was asked for.
 
     Raises InputError naming the field, what was given and what was expected.
     """
@@ -102,6 +109,8 @@ class TrainingSpec:
     optimizer: str = "adamw"
     attention: str = "flash"
     grad_dtype: str | None = None
+    clip_norm: float | None = None
+    loss_scale: str = "none"
 
     def __post_init__(self) -> None:
         """Checks every field."""
@@ -115,6 +124,37 @@ class TrainingSpec:
         _require_one_of("attention", self.attention, ATTENTIONS)
         if self.grad_dtype is not None:
             _require_one_of("grad_dtype", self.grad_dtype, STORAGE_DTYPES)
+        if self.clip_norm is not None and not _is_positive(self.clip_norm):
+            raise InputError(f"training: clip_norm is {self.clip_norm!r}; expected a number above 0, for example 1.0")
+        if self.scales_loss and self.initial_loss_scale is None:
+            raise InputError(
+                f"training: loss_scale is {self.loss_scale!r}; expected none, dynamic or a number as in static:1024"
+            )
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether the loss is scaled, so that a step with gradients that are not finite is left out."""
+        return self.loss_scale != "none"
+
+    @property
+    def initial_loss_scale(self) -> float | None:
+        """What the loss is multiplied by in the first step; None where `loss_scale` does not say."""
+        kind, _, number = self.loss_scale.partition(":") if isinstance(self.loss_scale, str) else ("", "", "")
+        try:
+            scale = float(number) if number or kind != "dynamic" else LOSS_SCALE
+        except ValueError:
+            return None
+        return scale if kind in ("dynamic", "static") and 0 < scale < math.inf else None
+
+    @property
+    def dynamic_loss_scale(self) -> bool:
+        """Whether the scale changes from step to step."""
+        return self.loss_scale.startswith("dynamic")
+
+    @property
+    def measures_gradients(self) -> bool:
+        """Whether a step looks at all gradients together before it updates anything."""
+        return self.clip_norm is not None or self.scales_loss
 
     @property
     def policy(self) -> PrecisionPolicy:
@@ -154,6 +194,10 @@ def check_training(model: ModelSpec, training: TrainingSpec) -> None:
             f" {model.max_positions} tokens; expected seq_len <= {model.max_positions},"
             f" or a model with max_positions={training.seq_len}"
         )
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _require_one_of(field: str, value: str, choices: Collection[str]) -> None:

@@ -131,8 +131,10 @@ def spread_text(validation: Validation) -> str:
 
 def verdict(validation: Validation) -> str:
     """The answer to "is the prediction right?" in a sentence."""
-    step = validation.checks[0]
-    times = f"{_time(step.predicted)} per step predicted, {_time(step.measured)} measured (median)"
+    step, alone = validation.checks[0], validation.run.only_rank
+    what = "per step" if alone is None else f"of kernels on rank {alone} alone"
+    of = "median" if alone is None else "median step"
+    times = f"{_time(step.predicted)} {what} predicted, {_time(step.measured)} measured ({of})"
     head = f"{validation.run.schedule.name} on {validation.cluster.name}: {times}"
     failed = ", ".join(check.name for check in validation.checks if not check.passed)
     error = signed_percent(step.relative_error)

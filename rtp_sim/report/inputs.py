@@ -22,6 +22,9 @@ def input_rows(request: Request, meta: Mapping[str, object], cluster: Cluster) -
         "micro_batch",
         "num_microbatches",
         "seq_len",
+        "clip_norm",
+        "loss_scale",
+        "dropout",
         "notes",
     ):
         if meta.get(name) is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from rtp_sim.errors import InputError
-from rtp_sim.model.layers import split_sizes
+from rtp_sim.model.layers import Dropout, split_sizes
 from rtp_sim.model.network import Network, unfused
 from rtp_sim.model.training import TrainingSpec
 from rtp_sim.schedule.ir import Group, Schedule
@@ -66,7 +66,16 @@ def _meta(
         "recompute": training.recompute,
         "model_flops": flops if options.eval_passes else flops * (1 + BACKWARD_TO_FORWARD_FLOPS),
         "notes": notes or None,
+        **_asked_for(network, training),
     }
+
+
+def _asked_for(network: Network, training: TrainingSpec) -> dict[str, str | int | float | bool | None]:
+    """What not every step has: clipping, a loss scale, dropout (the largest probability)."""
+    dropout = max((x.op.probability for x in network.layers() if isinstance(x.op, Dropout)), default=0.0)
+    found: dict[str, str | int | float | bool | None] = {"clip_norm": training.clip_norm, "dropout": dropout or None}
+    found["loss_scale"] = training.loss_scale if training.scales_loss else None
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def uneven_notes(network: Network, layout: ParallelLayout) -> Iterator[str]:

@@ -8,7 +8,6 @@ of a program shows exactly the synchronisation that it needs. A vector clock per
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from rtp_sim.schedule.ir import DTYPE_BYTES, Action, Buffer, Holding, Op, Part, Program, Size
 
@@ -50,11 +49,6 @@ class Builder:
     def itemsize(dtype: str) -> int:
         """Bytes of one element."""
         return DTYPE_BYTES[dtype]
-
-    def outlives(self, name: str, *, instead_of: str) -> None:
-        """At the end of the step the content of `instead_of` is in `name`."""
-        self._buffers[name] = replace(self._buffers[name], live_out=True)
-        self._buffers[instead_of] = replace(self._buffers[instead_of], live_out=False)
 
     def fresh(self, name: str) -> bool:
         """Whether the buffer holds nothing yet, so that the next write starts a new content."""

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from rtp_sim.model.layers import Layer
 from rtp_sim.schedule.ir import Compute, Holding, Part, Size
-from rtp_sim.schedule.step import OptimizerShare, Step
+from rtp_sim.schedule.step import Step
+from rtp_sim.schedule.update import OptimizerShare
 
 
 @dataclass(frozen=True, slots=True)

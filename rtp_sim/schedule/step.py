@@ -15,9 +15,10 @@ from rtp_sim.model.layers import Attention, Call, Extent, Layer
 from rtp_sim.model.network import Block, Network
 from rtp_sim.model.training import TrainingSpec
 from rtp_sim.schedule.builder import Builder
-from rtp_sim.schedule.ir import Collective, Compute, Dims, Group, Holding, Part, Site, Size
+from rtp_sim.schedule.ir import Collective, Compute, Group, Holding, Part, Site, Size
 from rtp_sim.schedule.options import Options
 from rtp_sim.schedule.sharding import ShardedLayer, Sharding, lower
+from rtp_sim.schedule.update import OptimizerShare, loss_scale_buffer, take_step
 
 OnInputGrad = Callable[[str], None]
 
@@ -43,22 +44,6 @@ class Work:
 ALL = Work()
 
 
-@dataclass(frozen=True, slots=True)
-class OptimizerShare:
-    """Parameters that a rank updates: their state is kept in `opt.<name>`; `numel` by shard where uneven.
-
-    `holds` says whose they are; with `slice_of` the rank updates only its slice of them (ir.Buffer).
-    """
-
-    name: str
-    numel: Size
-    grads: tuple[str, ...]
-    weights: tuple[str, ...]
-    holds: tuple[Holding, ...]
-    slice_of: str = ""
-    part: Part | None = None
-
-
 class Step:
     """The program of one rank class under construction, with what strategies need to know about the run."""
 
@@ -76,6 +61,8 @@ class Step:
         self._inputs = {i.name for i in network.inputs}
         self._loss = network.blocks[-1].layers[-1].output
         self._pending: dict[str, str] = {}
+        # The stream on which collectives of a group were issued last.
+        self._streams: dict[str, str] = {}
 
     # ---- what strategies loop over
 
@@ -290,6 +277,9 @@ class Step:
             writes.append(grad)
             if not self.b.fresh(grad):
                 reads.append(grad)
+        if self.training.scales_loss and layer.output == self._loss and call.outputs[0] == "y":
+            # Where the backward pass starts, from the scale instead of from 1.
+            reads.append(loss_scale_buffer(self.b))
         unique = tuple(dict.fromkeys(reads))
         self._compute(layer, f"B{_sub(work)}", lowered, i, rule.kernel, work, unique, tuple(writes))
         if on_input_grad is not None:
@@ -374,6 +364,7 @@ class Step:
         writes: tuple[str, ...], dtype: str | None = None, after: tuple[int, ...] = (),
     ) -> int | None:  # fmt: skip
         """A collective of `numel` elements (total array, nccl-tests' convention); none in a group of one."""
+        self._streams[group] = stream
         if self.group_size(group) == 1 or numel == 0:
             return None
         dtype = dtype or self.policy.weight_dtype
@@ -381,47 +372,9 @@ class Step:
         return self.b.op(name, stream, Collective(kind, group, size_bytes, dtype), reads, writes, after=after)
 
     def optimizer(self, shares: Sequence[OptimizerShare]) -> None:
-        """One fused optimizer step over everything this rank updates."""
-        per_parameter = self.training.optimizer_bytes_per_parameter()
-        states: list[str] = []
-        for s in shares:
-            numel = s.numel
-            size = tuple(n * per_parameter for n in numel) if isinstance(numel, tuple) else numel * per_parameter
-            states.append(
-                self.b.buffer(
-                    f"opt.{s.name}", "optimizer", "uint8", size, part=s.part, persistent=True, holds=s.holds,
-                    slice_of=s.slice_of,
-                )
-            )  # fmt: skip
-        dims, variants = _optimizer_dims([s.numel for s in shares], self._optimizer_traffic())
-        part = next((s.part for s in shares if isinstance(s.numel, tuple)), None)
-        action = Compute("optimizer", self.policy.weight_dtype, dims, part, variants)
-        grads = tuple(dict.fromkeys(g for s in shares for g in s.grads))
-        weights = tuple(dict.fromkeys(w for s in shares for w in s.weights))
-        self.b.op(
-            "optimizer", "compute", action, (*grads, *weights, *states), (*weights, *states, *self._scratch(shares))
-        )
-
-    def _scratch(self, shares: Sequence[OptimizerShare]) -> tuple[str, ...]:
-        """What the optimizer's step allocates for itself, as torch's foreach form does for the roots of the moments."""
-        numbers = self.options.optimizer_scratch
-        if not numbers:
-            return ()
-        numel = sum(numbers * (s.numel if isinstance(s.numel, int) else max(s.numel)) for s in shares)
-        return (self.b.buffer("opt.scratch", "workspace", self.policy.state_dtype, numel),)
-
-    def _optimizer_traffic(self) -> int:
-        """Bytes moved per parameter: gradient read, states and master weights read and written, weights written (and
-        read where they have no master copy)."""
-        p, states = self.policy, self.training.optimizer_bytes_per_parameter()
-        return p.gradient_bytes + 2 * states + p.weight_bytes * (1 if p.master_bytes else 2)
-
-
-def _optimizer_dims(sizes: Sequence[Size], traffic: int) -> tuple[Dims, tuple[Dims, ...] | None]:
-    shards = max((len(n) for n in sizes if isinstance(n, tuple)), default=1)
-    totals = [sum(n[i] if isinstance(n, tuple) else n for n in sizes) for i in range(shards)]
-    variants: tuple[Dims, ...] = tuple((("numel", t), ("state_bytes", traffic)) for t in totals)
-    return variants[0], variants if shards > 1 else None
+        """The update of everything this rank updates (update.py)."""
+        scratch = self.options.optimizer_scratch
+        take_step(self.b, self.training, self.groups, self._streams, shares, scratch)
 
 
 def _tagged(work: Work, tag: str) -> Work:

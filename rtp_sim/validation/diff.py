@@ -137,9 +137,9 @@ class TimelineDiff:
         return sorted(ops, key=lambda o: (-abs(o.error_ns), o.rank, o.op.index))[:count]
 
 
-def diff(predicted: Timeline, measured: Timeline) -> TimelineDiff:
+def diff(predicted: Timeline, measured: Timeline, ranks: Iterable[int] | None = None) -> TimelineDiff:
     """Joins two timelines of one schedule. A predicted representative is compared with every measured rank it stands
-    for; ranks that are represented alike on both sides are compared once.
+    for; ranks that are represented alike on both sides are compared once. `ranks` are those to compare (all).
 
     InputError if the schedules differ (saying what does first) or a rank has not one time per op.
     """
@@ -149,17 +149,17 @@ def diff(predicted: Timeline, measured: Timeline) -> TimelineDiff:
     schedule = measured.schedule
     layer_kinds = [tuple(layer_kind(p, op) for op in p.ops) for p in schedule.programs]
     alike: dict[tuple[int, int], list[int]] = {}
-    for rank in range(schedule.world_size):
+    for rank in range(schedule.world_size) if ranks is None else ranks:
         alike.setdefault((predicted.representative_of[rank], measured.representative_of[rank]), []).append(rank)
-    ranks = tuple(
+    compared = tuple(
         _rank_diff(predicted, measured, tuple(of_pair), layer_kinds[schedule.program_of_rank[of_pair[0]]])
         for of_pair in alike.values()
     )
     last = critical_rank(measured)
-    critical = next(r for r in ranks if last in r.stands_for)
+    critical = next((r for r in compared if last in r.stands_for), compared[0])
     step_error_ns = predicted.step_time_ns - measured.step_time_ns
     return TimelineDiff(
-        predicted, measured, ranks, critical.rank,
+        predicted, measured, compared, critical.rank,
         grouped(critical.ops, lambda o: op_kind(o.op), step_error_ns),
         grouped(critical.ops, lambda o: o.layer_kind, step_error_ns),
     )  # fmt: skip

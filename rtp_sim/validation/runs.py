@@ -3,6 +3,7 @@
     request.json    what was asked for: model, strategy and training (shown in reports)
     schedule.json   the schedule that was executed
     measured.json   the timeline of the median step
+    stated.json     what every op takes, of a run whose ranks only slept
     result.json     "step_times_ns" of all measured steps; by rank "bytes_sent", "messages", "peak_memory_bytes"
 
 A run is as predicted if the median step time and the highest peak memory are within the tolerance, and every rank sent
@@ -20,19 +21,26 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from rtp_sim.cost.model import ClusterCost
-from rtp_sim.engine.longest_path import longest_path
 from rtp_sim.errors import InputError, ScheduleError
 from rtp_sim.hardware.spec import Cluster
+from rtp_sim.link import Link
 from rtp_sim.metrics import communication_totals
 from rtp_sim.model.json_file import read_json_object, validated
 from rtp_sim.schedule.ir import Compute, Schedule
 from rtp_sim.schedule.serialize import from_json
+from rtp_sim.stated import from_json as from_stated_json
 from rtp_sim.timeline import Timeline
 from rtp_sim.timeline_file import load_timeline
 from rtp_sim.validation.diff import TimelineDiff, diff, relative_error, with_numbers
+from rtp_sim.validation.predict import Conditions, predict
 from rtp_sim.validation.same_schedule import first_difference
 
 REQUEST, SCHEDULE, MEASURED, RESULT = FILES = ("request.json", "schedule.json", "measured.json", "result.json")
+STATED = "stated.json"
+
+
+PROFILER = "torch.profiler"
+"""The meta "clocks" of a timeline that was read from the ranks' traces."""
 
 
 class ResultFile(BaseModel):
@@ -47,20 +55,27 @@ class ResultFile(BaseModel):
     bytes_sent: list[int] | None = Field(None, description="bytes that each rank sent in one step, by rank, or null")
     messages: list[int] | None = Field(None, description="messages that each rank sent in one step, by rank, or null")
     peak_memory_bytes: list[int] | None = Field(None, description="peak memory of each rank in bytes, by rank, or null")
+    only_rank: int | None = Field(None, description="the rank that ran alone, without its partners, or null")
+    twin: str | None = Field(None, description="what of torch ran in the place of the schedule, or null")
+    communication: str = Field("real", description="what took the place of its partners: fake or copy")
 
 
 @dataclass(frozen=True)
 class MeasuredRun:
-    """What a run left. Numbers by rank are empty where they were not measured; `failure` says how it broke off."""
+    """What a run left. Numbers by rank are empty where they were not measured; `failure` says how it broke off. Of a
+    rank that ran alone (`only_rank`) there is one number each."""
 
     path: Path
     request: Mapping[str, object]
     timeline: Timeline
+    conditions: Conditions
     failure: str
     step_times_ns: tuple[int, ...]
     bytes_sent: tuple[int, ...]
     messages: tuple[int, ...]
     peak_memory_bytes: tuple[int, ...]
+    only_rank: int | None = None
+    communication: str = "real"
 
     @property
     def schedule(self) -> Schedule:
@@ -124,6 +139,8 @@ def load_run(path: Path) -> MeasuredRun:
         _require(path / name)
     request, schedule = read_json_object(path / REQUEST), _read_schedule(path / SCHEDULE)
     result = validated(ResultFile, read_json_object(path / RESULT), path / RESULT)
+    if result.twin is not None:
+        raise InputError(f"{path} is a run of a twin ({result.twin}): it has no ops to compare; run without --twin")
     if not result.step_times_ns:
         why = f": the run failed ({result.failure})" if result.failure else ""
         raise InputError(f"{path / RESULT}: 'step_times_ns' is empty, no measured step was finished{why}")
@@ -133,11 +150,16 @@ def load_run(path: Path) -> MeasuredRun:
     timeline = load_timeline(path / MEASURED)
     if difference := first_difference(timeline.schedule, schedule, MEASURED, SCHEDULE):
         raise InputError(f"{path}: {MEASURED} and {SCHEDULE} do not belong together: {difference}")
-    by_rank = [
-        _by_rank(path / RESULT, name, getattr(result, name), schedule.world_size)
+    ranks = schedule.world_size if result.only_rank is None else 1
+    sent, messages, peak = (
+        _by_rank(path / RESULT, name, getattr(result, name), ranks)
         for name in ("bytes_sent", "messages", "peak_memory_bytes")
-    ]
-    return MeasuredRun(path, request, timeline, result.failure or "", tuple(result.step_times_ns), *by_rank)
+    )
+    conditions, times = _conditions(path, request), tuple(result.step_times_ns)
+    return MeasuredRun(
+        path, request, timeline, conditions, result.failure or "", times, sent, messages, peak,
+        result.only_rank, result.communication,
+    )  # fmt: skip
 
 
 def validate(run: MeasuredRun, cluster: Cluster, tolerance: float, engine: str = "simpy") -> Validation:
@@ -152,22 +174,22 @@ def validate(run: MeasuredRun, cluster: Cluster, tolerance: float, engine: str =
             f"{run.path} was run on {schedule.world_size} ranks, {cluster.name} as asked for has {cluster.world_size}; "
             "expected a profile with as many"
         )
-    predicted = _predict(schedule, cost, engine)
+    predicted = predict(schedule, cluster, run.conditions, engine)
     measured = run.timeline
     for key in ("bytes_sent", "messages", "peak_memory_bytes"):
         measured = with_numbers(measured, key, dict(enumerate(getattr(run, key))))
     joined = diff(replace(predicted, meta={**predicted.meta, "cluster": cluster.name}), measured)
     spread = spread_of(run.step_times_ns)
-    checks = [_near("step time", "ns", predicted.step_time_ns, spread.median_ns, tolerance)]
+    checks = [near("step time", "ns", predicted.step_time_ns, spread.median_ns, tolerance)]
     if run.peak_memory_bytes:
         peaks = [rank.predicted.peak_memory_bytes or 0 for rank in joined.ranks]
-        checks.append(_near("peak memory", "bytes", max(peaks), max(run.peak_memory_bytes), tolerance))
+        checks.append(near("peak memory", "bytes", max(peaks), max(run.peak_memory_bytes), tolerance))
     totals = [communication_totals(schedule, rank) for rank in range(schedule.world_size)]
     if run.bytes_sent:
-        checks.append(_equal("bytes sent", "bytes", [sent for sent, _, _ in totals], run.bytes_sent))
+        checks.append(equal("bytes sent", "bytes", [sent for sent, _, _ in totals], run.bytes_sent))
     if run.messages:
-        checks.append(_equal("messages", "messages", [count for _, count, _ in totals], run.messages))
-    return Validation(run, cluster, tolerance, spread, joined, tuple(checks), _notes(run, cost))
+        checks.append(equal("messages", "messages", [count for _, count, _ in totals], run.messages))
+    return Validation(run, cluster, tolerance, spread, joined, tuple(checks), notes(run, cost))
 
 
 def spread_of(times_ns: Sequence[int]) -> Spread:
@@ -176,33 +198,49 @@ def spread_of(times_ns: Sequence[int]) -> Spread:
     return Spread(len(times_ns), median_low(times_ns), p10, p90)
 
 
-def _predict(schedule: Schedule, cost: ClusterCost, engine: str) -> Timeline:
-    if engine == "longest-path":
-        return longest_path(schedule, cost)
-    # Imported here: the event engine needs SimPy, the other does not.
-    from rtp_sim.engine.simulate import simulate
+def _conditions(path: Path, request: Mapping[str, object]) -> Conditions:
+    """How the run was made, by its request."""
+    link = times = None
+    if request.get("transport") == "emulated":
+        link = Link(*(_whole(path, request, name) for name in ("link_latency_ns", "link_bandwidth_bytes_per_s")))
+    if request.get("stated"):
+        _require(path / STATED)
+        times = from_stated_json((path / STATED).read_text(encoding="utf-8"))
+    return Conditions(str(request.get("device", "")), str(request.get("transport", "auto")), link, times)
 
-    return simulate(schedule, cost)
+
+def _whole(path: Path, request: Mapping[str, object], name: str) -> int:
+    value = request.get(name)
+    if not isinstance(value, int):
+        raise InputError(f"{path / REQUEST}: {name!r} is {value!r}; expected a whole number")
+    return value
 
 
-def _notes(run: MeasuredRun, cost: ClusterCost) -> tuple[str, ...]:
+def notes(run: MeasuredRun, cost: ClusterCost) -> tuple[str, ...]:
     """What a reader should know: rates taken from another dtype, a run made for exactness."""
     actions = (op.action for program in run.schedule.programs for op in program.ops)
     dtypes = dict.fromkeys(action.dtype for action in actions if isinstance(action, Compute))
     notes = [note for note in map(cost.rate_note, dtypes) if note]
+    if run.timeline.meta.get("clocks") == PROFILER:
+        median_ns = median_low(run.step_times_ns)
+        longer = run.timeline.step_time_ns / median_ns - 1
+        notes.append(f"the ops are those of a step under the profiler, {longer:+.1%} against the median step")
     if run.failure:
         notes.append(f"the run broke off: {run.failure}; what it finished before is compared")
+    if run.conditions.times is not None:
+        notes.append(f"ranks slept for the times in {STATED}: they are predicted with these, not with the profile's")
     if computed_in := run.request.get("float_dtype"):
         notes.append(f"the run computed in {computed_in}, whatever the schedule says: times and memory do not compare")
     return tuple(notes)
 
 
-def _near(name: str, unit: str, predicted: float, measured: float, tolerance: float) -> Check:
+def near(name: str, unit: str, predicted: float, measured: float, tolerance: float) -> Check:
+    """Passes where the relative error is within the tolerance."""
     error = relative_error(predicted, measured)
     return Check(name, unit, predicted, measured, tolerance, error is not None and abs(error) <= tolerance)
 
 
-def _equal(name: str, unit: str, counted: Sequence[int], measured: Sequence[int]) -> Check:
+def equal(name: str, unit: str, counted: Sequence[int], measured: Sequence[int]) -> Check:
     """Sums over the ranks, equal only if every rank is."""
     wrong = next((r for r, (c, m) in enumerate(zip(counted, measured, strict=True)) if c != m), None)
     note = "" if wrong is None else f"rank {wrong}: {counted[wrong]} predicted, {measured[wrong]} measured"

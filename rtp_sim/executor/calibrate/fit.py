@@ -21,7 +21,7 @@ from math import sqrt
 import numpy as np
 import numpy.typing as npt
 
-from rtp_sim.cost.compute import REREADS, ComputeCost
+from rtp_sim.cost.compute import REREADS, ComputeCost, work
 from rtp_sim.errors import InputError
 from rtp_sim.executor.calibrate.samples import SHIFT, STEPS, KernelSample, TransferSample, median
 from rtp_sim.hardware.spec import Device, Number
@@ -33,6 +33,9 @@ CURVE_FROM_SHARE = 0.25
 """A curve begins at the size at which the bytes take this share of the time; below, latency is all that counts."""
 CURVE_GAIN = 0.7
 """A size curve is only kept if it brings the relative error (root mean square) below this share of that without."""
+LEAST_SIZES = 4
+"""Sizes of a kernel that a line of its own needs."""
+FASTER_THAN_SEEN = 4.0
 ROUNDS = 40
 REWEIGHTED = 12
 
@@ -53,9 +56,30 @@ class KernelFit:
 
 
 @dataclass(frozen=True, slots=True)
+class Line:
+    """A kernel's time: floor + FLOPs x ns_per_flop + bytes x ns_per_byte. `error` is the median relative error over
+    `sizes` sizes, `worst` the largest."""
+
+    floor_ns: float
+    ns_per_flop: float
+    ns_per_byte: float
+    sizes: int
+    error: float
+    worst: float
+
+
+@dataclass(frozen=True, slots=True)
+class KindFit:
+    """A collective's time: ring steps x step + bytes of an edge / bandwidth."""
+
+    step_ns: float
+    bandwidth_bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class TransferFit:
-    """Parameters as in hardware.spec.CommunicationParams. `one_rate` says that messages were at least as fast as
-    collectives, which the model cannot say: then both share one bandwidth."""
+    """Parameters as in hardware.spec.CommunicationParams; the bandwidth is the best that any kind of transfer reaches,
+    `kinds` are the collectives by themselves."""
 
     p2p_base_ns: float
     p2p_efficiency: float
@@ -63,7 +87,7 @@ class TransferFit:
     collective_step_ns: float
     bandwidth_bytes_per_s: float
     size_curve: tuple[tuple[int, float], ...]
-    one_rate: bool
+    kinds: Mapping[str, KindFit]
     core_ns_per_byte: float
 
 
@@ -175,8 +199,26 @@ def _row(sample: KernelSample) -> _Row:
     kernel, sizes = KERNELS[sample.kernel], dict(sample.dims)
     memory = kernel.bytes_moved(sizes, sample.dtype) * REREADS.get(sample.kernel, 1.0)
     group = "memory" if kernel.kind == "memory" else f"{kernel.kind} {sample.dtype}"
-    work = kernel.flops(sizes) / (2 if kernel.kind == "attention" and sizes.get("causal") else 1)
-    return _Row(group, work, memory, median(sample.times_ns))
+    return _Row(group, work(kernel, sizes), memory, median(sample.times_ns))
+
+
+def fit_lines(samples: Sequence[KernelSample]) -> dict[tuple[str, str], Line]:
+    """Floor and slopes of every kernel and dtype of which enough sizes were measured; of one size there is no line."""
+    by_kernel: dict[tuple[str, str], list[KernelSample]] = {}
+    for sample in samples:
+        by_kernel.setdefault((sample.kernel, sample.dtype), []).append(sample)
+    return {key: _line(sizes) for key, sizes in by_kernel.items() if len(sizes) >= LEAST_SIZES}
+
+
+def _line(samples: Sequence[KernelSample]) -> Line:
+    rows = [
+        (work(k, dict(s.dims)), float(k.bytes_moved(dict(s.dims), s.dtype)), median(s.times_ns))
+        for s in samples for k in (KERNELS[s.kernel],)
+    ]  # fmt: skip
+    flops, moved, times = ([row[i] for row in rows] for i in range(3))
+    x = relative_least_squares([[1.0] * len(rows), flops, moved], times)
+    errors = [abs((x[0] + x[1] * f + x[2] * b) / t - 1) for f, b, t in rows]
+    return Line(x[0], x[1], x[2], len(rows), median(errors), max(errors))
 
 
 def tune(device: Device, samples: Sequence[KernelSample]) -> Device:
@@ -219,13 +261,18 @@ def _scaled(number: Number, factor: float) -> Number:
 
 @dataclass(frozen=True, slots=True)
 class _Move:
-    """One transfer sample: whether a collective, ring steps, bytes over an edge, and its size for the curve."""
+    """One transfer sample: kind, ring steps, bytes over an edge, and its size for the curve."""
 
-    collective: bool
+    kind: str
     steps: int
     edge_bytes: float
     size_bytes: int
     time_ns: float
+
+    @property
+    def collective(self) -> bool:
+        """Whether all ranks take part in one operation."""
+        return self.kind != SHIFT
 
 
 def fit_transfers(samples: Sequence[TransferSample]) -> TransferFit:
@@ -255,15 +302,15 @@ def core_ns_per_byte(samples: Sequence[TransferSample]) -> float:
 
 def _move(sample: TransferSample) -> _Move:
     if sample.kind == SHIFT:
-        return _Move(False, 1, sample.size_bytes, sample.size_bytes, median(sample.times_ns))
+        return _Move(sample.kind, 1, sample.size_bytes, sample.size_bytes, median(sample.times_ns))
     steps = STEPS[sample.kind] * (sample.ranks - 1)
     edge_bytes = sample.size_bytes * steps / sample.ranks
-    return _Move(True, steps, edge_bytes, sample.size_bytes, median(sample.times_ns))
+    return _Move(sample.kind, steps, edge_bytes, sample.size_bytes, median(sample.times_ns))
 
 
 def _fit_moves(moves: Sequence[_Move], curve: Mapping[int, float]) -> tuple[TransferFit, float]:
-    """The fit for a given curve, and its relative error. Messages get a bandwidth of their own unless that is above the
-    collectives': p2p_efficiency ends at 1, and then one bandwidth serves both."""
+    """The fit for a given curve, and its relative error: one bandwidth for messages, one for collectives, and each kind
+    of collective by itself."""
     target = [move.time_ns for move in moves]
     bases = [
         [0.0 if move.collective else 1.0 for move in moves],
@@ -276,22 +323,35 @@ def _fit_moves(moves: Sequence[_Move], curve: Mapping[int, float]) -> tuple[Tran
     theirs = [f if move.collective else 0.0 for move, f in zip(moves, flow, strict=True)]
     columns = [*bases, mine, theirs]
     x = relative_least_squares(columns, target)
-    one_rate = x[3] < x[4] * (1 - 1e-9)
-    if one_rate:
-        columns = [*bases, flow]
-        x = relative_least_squares(columns, target)
-        x = [*x, x[3]]
-    parts = x[:4] if one_rate else x
-    predicted = [
-        sum(value * column[i] for value, column in zip(parts, columns, strict=True)) for i in range(len(moves))
-    ]
+    predicted = [sum(value * column[i] for value, column in zip(x, columns, strict=True)) for i in range(len(moves))]
     error = sqrt(sum((p / t - 1) ** 2 for p, t in zip(predicted, target, strict=True)) / len(target))
-    per_byte_ns = max(x[4], 1e-6)
+    kinds = {
+        kind: _kind(*zip(*((m.steps, f, m.time_ns) for m, f in zip(moves, flow, strict=True) if m.kind == kind),
+                         strict=True))
+        for kind in sorted({move.kind for move in moves if move.collective})
+    }  # fmt: skip
+    floors = [
+        _least_ns_per_byte(*zip(*((f, m.time_ns) for m, f in zip(moves, flow, strict=True) if m.collective == which),
+                                strict=True))
+        for which in (False, True)
+    ]  # fmt: skip
+    message_rate, rate = (1e9 / max(ns_per_byte, least) for ns_per_byte, least in zip(x[3:], floors, strict=True))
+    best = max(message_rate, rate, *(kind.bandwidth_bytes_per_s for kind in kinds.values()))
     fit = TransferFit(
-        x[0], min(1.0, per_byte_ns / max(x[3], 1e-6)), x[1], x[2], 1e9 / per_byte_ns,
-        tuple(sorted((size, fraction) for size, fraction in curve.items())), one_rate, 0.0,
+        x[0], message_rate / best, x[1], x[2], best,
+        tuple(sorted((size, fraction) for size, fraction in curve.items())), kinds, 0.0,
     )  # fmt: skip
     return fit, error
+
+
+def _kind(steps: Sequence[int], flow: Sequence[float], times_ns: Sequence[float]) -> KindFit:
+    step_ns, ns_per_byte = relative_least_squares([[float(n) for n in steps], flow], times_ns)
+    return KindFit(step_ns, 1e9 / max(ns_per_byte, _least_ns_per_byte(flow, times_ns)))
+
+
+def _least_ns_per_byte(flow: Sequence[float], times_ns: Sequence[float]) -> float:
+    """Where latency hides what bytes cost, they are taken to pass at most this many times faster than was seen."""
+    return min(t / f for f, t in zip(flow, times_ns, strict=True)) / FASTER_THAN_SEEN
 
 
 def _size_curve(moves: Sequence[_Move], fit: TransferFit) -> dict[int, float]:
@@ -317,8 +377,8 @@ def _slowness(moves: Sequence[_Move], fit: TransferFit) -> float:
     """How many times longer than at the fit's full bandwidth the bytes of these transfers take."""
     above = below = 0.0
     for move in moves:
-        collective_ns = fit.collective_base_ns + move.steps * fit.collective_step_ns
-        latency_ns = collective_ns if move.collective else fit.p2p_base_ns
+        kind = fit.kinds.get(move.kind)
+        latency_ns = fit.p2p_base_ns if kind is None else move.steps * kind.step_ns
         share = move.edge_bytes / _rate(move, fit) / move.time_ns
         above += share * (1 - latency_ns / move.time_ns)
         below += share * share
@@ -327,4 +387,5 @@ def _slowness(moves: Sequence[_Move], fit: TransferFit) -> float:
 
 def _rate(move: _Move, fit: TransferFit) -> float:
     """Bytes per ns of a large transfer."""
-    return fit.bandwidth_bytes_per_s * (1.0 if move.collective else fit.p2p_efficiency) / 1e9
+    kind = fit.kinds.get(move.kind)
+    return (fit.bandwidth_bytes_per_s * fit.p2p_efficiency if kind is None else kind.bandwidth_bytes_per_s) / 1e9

@@ -1,39 +1,43 @@
-"""A small training step run by the executor itself: what its interpreter and its machine add to the kernels.
+"""Training steps of small models that the executor itself runs: what its kernels take where they will run.
 
-A kernel of a step takes longer than the same kernel called alone: the machine finds the operands by name, cuts out
-shards and puts the result in its place. On a CPU all of this lies between the start and the end of an op, so it is part
-of the op's time; the issue cost is the time between two ops. On CUDA the host does it while the device computes: there
-all of it is issue cost.
+In a step a kernel finds its operands in memory and not in the caches, the machine looks them up, cuts out shards and
+puts the result into its place, and freed memory comes back. On a CPU all of it lies between the start and the end of an
+op. So the times of CPU kernels are taken from steps: one rank's program, its computing done in order, the data of its
+communication replaced by what the rank has itself. All ranks that have a core of their own do the same at once.
+
+On CUDA the host does all that while the device computes: there only the time to issue an op is taken from the step.
 """
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import torch
 
+from rtp_sim.executor.alone import StandIn
 from rtp_sim.executor.batches import random_batch
-from rtp_sim.executor.calibrate.kernels import layer_case, timed
-from rtp_sim.executor.calibrate.samples import KernelSample, median
+from rtp_sim.executor.calibrate.samples import KernelSample
+from rtp_sim.executor.clocks import now_ns
 from rtp_sim.executor.distributed import HostInterpreter
 from rtp_sim.executor.groups import Groups
 from rtp_sim.executor.machine import Machine
 from rtp_sim.executor.parameters import initial_parameters
 from rtp_sim.executor.progress import Progress
-from rtp_sim.model.layers import Add, Extent, Linear, Norm
+from rtp_sim.model.kernels import is_empty
 from rtp_sim.model.network import Network
 from rtp_sim.model.training import TrainingSpec
-from rtp_sim.schedule.ir import Compute, Dims, Schedule
+from rtp_sim.schedule.ir import Collective, Compute, Dims, Op, Schedule
 
-WARM_UP = 3
+WARM_UP = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A training step of one rank: a schedule without communication and what it trains."""
+    """A training step: a schedule and what it trains."""
 
     schedule: Schedule
     network: Network
@@ -42,18 +46,61 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class ProbeTimes:
-    """`issue_ns` per op, one entry per step; `samples` the step's kernels, with all that the machine adds to them."""
+    """`samples` of the kernels, and the host's time for each communication op."""
 
-    issue_ns: tuple[int, ...]
     samples: tuple[KernelSample, ...]
+    communication_ns: tuple[int, ...]
 
 
-def run_probe(probe: Probe, device: torch.device, steps: int) -> ProbeTimes:
-    """Times of `steps` steps on this rank."""
-    machine = Machine(probe.schedule, 0, probe.network, probe.training, initial_parameters(probe.network), device)
-    ops = probe.schedule.program(0).ops
-    issue: list[int] = []
+def run_probe(probe: Probe, rank: int, steps: int, wait: Callable[[], None]) -> ProbeTimes:
+    """Times of `steps` steps of the rank's program on a CPU; `wait` before each, so that all ranks compute at once."""
+    machine = _machine(probe, rank, torch.device("cpu"))
+    partners = StandIn(machine, copies=False)
+    micros = int(probe.schedule.meta.get("num_microbatches") or probe.training.num_microbatches)
     times: dict[tuple[str, str, Dims], list[int]] = {}
+    issue: list[int] = []
+    for step in range(WARM_UP + steps):
+        machine.start_step(random_batch(probe.network, probe.training.micro_batch, micros, step=step))
+        wait()
+        for op in machine.program.ops:
+            start_ns = now_ns()
+            if not isinstance(op.action, Compute):
+                took_ns = communicate_alone(machine, op, partners)
+                if step >= WARM_UP:
+                    issue.append(took_ns)
+                continue
+            machine.run(op)
+            took_ns = now_ns() - start_ns
+            dims = op.action.dims_at(probe.schedule.shard_index(rank, op.action.part))
+            if step >= WARM_UP and not is_empty(dims):
+                times.setdefault((op.action.kernel, op.action.dtype, dims), []).append(max(1, took_ns))
+    return ProbeTimes(tuple(KernelSample(*key, tuple(ns)) for key, ns in times.items()), tuple(issue))
+
+
+def communicate_alone(machine: Machine, op: Op, partners: StandIn) -> int:
+    """Does a communication op with nobody else; returns the nanoseconds that the host spent on taking the data from the
+    machine and putting it back."""
+    start_ns = now_ns()
+    if isinstance(op.action, Collective):
+        parcel = machine.parcel(op)
+        taken_ns = now_ns()
+        partners.collective(op, parcel)
+        moved_ns = now_ns()
+        machine.finish(op, parcel)
+    else:
+        transfers = machine.transfers(op)
+        taken_ns = now_ns()
+        partners.exchange(op, transfers, 0)
+        moved_ns = now_ns()
+        machine.finish(op)
+    return taken_ns - start_ns + now_ns() - moved_ns
+
+
+def issue_times(probe: Probe, device: torch.device, steps: int) -> list[int]:
+    """Host time per op of a step without communication, one entry per step: on a CPU the time between ops."""
+    machine = _machine(probe, 0, device)
+    ops = probe.schedule.program(0).ops
+    found = []
     with tempfile.TemporaryDirectory() as folder:
         # Without communication no group is ever asked for.
         groups = Groups(cast("torch.distributed.ProcessGroup", None), {})
@@ -63,32 +110,20 @@ def run_probe(probe: Probe, device: torch.device, steps: int) -> ProbeTimes:
             done = interpreter.run_step()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            if step < WARM_UP:
-                continue
-            took = [int(t) for t in done.ops[1] - done.ops[0]]
-            inside = 0 if device.type == "cuda" else sum(took)
-            issue.append((done.end_ns - done.start_ns - inside) // len(ops))
-            for op, ns in zip(ops, took, strict=True):
-                if isinstance(op.action, Compute) and device.type != "cuda":
-                    times.setdefault((op.action.kernel, op.action.dtype, op.action.dims), []).append(max(1, ns))
-    samples = tuple(KernelSample(*key, tuple(all_times)) for key, all_times in times.items())
-    return ProbeTimes(tuple(issue), samples)
+            inside = 0 if device.type == "cuda" else int((done.ops[1] - done.ops[0]).sum())
+            if step >= WARM_UP:
+                found.append((done.end_ns - done.start_ns - inside) // len(ops))
+    return found
 
 
-def machine_ns(probe: Probe, times: ProbeTimes, device: torch.device, rounds: int) -> int:
-    """What the machine adds to a kernel: the median over the step's additions, norms and products of the time in the
-    step less the time of the same kernel called alone."""
-    measured = {(s.kernel, s.dtype, s.dims): median(s.times_ns) for s in times.samples}
-    layers = {layer.name: layer.op for layer in probe.network.layers()}
-    extent = Extent(probe.training.micro_batch, probe.network.seq)
-    added: list[float] = []
-    for op in probe.schedule.program(0).ops:
-        action = op.action
-        if not isinstance(action, Compute) or action.site is None or action.site.layer not in layers:
-            continue
-        layer, key = layers[action.site.layer], (action.kernel, action.dtype, action.dims)
-        if isinstance(layer, Add | Norm | Linear) and key in measured:
-            run = layer_case(action.kernel, action.dtype, layer, extent).make(device)
-            alone = median(timed(device, run, [run] * rounds))
-            added.append(measured.pop(key) - alone)
-    return max(0, round(median(added))) if added else 0
+def _machine(probe: Probe, rank: int, device: torch.device) -> Machine:
+    return Machine(probe.schedule, rank, probe.network, probe.training, initial_parameters(probe.network), device)
+
+
+def gathered(results: Sequence[ProbeTimes]) -> tuple[list[KernelSample], list[int]]:
+    """The samples of several probes, one per kernel and size, and all communication times."""
+    times: dict[tuple[str, str, Dims], list[int]] = {}
+    for sample in (sample for result in results for sample in result.samples):
+        times.setdefault((sample.kernel, sample.dtype, sample.dims), []).extend(sample.times_ns)
+    samples = [KernelSample(*key, tuple(ns)) for key, ns in times.items()]
+    return samples, [ns for result in results for ns in result.communication_ns]

@@ -73,8 +73,12 @@ def class_of(sample: KernelSample | TransferSample) -> str:
 def residuals(cluster: Cluster, measured: Measurements) -> dict[str, Residual]:
     """By class, how far the predictions for `cluster` are from the medians."""
     errors: dict[str, list[float]] = {}
-    samples: Sequence[KernelSample | TransferSample] = (*measured.kernels, *measured.transfers)
+    lines = cluster.device.kernels
+    # Of a kernel with a line of its own the steps count: alone it is called without what the machine adds.
+    alone = [s for s in measured.kernels if (s.kernel, s.dtype) not in lines]
+    samples: Sequence[KernelSample | TransferSample] = (*alone, *measured.transfers, *measured.steps)
     for sample in samples:
         error = abs(predicted_ns(cluster, sample) / median(sample.times_ns) - 1)
-        errors.setdefault(class_of(sample), []).append(error)
+        inside = isinstance(sample, KernelSample) and (sample.kernel, sample.dtype) in lines
+        errors.setdefault(f"{class_of(sample)} in steps" if inside else class_of(sample), []).append(error)
     return {name: Residual(len(e), median(e), quantile(e, 0.9)) for name, e in errors.items()}

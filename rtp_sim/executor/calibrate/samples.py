@@ -46,7 +46,8 @@ class TransferSample:
 class HostSample:
     """What one rank's host and device are like: cost of issuing an op, memory, and compute alone and beside messages.
 
-    `alone_ns` and `beside_ns` time the same kernel; both are empty where there was nothing to run beside it.
+    `communication_ns` is the host's time for a communication op (empty where it was not measured). `alone_ns` and
+    `beside_ns` time the same kernel; both are empty where there was nothing to run beside it.
     """
 
     issue_ns: tuple[int, ...]
@@ -55,11 +56,13 @@ class HostSample:
     compute_units: int
     alone_ns: tuple[int, ...] = ()
     beside_ns: tuple[int, ...] = ()
+    communication_ns: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Measurements:
-    """All of one calibration. `facts` describes machine, software and settings."""
+    """All of one calibration. `kernels` were called one by one, `steps` are times of kernels inside training steps.
+    `facts` describes machine, software and settings."""
 
     device: str
     ranks: int
@@ -67,6 +70,7 @@ class Measurements:
     transfers: tuple[TransferSample, ...]
     host: HostSample
     facts: Facts
+    steps: tuple[KernelSample, ...] = ()
 
 
 def quantile(values: Sequence[float], q: float) -> float:

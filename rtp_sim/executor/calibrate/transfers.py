@@ -1,4 +1,4 @@
-"""Times of ring shifts and collectives among the ranks of this host, on gloo or NCCL.
+"""Times of ring shifts and collectives among the ranks of this host, by any of the executor's transports.
 
 How often each size is sent follows from the size alone: ranks that stopped on their own clocks would get out of step
 and hang. Between two transfers every rank computes for a moment, because in a training step the library's threads have
@@ -8,15 +8,24 @@ last rank was ready to when the last rank was done, which is how the simulator c
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from rtp_sim.executor.calibrate.kernels import between_events
 from rtp_sim.executor.calibrate.samples import SHIFT, STEPS, TransferSample
+from rtp_sim.executor.clocks import now_ns
+from rtp_sim.executor.exchange import Parcel, Transfer
+from rtp_sim.executor.lanes import Board, Job, Lane
+from rtp_sim.executor.progress import Progress
+from rtp_sim.executor.transport import Traffic, Transport
+from rtp_sim.schedule.ir import Buffer, Collective, Group, Hop, Op, Program, Schedule, Shift
 
 Run = Callable[[], object]
 KINDS = (SHIFT, *STEPS)
@@ -44,16 +53,26 @@ def repetitions(size_bytes: int, quick: bool) -> int:
     return max(most // 3, min(most, (64 << 20) // max(1, size_bytes)))
 
 
-def measure(device: torch.device, quick: bool, say: Callable[[str], None]) -> list[RankTimes]:
-    """This rank's times of all kinds and sizes; the process group is there already."""
+Measure = Callable[[str, int, int], tuple["list[int]", "list[int]", int]]
+"""(kind, elements, repetitions) -> when this rank was ready each time, when done, and the CPU time of all of it."""
+
+
+def measure(times_of: Measure, ranks: int, quick: bool, say: Callable[[str], None]) -> list[RankTimes]:
+    """This rank's times of all kinds and sizes."""
     results = []
-    work = _between(device)
     for kind in KINDS:
-        for size in QUICK_SIZES if quick else SIZES:
-            results.append(_measured(kind, size, device, repetitions(size, quick), work))
-            took = sorted(b - a for a, b in zip(results[-1].ready_ns, results[-1].done_ns, strict=True))
-            say(f"{kind} {results[-1].size_bytes} B: {took[len(took) // 2] / 1e3:,.0f} us on this rank")
+        for numel in sizes_of(ranks, quick):
+            size_bytes = numel * ELEMENT_BYTES
+            ready, done, cpu_ns = times_of(kind, numel, repetitions(size_bytes, quick))
+            results.append(RankTimes(kind, size_bytes, tuple(ready), tuple(done), cpu_ns))
+            took = sorted(b - a for a, b in zip(ready, done, strict=True))
+            say(f"{kind} {size_bytes} B: {took[len(took) // 2] / 1e3:,.0f} us on this rank")
     return results
+
+
+def sizes_of(ranks: int, quick: bool) -> list[int]:
+    """Elements of each transfer: a multiple of what every rank can hold an equal share of."""
+    return [-(-size // (ELEMENT_BYTES * ranks)) * ranks for size in (QUICK_SIZES if quick else SIZES)]
 
 
 def joined(passes: Sequence[Sequence[RankTimes]]) -> list[RankTimes]:
@@ -86,35 +105,98 @@ def combined(ranks: Sequence[Sequence[RankTimes]], shared_clock: bool) -> list[T
     return samples
 
 
-def _measured(kind: str, size_bytes: int, device: torch.device, count: int, work: Run) -> RankTimes:
-    n = dist.get_world_size()
-    # A multiple of what every rank can hold an equal share of.
-    numel = -(-size_bytes // (ELEMENT_BYTES * n)) * n
-    size_bytes = numel * ELEMENT_BYTES
-    buffers = max(2, min(MOST_BUFFERS, COLD_BYTES // size_bytes))
-    runs = [transfer(kind, numel, device) for _ in range(buffers)]
-    for run in runs:
-        run()
-    ready, done, cpu_ns = [], [], 0
-    for i in range(count):
-        work()
-        if device.type == "cuda":
-            a, b = _on_device(runs[i % buffers], device)
-        else:
+# ---- on CPUs, as the executor does it
+
+
+def transfer_schedule(ranks: int, quick: bool) -> Schedule:
+    """One op of each kind and size, so that the executor's transports have room for them."""
+    buffers: dict[str, Buffer] = {}
+    ops: list[Op] = []
+    for kind in KINDS:
+        for numel in sizes_of(ranks, quick):
+            share = numel if kind in (SHIFT, "all_reduce") else numel // ranks
+            out, into = (numel, share) if kind == "reduce_scatter" else (share, numel)
+            names = (f"out{len(ops)}", f"in{len(ops)}")
+            for name, size in zip(names, (out, into), strict=True):
+                buffers[name] = Buffer(name, "communication", "fp32", size)
+            size_bytes = numel * ELEMENT_BYTES
+            action: Shift | Collective = Shift("all", (Hop((1,), size_bytes),))
+            if kind != SHIFT:
+                action = Collective(kind, "all", size_bytes, "fp32")
+            ops.append(Op(len(ops), name_of(kind, numel), "link", action, reads=names[:1], writes=names[1:]))
+    members = tuple(range(ranks))
+    program = Program("all", buffers, tuple(ops))
+    return Schedule("transfers", ranks, {"all": Group("all", (ranks,), (members,))}, (program,), (0,) * ranks)
+
+
+def name_of(kind: str, numel: int) -> str:
+    """The op of a transfer."""
+    return f"{kind} {numel}"
+
+
+class LaneTimes:
+    """Transfers by a transport, handed to a stream's thread by a host that then waits: as in a step, with all that the
+    threads cost."""
+
+    def __init__(self, transport: Transport, schedule: Schedule, rank: int, folder: Path) -> None:
+        self._transport, self._rank, self._n = transport, rank, schedule.world_size
+        self._ops = {op.name: op for op in schedule.program(rank).ops}
+        self._lane = Lane(0, "link", Progress(folder / f"progress{rank}"))
+        self._work = _between(torch.device("cpu"))
+
+    def __call__(self, kind: str, numel: int, count: int) -> tuple[list[int], list[int], int]:
+        """See `Measure`."""
+        op, buffers = self._ops[name_of(kind, numel)], max(2, min(MOST_BUFFERS, COLD_BYTES // (numel * ELEMENT_BYTES)))
+        moves = [self._move(op, kind, numel) for _ in range(buffers)]
+        for move in moves:
+            move()
+        ready, done, cpu_ns = [], [], 0
+        for i in range(count):
+            self._work()
+            board = Board(np.zeros((2, op.index + 1), dtype=np.int64), {op.index: threading.Event()})
             cpu = time.process_time_ns()
-            a = time.perf_counter_ns()
-            runs[i % buffers]()
-            b = time.perf_counter_ns()
+            ready.append(now_ns())
+            self._lane.put(Job(op, moves[i % buffers], (), board))
+            board.wait((op.index,))
+            done.append(now_ns())
             cpu_ns += time.process_time_ns() - cpu
-        ready.append(a)
-        done.append(b)
-    return RankTimes(kind, size_bytes, tuple(ready), tuple(done), cpu_ns)
+        return ready, done, cpu_ns
+
+    def _move(self, op: Op, kind: str, numel: int) -> Callable[[], Traffic]:
+        n, rank, transport = self._n, self._rank, self._transport
+        whole = torch.zeros(numel)
+        if kind == SHIFT:
+            transfer = Transfer((rank + 1) % n, (rank - 1) % n, whole, torch.zeros(numel))
+            return lambda: transport.exchange(op, (transfer,), 0)
+        share = torch.zeros(numel // n)
+        ends = {"all_reduce": (whole, whole), "all_gather": (share, whole), "reduce_scatter": (whole, share)}
+        send, receive = ends[kind]
+        parcel = Parcel(kind, tuple(range(n)), send, receive, numel)
+        return lambda: transport.collective(op, parcel)
 
 
-def _on_device(run: Run, device: torch.device) -> tuple[int, int]:
-    elapsed_ns = between_events(run)
-    torch.cuda.synchronize(device)
-    return 0, elapsed_ns()
+# ---- on devices
+
+
+class DeviceTimes:
+    """Transfers by the default process group of devices, between their own events."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._work = device, _between(device)
+
+    def __call__(self, kind: str, numel: int, count: int) -> tuple[list[int], list[int], int]:
+        """See `Measure`; every time counts from 0."""
+        buffers = max(2, min(MOST_BUFFERS, COLD_BYTES // (numel * ELEMENT_BYTES)))
+        runs = [transfer(kind, numel, self._device) for _ in range(buffers)]
+        for run in runs:
+            run()
+        done = []
+        for i in range(count):
+            self._work()
+            elapsed_ns = between_events(runs[i % buffers])
+            torch.cuda.synchronize(self._device)
+            done.append(elapsed_ns())
+        return [0] * count, done, 0
 
 
 def transfer(kind: str, numel: int, device: torch.device) -> Run:

@@ -8,7 +8,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,20 +17,27 @@ import torch.distributed as dist
 from rtp_sim.errors import InputError
 from rtp_sim.executor.calibrate import host, kernels, transfers
 from rtp_sim.executor.calibrate.launch import Rank, host_cores, run_ranks
-from rtp_sim.executor.calibrate.probe import Probe, machine_ns, run_probe
+from rtp_sim.executor.calibrate.probe import WARM_UP, Probe, ProbeTimes, gathered, issue_times, run_probe
 from rtp_sim.executor.calibrate.samples import Facts, HostSample, KernelSample, Measurements
-from rtp_sim.executor.environment import calm_gloo_threads, keep_freed_memory
+from rtp_sim.executor.environment import calm_gloo_threads, keep_freed_memory, sharpen_timers
+from rtp_sim.executor.groups import make_control, make_groups
+from rtp_sim.executor.shm import SharedMemoryTransport
+from rtp_sim.executor.transport import Transport
 from rtp_sim.schedule.ir import Dims
 
 Say = Callable[[str], None]
 PASSES = 4
 """How often everything is gone through: a burst of other programs' load then touches a part of each size's times, and
 the medians stand, where otherwise it would take all times of one size."""
+PROBE_STEPS = 5
+"""Steps of each probe that count, per pass."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to measure. `device` is cpu or cuda; `threads` are those that each CPU rank computes with."""
+    """What to measure. `device` is cpu or cuda; `threads` are those that each CPU rank computes with; `transport` (gloo
+    or shm) is what CPU ranks send with. The step `issue` shows the host's time per op, the `probes` (CPUs only) what
+    kernels take in steps."""
 
     device: str
     ranks: int
@@ -38,7 +45,9 @@ class Plan:
     pin: bool = False
     quick: bool = False
     timeout_s: float = 120.0
-    probe: Probe | None = None
+    transport: str = "gloo"
+    issue: Probe | None = None
+    probes: tuple[Probe, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +57,7 @@ class _Result:
     host: HostSample
     facts: Facts
     own_core_s: float
+    steps: list[KernelSample]
 
 
 def measure(plan: Plan, say: Say) -> Measurements:
@@ -67,7 +77,7 @@ def measure(plan: Plan, say: Say) -> Measurements:
     return Measurements(
         plan.device, plan.ranks, merged([result.kernels for result in results]),
         tuple(transfers.combined([result.transfers for result in results], shared_clock=plan.device == "cpu")),
-        _merged_hosts([result.host for result in results]), facts,
+        _merged_hosts([result.host for result in results]), facts, merged([result.steps for result in results]),
     )  # fmt: skip
 
 
@@ -92,46 +102,73 @@ def rank_job(rank: Rank, argument: tuple[Plan, str]) -> _Result:
     # More ranks than cores would time each other's turns: the simulator shares the cores by itself.
     passes = 1 if plan.quick else PASSES
     computes = device.type == "cuda" or rank.rank < rank.cores
+    steps: list[KernelSample] = []
+    communication: list[int] = []
     measured: list[KernelSample] = []
     issue: list[int] = []
     if computes:
         cases = kernels.cuda_cases(plan.quick) if device.type == "cuda" else kernels.cpu_cases(plan.quick)
         cases = [kernels.tiny_case(), *cases]
-        budget_s = 0.06 if plan.quick else 0.6 / passes
+        budget_s = 0.06 if plan.quick else (0.6 if device.type == "cuda" else 0.25) / passes
         measured = list(merged([kernels.measure(cases, device, budget_s, rank.wait, say) for _ in range(passes)]))
-        measured, issue = _in_steps(plan, device, measured)
+        issue = issue_times(plan.issue, device, 8 if plan.quick else 30) if plan.issue else [0]
+        steps, communication = gathered(_probed(plan, rank, say))
     else:
-        for _ in range(passes * (1 + len(kernels.cpu_cases(plan.quick)))):
+        for _ in range(passes * (1 + len(kernels.cpu_cases(plan.quick))) + _waits(plan)):
             rank.wait()
     rank.wait()
     moved: list[transfers.RankTimes] = []
     if plan.ranks > 1:
-        moved = transfers.joined([transfers.measure(device, plan.quick, say) for _ in range(passes)])
+        with tempfile.TemporaryDirectory() as folder:
+            times_of = _transfer_times(plan, rank, device, Path(folder))
+            found = [transfers.measure(times_of, plan.ranks, plan.quick, say) for _ in range(passes)]
+        moved = transfers.joined(found)
     alone, beside = host.overlap_times(device, plan.ranks, 8 if plan.quick else 30)
     sample = HostSample(
         tuple(issue), host.memory_bytes(device, plan.ranks), reserved, host.compute_units(device), tuple(alone),
-        tuple(beside),
+        tuple(beside), tuple(communication),
     )  # fmt: skip
-    facts = host.facts(device, plan.pin)
+    facts = dict(host.facts(device, plan.pin))
+    if device.type == "cpu" and plan.ranks > 1:
+        facts["backend"] = plan.transport
     rank.wait()
     if dist.is_initialized():
         dist.destroy_process_group()
     # All of the process: torch was imported before this function.
-    return _Result(measured, moved, sample, facts, time.process_time())
+    return _Result(measured, moved, sample, facts, time.process_time(), steps)
 
 
-def _in_steps(plan: Plan, device: torch.device, alone: list[KernelSample]) -> tuple[list[KernelSample], list[int]]:
-    """The kernels as the executor runs them, and what issuing an op costs. On a CPU each kernel measured alone takes as
-    much longer as the machine adds in a step."""
-    if plan.probe is None:
-        return alone, [0]
-    times = run_probe(plan.probe, device, 8 if plan.quick else 30)
+def _transfer_times(plan: Plan, rank: Rank, device: torch.device, folder: Path) -> transfers.Measure:
+    """What times transfers: on CPUs the executor's own transport and threads."""
     if device.type == "cuda":
-        return alone, list(times.issue_ns)
-    added = machine_ns(plan.probe, times, device, 20 if plan.quick else 100)
-    return [*(replace(s, times_ns=tuple(t + added for t in s.times_ns)) for s in alone), *times.samples], list(
-        times.issue_ns
-    )
+        return transfers.DeviceTimes(device)
+    schedule = transfers.transfer_schedule(plan.ranks, plan.quick)
+    transport: Transport
+    if plan.transport == "gloo":
+        transport = make_groups(schedule, rank.rank, "gloo", plan.timeout_s)
+        calm_gloo_threads()
+    else:
+        transport = SharedMemoryTransport(schedule, rank.rank, make_control(plan.timeout_s), plan.timeout_s)
+    return transfers.LaneTimes(transport, schedule, rank.rank, folder)
+
+
+def _probed(plan: Plan, rank: Rank, say: Say) -> list[ProbeTimes]:
+    """The kernels of training steps, twice over, so that a burst of other load touches one of both."""
+    found = []
+    for turn in range(_turns(plan)):
+        for i, probe in enumerate(plan.probes):
+            say(f"training steps, pass {turn + 1}: {i + 1} of {len(plan.probes)} ({probe.schedule.name})")
+            found.append(run_probe(probe, rank.rank, PROBE_STEPS, rank.wait))
+    return found
+
+
+def _turns(plan: Plan) -> int:
+    return 1 if plan.quick else 2
+
+
+def _waits(plan: Plan) -> int:
+    """How often a rank waits for the others in `_probed`."""
+    return _turns(plan) * len(plan.probes) * (WARM_UP + PROBE_STEPS)
 
 
 def merged(ranks: Sequence[Sequence[KernelSample]]) -> tuple[KernelSample, ...]:
@@ -147,12 +184,14 @@ def _merged_hosts(hosts: Sequence[HostSample]) -> HostSample:
     return HostSample(
         tuple(t for h in hosts for t in h.issue_ns), first.memory_bytes, max(h.reserved_bytes for h in hosts),
         first.compute_units, tuple(t for h in hosts for t in h.alone_ns), tuple(t for h in hosts for t in h.beside_ns),
+        tuple(t for h in hosts for t in h.communication_ns),
     )  # fmt: skip
 
 
 def _prepare(plan: Plan, rank: Rank, rendezvous: str) -> torch.device:
     """Threads, memory, device and process group, as the executor's workers have them."""
     keep_freed_memory()
+    sharpen_timers()
     torch.manual_seed(rank.rank)
     torch.set_num_threads(plan.threads)
     device = torch.device("cuda", rank.rank) if plan.device == "cuda" else torch.device("cpu")

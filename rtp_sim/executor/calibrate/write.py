@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from rtp_sim.executor.calibrate.fit import KernelFit, TransferFit
+from rtp_sim.executor.calibrate.fit import KernelFit, Line, TransferFit
 from rtp_sim.executor.calibrate.residuals import COLLECTIVES, FLOOR, MEMORY, MESSAGES, Residual, predicted_ns
 from rtp_sim.executor.calibrate.samples import KernelSample, Measurements, TransferSample, median, spread
 from rtp_sim.hardware.spec import Cluster
@@ -43,20 +43,21 @@ class Fitted:
 
     kernels: KernelFit
     transfers: TransferFit | None
+    lines: Mapping[tuple[str, str], Line] = field(default_factory=dict)
 
 
 def write_profiles(files: Files, measured: Measurements, fitted: Fitted, left: Mapping[str, Residual]) -> None:
     """Writes both profiles; `left` are the residuals that the sources state (empty: not known yet)."""
-    files.device.write_text(device_toml(measured, fitted.kernels, left), encoding="utf-8")
+    files.device.write_text(device_toml(measured, fitted, left), encoding="utf-8")
     files.cluster.write_text(cluster_toml(files, measured, fitted.transfers, left), encoding="utf-8")
 
 
 # ---- device
 
 
-def device_toml(measured: Measurements, fit: KernelFit, left: Mapping[str, Residual]) -> str:
+def device_toml(measured: Measurements, fitted: Fitted, left: Mapping[str, Residual]) -> str:
     """The text of the device profile."""
-    host, how = measured.host, _how(measured)
+    host, how, fit = measured.host, _how(measured), fitted.kernels
     efficiency = matmul_efficiency(fit)
     products = "; ".join(f"{dtype}: {left[f'products {dtype}']}" for dtype in fit.rates if f"products {dtype}" in left)
     attention = _attention(fit, efficiency, how, left)
@@ -85,6 +86,7 @@ def device_toml(measured: Measurements, fit: KernelFit, left: Mapping[str, Resid
             f"{round(median(host.issue_ns))} ns", "measured",
             f"{how}: the executor between two ops of a small step{_range(host.issue_ns, 1, 'ns')}",
         ),
+        **_communication_issue(host.communication_ns, how),
         "overlap_slowdown": _number(_ratio(overlap, most=100.0), *_overlap_source(measured, how)),
         "runtime_reserved": _number(
             f"{host.reserved_bytes} B", "measured", f"{how}: held before anything was measured, most of all ranks"
@@ -102,8 +104,31 @@ def device_toml(measured: Measurements, fit: KernelFit, left: Mapping[str, Resid
         f"description = {_text(_machine(measured))}", *(f"{key} = {value}" for key, value in rows.items()), "",
         "[peak_flops]  # what the best products reach, not a datasheet's peak",
         *(f"{dtype} = {peak}" for dtype, peak in peaks.items()),
+        *(_line(key, line, how) for key, line in fitted.lines.items()),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def _communication_issue(times_ns: tuple[int, ...], how: str) -> dict[str, str]:
+    if not times_ns:
+        return {}
+    source = f"{how}: taking the data of a communication op and putting it back{_range(times_ns, 1, 'ns')}"
+    return {"communication_issue": _number(f"{round(median(times_ns))} ns", "measured", source)}
+
+
+def _line(key: tuple[str, str], line: Line, how: str) -> str:
+    """One measured kernel as a table."""
+    name, dtype = key
+    rows = [f"name = {_text(name)}", f"dtype = {_text(dtype)}", f'floor = "{round(line.floor_ns)} ns"']
+    if line.ns_per_flop > 0:
+        rows.append(f'rate = "{max(1, round(1e9 / line.ns_per_flop))} FLOP/s"')
+    if line.ns_per_byte > 0:
+        rows.append(f'bandwidth = "{max(1, round(1e9 / line.ns_per_byte))} B/s"')
+    source = (
+        f"{how}: fit of {line.sizes} sizes in training steps, "
+        f"residual median {line.error:.1%}, largest {line.worst:.1%}"
+    )
+    return "\n".join(["", "[[kernels]]", *rows, 'kind = "measured"', f"source = {_text(source)}"])
 
 
 def matmul_efficiency(fit: KernelFit) -> float:
@@ -156,20 +181,19 @@ def cluster_toml(
         "efficiency = " + _number(1.0, "measured", "the bandwidth itself is the measured one"),
         "latency = " + _number("0 ns", "assumed", "counted in the base of a message"), "",
         "[[intra]]", f"link = {_text(kind)}", 'hub = "host0"', f'members = ["gpu0..{measured.ranks - 1}"]', "",
-        "[communication]", *_communication(fit, how, left),
+        "[communication]", *_communication(fit, how, left), *_host(measured, fit, how),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
 def _communication(fit: TransferFit, how: str, left: Mapping[str, Residual]) -> list[str]:
     messages, collectives = _residual(left, MESSAGES), _residual(left, COLLECTIVES)
-    shared = "; messages were at least as fast: one bandwidth for both" if fit.one_rate else ""
     step = f"{round(fit.collective_step_ns)} ns"
     of_collectives = f"{how}: fit of all_reduce, all_gather and reduce_scatter{collectives}"
     lines = [
         "p2p_base = " + _number(f"{round(fit.p2p_base_ns)} ns", "measured", f"{how}: fit of ring shifts{messages}"),
         "p2p_efficiency = "
-        + _number(_ratio(fit.p2p_efficiency), "measured", f"{how}: large ring shifts over collectives{shared}"),
+        + _number(_ratio(fit.p2p_efficiency), "measured", f"{how}: large ring shifts over the fastest transfers"),
         "collective_base = " + _number(f"{round(fit.collective_base_ns)} ns", "measured", of_collectives),
         "collective_step_intra = " + _number(step, "measured", of_collectives),
         "collective_step_inter = " + _number(step, "assumed", "as inside the node: there was no other"),
@@ -178,7 +202,27 @@ def _communication(fit: TransferFit, how: str, left: Mapping[str, Residual]) -> 
     if fit.size_curve:
         points = ", ".join(f'["{size} B", {fraction:.5g}]' for size, fraction in fit.size_curve)
         lines.append(f'size_curve = {{ points = [{points}], kind = "measured", source = {_text(of_collectives)} }}')
+    for name, kind in fit.kinds.items():
+        source, part = f"{how}: fit of {name}{collectives}", kind.bandwidth_bytes_per_s / fit.bandwidth_bytes_per_s
+        lines += [
+            "", f"[communication.kinds.{name}]",
+            "step = " + _number(f"{round(kind.step_ns)} ns", "measured", source),
+            "efficiency = " + _number(_ratio(part), "measured", source),
+        ]  # fmt: skip
     return lines
+
+
+def _host(measured: Measurements, fit: TransferFit, how: str) -> list[str]:
+    """The cores that the ranks share, where they are on CPUs."""
+    if measured.device != "cpu":
+        return []
+    core_time = f"{max(1, round(fit.core_ns_per_byte * 1e6))} ns"
+    return [
+        "", "[host]",
+        "cores = " + _number(measured.facts["cores"], "measured", "reported by the system"),
+        "core_time_per_megabyte = "
+        + _number(core_time, "measured", f"{how}: CPU time of ring shifts over their bytes, both ends together"),
+    ]  # fmt: skip
 
 
 def notes(measured: Measurements, fit: TransferFit | None) -> list[str]:
@@ -192,12 +236,6 @@ def notes(measured: Measurements, fit: TransferFit | None) -> list[str]:
     if fit is None:
         found.append(f"one rank: communication is that of {CLOSEST[measured.device]}, assumed")
         return found
-    if fit.one_rate:
-        found.append("messages reached more than collectives did: one bandwidth serves both, too slow for the former")
-    if fit.core_ns_per_byte:
-        found.append(
-            f"a message took {fit.core_ns_per_byte * 1e3:.0f} ns of core time per 1000 bytes, both ends together"
-        )
     if measured.device == "cuda":
         found.append("links between devices are named pcie, whatever they are: only their speed was measured")
     return found
@@ -218,7 +256,13 @@ def samples_json(
         "schema": SCHEMA,
         "facts": dict(measured.facts),
         "options": dict(options),
-        "fit": {"kernels": asdict(fitted.kernels), "transfers": asdict(fitted.transfers) if fitted.transfers else None},
+        "fit": {
+            "kernels": asdict(fitted.kernels),
+            "transfers": asdict(fitted.transfers) if fitted.transfers else None,
+            "lines": [
+                {"kernel": kernel, "dtype": dtype} | asdict(line) for (kernel, dtype), line in fitted.lines.items()
+            ],
+        },
         "residuals": {name: asdict(residual) for name, residual in left.items()},
         "host": asdict(measured.host),
         "kernels": [
@@ -227,6 +271,9 @@ def samples_json(
         "transfers": [
             {"kind": s.kind, "ranks": s.ranks, "size_bytes": s.size_bytes, "cpu_ns": s.cpu_ns} | _times(s, cluster)
             for s in measured.transfers
+        ],
+        "steps": [
+            {"kernel": s.kernel, "dtype": s.dtype, "dims": dict(s.dims)} | _times(s, cluster) for s in measured.steps
         ],
     }
     return json.dumps(document, indent=1) + "\n"

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from rtp_sim.model.layers import Layer
 from rtp_sim.model.network import Block
 from rtp_sim.schedule.ir import Compute, Holding
-from rtp_sim.schedule.step import OptimizerShare, Step, Work
+from rtp_sim.schedule.step import Step, Work
+from rtp_sim.schedule.update import OptimizerShare
 
 GROUP = "dp"
 

@@ -132,6 +132,8 @@ class Ring:
                 self.weight_hop(unit, visits[i + 1], f"m{self.step.micro}.{layer.name}.{tag}{i}.hop", pace)
             if not self.in_place:
                 self.step.forward_layer(layer, work)
+        if cycle:
+            self._come_home(unit)
 
     def backward(self, layer: Layer) -> None:
         """The pass back home, with the gradient shard travelling along."""
@@ -163,19 +165,13 @@ class Ring:
         self._come_home(unit)
 
     def _come_home(self, unit: Unit) -> None:
-        """Puts the weights back into their own buffer: recompute on an odd ring makes an odd number of hops."""
+        """Puts the weights back into their own buffer: a cycle on an odd ring makes an odd number of hops."""
         key, own = unit.layer.weight_name, unit.slots[0]
         if not any(self._at[key]) and self.held(unit) != own:
             most = unit.numel if isinstance(unit.numel, int) else max(unit.numel)
             action = Compute("copy", self.step.policy.weight_dtype, (("numel", most),))
             self.step.b.op(f"m{self.step.micro}.{unit.layer.name}.home", "compute", action, (self.held(unit),), (own,))
             self._slot[key] = 0
-
-    def rest(self) -> None:
-        """Tells the builder where the weights are at the end of an odd number of passes."""
-        for key, slot in self._slot.items():
-            if slot % 2 and not self.in_place:
-                self.step.b.outlives(f"w.{key}.in", instead_of=f"w.{key}")
 
     def _pass(self, unit: Unit, reverse: bool) -> list[Offset]:
         """The shards of a pass, starting with the one held now."""
@@ -311,12 +307,13 @@ def _reduce_replicated(step: Step, ring: Ring, sync: DataParallel) -> None:
 
 
 def _evaluate(step: Step, ring: Ring) -> None:
-    """Forward passes only; every other one runs the ring backwards, so no hop is spent on returning home."""
-    for micro in range(step.options.eval_passes):
+    """Forward passes only; every other one runs the ring backwards, so no hop is spent on returning home. The last of
+    an odd number makes the n-th hop, so that the next step finds the weights where this one did."""
+    passes = step.options.eval_passes
+    for micro in range(passes):
         step.start_pass(micro)
         for layer in step.network.layers():
-            ring.forward(layer, reverse=micro % 2 == 1)
-    ring.rest()
+            ring.forward(layer, reverse=micro % 2 == 1, cycle=passes % 2 == 1 and micro == passes - 1)
 
 
 def _visits(dims: Offset) -> list[Offset]:

@@ -1,0 +1,344 @@
+"""Predicted against measured step times on this machine's CPUs: python benchmarks/validate_cpu.py -o DIR.
+
+Needs torch, a quiet machine and patience (`--settings`, `--cases` and `--launches` make it shorter). It calibrates once
+for 2 and for 4 ranks (`rtp-sim calibrate`; profiles that are there already are used), then measures 24 cases in every
+setting: each launch is a fresh set of processes, a case's time the median over its launches of the launch's median
+step. A launch while other programs took more than `--foreign` of the cores does not count and is made again, up to
+three times. Every launch is written to DIR/launches.jsonl at once, so a benchmark that was interrupted goes on where it
+was, and `--report` predicts again without measuring, with the program as it is now. Nothing is fitted to these cases.
+
+Writes DIR/validation.md and DIR/validation.json. Exit code 1 if a setting misses its bar.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from rtp_sim.cost.stated import StatedCost, priced
+from rtp_sim.engine.simulate import simulate
+from rtp_sim.executor.collect import collect
+from rtp_sim.executor.launcher import launch
+from rtp_sim.executor.request import RunRequest
+from rtp_sim.executor.rundir import RunDirectory
+from rtp_sim.experiment import Prepared, Request, prepare
+from rtp_sim.hardware.profiles import load_cluster
+from rtp_sim.link import Link
+from rtp_sim.model.network import transformer_network
+from rtp_sim.model.presets import find_model
+from rtp_sim.stated import StatedTimes
+from rtp_sim.validation.predict import Conditions, predict
+
+LINK = Link(200_000, 10**9)
+STATED_PROFILE, STATED_STEP_NS = "dgx-a100-80g", 500_000_000
+"""Ranks that sleep take what this profile predicts, stretched to a step of about this long."""
+RETRIES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """How ranks run. `mean` and `most` are the bars: the mean and the largest error, as fractions; None: no bar."""
+
+    name: str
+    ranks: int
+    transport: str
+    mean: float | None
+    most: float | None
+
+    @property
+    def key(self) -> str:
+        """As --settings names it: stated-2, shm-2, emulated-4 ..."""
+        return f"{'stated' if self.transport == 'none' else self.transport}-{self.ranks}"
+
+
+SETTINGS = (
+    Setting("stated times, N = 2", 2, "none", 0.02, 0.04),
+    Setting("stated times, N = 4", 4, "none", 0.02, 0.04),
+    Setting("stated times, N = 8", 8, "none", 0.02, 0.04),
+    Setting("shared memory, N = 2", 2, "shm", 0.05, 0.12),
+    Setting("emulated link, N = 2", 2, "emulated", 0.05, 0.12),
+    Setting("emulated link, N = 4", 4, "emulated", 0.10, 0.20),
+    Setting("gloo, N = 2", 2, "gloo", 0.12, 0.25),
+    Setting("gloo, N = 4", 4, "gloo", None, None),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One training step. `slow` only counts where times are stated: that rank computes 1.3 times as long."""
+
+    strategy: str
+    hidden: int
+    layers: int
+    micro_batch: int
+    seq_len: int
+    slow: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.strategy} h{self.hidden} L{self.layers} b{self.micro_batch} s{self.seq_len}"
+
+
+STRATEGIES = ("ddp", "zero1", "zero2", "fsdp", "tp", "tp-sp", "rtp", "rtp-inplace")
+SIZES = ((320, 3, 5, 96), (448, 3, 4, 128), (704, 2, 2, 96), (256, 4, 12, 64), (576, 2, 5, 72), (384, 4, 2, 208))
+"""(hidden, layers, micro-batch, sequence); 8 heads each. Every strategy meets three of them."""
+
+
+def cases() -> list[Case]:
+    """24 cases: the first 8 are all strategies once."""
+    return [
+        Case(strategy, *SIZES[(2 * turn + s) % len(SIZES)], slow=turn == 1)
+        for turn in range(3)
+        for s, strategy in enumerate(STRATEGIES)
+    ]
+
+
+# ---- what is run
+
+
+@dataclass(frozen=True)
+class Job:
+    """A case in a setting, ready to run and to predict."""
+
+    setting: Setting
+    case: Case
+    prepared: Prepared
+    times: StatedTimes | None
+
+    @property
+    def conditions(self) -> Conditions:
+        link = LINK if self.setting.transport == "emulated" else None
+        return Conditions("cpu", self.setting.transport, link, self.times)
+
+
+def job(setting: Setting, case: Case) -> Job:
+    """Builds the schedule, and states times where ranks only sleep."""
+    spec = replace(
+        find_model("gpt2-tiny"), hidden_size=case.hidden, num_layers=case.layers, num_heads=8, num_kv_heads=8,
+        head_dim=case.hidden // 8, ffn_hidden_size=4 * case.hidden, vocab_size=2048, max_positions=256, name=case.name,
+    )  # fmt: skip
+    cluster = load_cluster(STATED_PROFILE, 1, setting.ranks)
+    request = Request(case.name, STATED_PROFILE, case.strategy, micro_batch=case.micro_batch, precision="fp32")
+    prepared = prepare(request, cluster, transformer_network(spec, case.seq_len))
+    if setting.transport != "none":
+        return Job(setting, case, prepared, None)
+    slow = {1: 1300} if case.slow else {}
+    alone = priced(prepared.schedule, prepared.cost, 1.0, slow)
+    stretch = STATED_STEP_NS / simulate(prepared.schedule, StatedCost(alone)).step_time_ns
+    return Job(setting, case, prepared, priced(prepared.schedule, prepared.cost, stretch, slow))
+
+
+def run_request(a: argparse.Namespace, job: Job) -> RunRequest:
+    """The executor's side of the job."""
+    own = RunRequest(job.prepared.network, job.prepared.training, steps=a.steps, warmup=2, pin=a.pin)
+    if job.times is not None:
+        return replace(own, stated=True, pin=False)
+    if job.setting.transport != "emulated":
+        return replace(own, transport=job.setting.transport)
+    latency_ns, bandwidth = LINK.latency_ns, LINK.bandwidth_bytes_per_s
+    return replace(own, transport="emulated", link_latency_ns=latency_ns, link_bandwidth_bytes_per_s=bandwidth)
+
+
+# ---- measuring
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One launch: its median step, and what other programs took of the cores meanwhile."""
+
+    setting: str
+    case: str
+    median_ns: int
+    foreign: float
+    counts: bool
+
+
+def measure(a: argparse.Namespace, job: Job) -> Launch:
+    """Runs the job once on fresh processes."""
+    run, request = RunDirectory(a.output / "run"), run_request(a, job)
+    run.prepare(job.prepared.schedule, request, job.times)
+    busy_s, own_s, start_s = _busy_core_s(), _own_core_s(), time.monotonic()
+    launch(run, job.prepared.schedule, request, None, lambda _: None)
+    took_s = time.monotonic() - start_s
+    others_s = (_busy_core_s() - busy_s) - (_own_core_s() - own_s)
+    foreign = max(0.0, others_s / took_s / (os.cpu_count() or 1))
+    result = collect(run, job.prepared.schedule, request)
+    return Launch(job.setting.name, job.case.name, result["median_step_time_ns"], foreign, foreign <= a.foreign)
+
+
+def _busy_core_s() -> float:
+    """Core-seconds of everybody since the machine started (Linux)."""
+    ticks = [int(word) for word in Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()[1:9]]
+    return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
+
+
+def _own_core_s() -> float:
+    """Core-seconds of this process and of those it has waited for."""
+    return sum(os.times()[:4])
+
+
+def measure_all(a: argparse.Namespace, jobs: Sequence[Job], log: Path) -> None:
+    """Round after round over all cases, so that a case's launches lie apart in time; not again what is on file."""
+    done: dict[tuple[str, str], int] = {}
+    for one in read(log):
+        done[one.setting, one.case] = done.get((one.setting, one.case), 0) + one.counts
+    for number in range(a.launches):
+        for job in jobs:
+            key = (job.setting.name, job.case.name)
+            if done.get(key, 0) > number:
+                continue
+            for attempt in range(RETRIES + 1):
+                found = measure(a, job)
+                # If the machine never becomes quiet, the last attempt counts, and the report says how busy it was.
+                found = replace(found, counts=found.counts or attempt == RETRIES)
+                with log.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(asdict(found)) + "\n")
+                say(f"{job.setting.name}, launch {number + 1}: {job.case.name}: {found.median_ns / 1e6:.1f} ms, other "
+                    f"programs {found.foreign:.0%}{'' if found.counts else ', again'}")  # fmt: skip
+                if found.counts:
+                    break
+
+
+def read(log: Path) -> Iterator[Launch]:
+    """The launches on file."""
+    if log.exists():
+        for line in log.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("\n"):
+                yield Launch(**json.loads(line))
+
+
+def calibrated(a: argparse.Namespace, setting: Setting) -> Path:
+    """The profile for so many ranks and what they send with, made if it is not there."""
+    transport = "gloo" if setting.transport == "gloo" else "shm"
+    path: Path = a.output / f"{transport}{setting.ranks}.toml"
+    if not path.exists():
+        say(f"calibrating for {setting.ranks} ranks over {transport}")
+        command = [sys.executable, "-m", "rtp_sim", "calibrate", "-o", str(path), "--nproc", str(setting.ranks)]
+        command += ["--transport", transport, "--quiet", *(["--pin"] if a.pin else [])]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return path
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+# ---- reporting
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A case: times in ms, the error of the prediction and the run-to-run coefficient of variation as fractions."""
+
+    setting: str
+    case: str
+    predicted_ms: float
+    measured_ms: float
+    error: float
+    cv: float
+    launches: int
+    foreign: float
+
+
+def rows(a: argparse.Namespace, jobs: Sequence[Job], log: Path) -> list[Row]:
+    """Every case that has been measured, predicted now."""
+    launches = [one for one in read(log) if one.counts]
+    found = []
+    for job in jobs:
+        mine = [one for one in launches if (one.setting, one.case) == (job.setting.name, job.case.name)]
+        if not mine:
+            continue
+        cluster = job.prepared.cluster
+        if job.times is None:
+            cluster = load_cluster(str(calibrated(a, job.setting)), 1, job.setting.ranks)
+        predicted_ns = predict(job.prepared.schedule, cluster, job.conditions).step_time_ns
+        times = [one.median_ns for one in mine]
+        measured_ns = statistics.median(times)
+        cv = statistics.stdev(times) / statistics.fmean(times) if len(times) > 1 else 0.0
+        found.append(Row(
+            job.setting.name, job.case.name, predicted_ns / 1e6, measured_ns / 1e6, predicted_ns / measured_ns - 1, cv,
+            len(times), max(one.foreign for one in mine),
+        ))  # fmt: skip
+    return found
+
+
+def markdown(found: Sequence[Row]) -> Iterator[str]:
+    """The tables: one of settings against their bars, one of cases per setting."""
+    yield "| setting | cases | mean error | largest | bar | held | run-to-run CV, median |"
+    yield "|---|---|---|---|---|---|---|"
+    for setting in SETTINGS:
+        mine = [row for row in found if row.setting == setting.name]
+        if mine:
+            bar = "none" if setting.mean is None else f"{setting.mean:.0%} / {setting.most:.0%}"
+            cv = statistics.median(row.cv for row in mine)
+            yield (f"| {setting.name} | {len(mine)} | {mean_error(mine):.1%} | {largest_error(mine):.1%} | {bar} | "
+                   f"{'yes' if holds(setting, mine) else 'NO'} | {cv:.1%} |")  # fmt: skip
+    for setting in SETTINGS:
+        mine = [row for row in found if row.setting == setting.name]
+        if mine:
+            yield from ("", f"**{setting.name}**", "")
+            yield "| case | predicted | measured | error | CV | launches | others |"
+            yield "|---|---|---|---|---|---|---|"
+            for row in mine:
+                yield (f"| {row.case} | {row.predicted_ms:.1f} ms | {row.measured_ms:.1f} ms | {row.error:+.1%} | "
+                       f"{row.cv:.1%} | {row.launches} | {row.foreign:.0%} |")  # fmt: skip
+
+
+def mean_error(found: Sequence[Row]) -> float:
+    return statistics.fmean(abs(row.error) for row in found)
+
+
+def largest_error(found: Sequence[Row]) -> float:
+    return max(abs(row.error) for row in found)
+
+
+def holds(setting: Setting, found: Sequence[Row]) -> bool:
+    """Whether the setting keeps its bars; one without bars does."""
+    if setting.mean is None or setting.most is None:
+        return True
+    return mean_error(found) <= setting.mean and largest_error(found) <= setting.most
+
+
+def main() -> int:
+    """Measures what is missing, predicts all, writes the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--settings", default=",".join(s.key for s in SETTINGS), help="which (%(default)s)")
+    parser.add_argument("--cases", type=int, default=24, metavar="N", help="the first N cases (24)")
+    parser.add_argument("--launches", type=int, default=5, metavar="N", help="launches of each case (5)")
+    parser.add_argument("--steps", type=int, default=3, metavar="N", help="measured steps of a launch (3)")
+    parser.add_argument("--foreign", type=float, default=0.03, metavar="X", help="most that others may take (0.03)")
+    parser.add_argument("--pin", action="store_true", help="keep each rank on one core, also when calibrating")
+    parser.add_argument("--report", action="store_true", help="measure nothing, predict what is on file")
+    a = parser.parse_args()
+    a.output.mkdir(parents=True, exist_ok=True)
+    wanted = [word.strip() for word in a.settings.split(",")]
+    if unknown := set(wanted) - {s.key for s in SETTINGS}:
+        parser.error(f"unknown setting {sorted(unknown)[0]!r}; expected some of {', '.join(s.key for s in SETTINGS)}")
+    chosen = [s for s in SETTINGS if s.key in wanted]
+    log = a.output / "launches.jsonl"
+    jobs = [job(setting, case) for setting in chosen for case in cases()[: a.cases]]
+    if not a.report:
+        for setting in chosen:
+            if setting.transport != "none":
+                calibrated(a, setting)
+        measure_all(a, jobs, log)
+    found = rows(a, jobs, log)
+    text = "\n".join(markdown(found)) + "\n"
+    (a.output / "validation.md").write_text(text, encoding="utf-8")
+    (a.output / "validation.json").write_text(json.dumps([asdict(row) for row in found], indent=1) + "\n")
+    print(text, end="")
+    by_setting = {s: [row for row in found if row.setting == s.name] for s in chosen}
+    return 0 if all(holds(s, mine) for s, mine in by_setting.items() if mine) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
