@@ -38,6 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = parser().parse_args(argv)
         # Imported here, so that --help and a mistyped flag answer at once.
+        if arguments.run == "validate" and not arguments.directory:
+            from rtp_sim import commands_measured
+
+            return commands_measured.validate_measured(arguments)
         if arguments.run in ("diff", "validate"):
             from rtp_sim import commands_validate
 
@@ -205,8 +209,18 @@ def _validate(p: argparse.ArgumentParser) -> None:
         "Exit code 1 if the median step time or the peak memory is off by more than the tolerance, or the bytes or "
         "messages sent are not those of the schedule."
     )
-    p.add_argument("directory", metavar="RUN", help="what rtp-sim run -o RUN left")
-    p.add_argument("--profile", required=True, metavar="NAME|FILE", help="cluster profile of the machine it ran on")
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument("directory", nargs="?", metavar="RUN", help="what rtp-sim run -o RUN left")
+    what.add_argument("--measured", nargs="+", metavar="FILE.csv", help="published runs (docs/measured.md)")
+    what.add_argument(
+        "--all", nargs="?", const="", metavar="FOLDER",
+        help="all files of published runs in a folder (RTP_SIM_MEASURED, or ../shared/measured)",
+    )  # fmt: skip
+    group = p.add_argument_group("published runs")
+    group.add_argument("--output", metavar="DIR", help="keep estimates there as they come, and go on from them")
+    group.add_argument("--workers", type=_count, default=2, metavar="N", help="processes (2)")
+    group = p.add_argument_group("a run of rtp-sim run")
+    p.add_argument("--profile", metavar="NAME|FILE", help="cluster profile of the machine it ran on")
     p.add_argument("--nodes", type=_count, metavar="N", help="number of nodes (1)")
     p.add_argument("--tolerance", type=_fraction, default=0.15, metavar="X", help="largest relative error (0.15)")
     p.add_argument("--engine", choices=("simpy", "longest-path"), default="simpy")

@@ -56,6 +56,8 @@ def validate(a: Namespace) -> int:
     # Imported here: reading a run needs pydantic, and predicting it SimPy.
     from rtp_sim.validation.runs import load_run
 
+    if a.profile is None:
+        raise InputError("validate: give --profile, the cluster profile of the machine that the run was on")
     run = load_run(Path(a.directory))
     if a.from_trace:
         from rtp_sim.validation.traced import with_trace

@@ -55,9 +55,11 @@ MAY_IMPORT = {
     | {"stated", "model", "hardware", "cost", "schedule", "timeline", "experiment", "report", "executor"},
     "commands_validate": BASE
     | {"hardware", "timeline", "timeline_file", "validation", "validation.traced", "report"},
+    "commands_measured": BASE | {"validation", "report"},
     "cli": {
         "", "errors", "units", "model",
         "commands", "commands_validate", "commands_calibrate", "commands_import", "commands_trace",
+        "commands_measured",
     },
     "executor": BASE
     | {"link", "stated", "model", "schedule", "timeline", "timeline_file", "executor.rendezvous", "traces"},
@@ -95,6 +97,7 @@ CONFINED = {
         "rtp_sim.model.huggingface",
         "rtp_sim.model.json_file",
         "rtp_sim.model.network_file",
+        "rtp_sim.validation.measured",
         "rtp_sim.validation.runs",
     },
     "rich": {"rtp_sim.commands", "rtp_sim.commands_run", "rtp_sim.report.tables", "rtp_sim.report.diff_tables"},

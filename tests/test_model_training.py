@@ -57,7 +57,7 @@ def test_tokens() -> None:
         ({"micro_batch": 0}, "micro_batch is 0; expected a whole number of at least 1"),
         ({"seq_len": 2.5}, "seq_len is 2.5"),
         ({"num_microbatches": True}, "num_microbatches is True"),
-        ({"precision": "fp8"}, "precision is 'fp8'; expected one of fp32, tf32, fp16, bf16"),
+        ({"precision": "fp4"}, "precision is 'fp4'; expected one of fp32, tf32, fp16, bf16"),
         ({"recompute": "some"}, "recompute is 'some'; expected one of none, selective, full"),
         ({"optimizer": "lion"}, "optimizer is 'lion'; expected one of adam, adamw, sgd, sgd-momentum"),
         ({"attention": "paged"}, "attention is 'paged'; expected one of flash, materialised"),

@@ -144,7 +144,7 @@ def test_a_run_twice_as_slow_is_out_of_tolerance(run, directory: Path, predicted
     assert (answer.code, answer.err) == (1, "")
     document = json.loads(answer.out)
     assert list(document) == documented_keys("validate")
-    assert document["schema"] == "rtp-sim/validate/1"
+    assert document["schema"] == "rtp-sim/validate-run/1"
     assert (document["passed"], document["tolerance"], document["profile"]) == (False, 0.15, "cpu-local")
     step, memory, sent, messages = document["checks"]
     assert list(step) == documented_keys("A check")
@@ -372,7 +372,8 @@ def test_a_profile_with_other_ranks_is_refused(run, directory: Path):
             "validate nowhere --profile cpu-local",
             "nowhere is no directory; expected what rtp-sim run -o nowhere leaves",
         ),
-        ("validate nowhere", "the following arguments are required: --profile"),
+        ("validate nowhere", "give --profile, the cluster profile of the machine"),
+        ("validate", "one of the arguments RUN --measured --all is required"),
         ("validate nowhere --profile x --tolerance -1", "'-1' is not a fraction of 1 such as 0.15"),
         ("validate nowhere --profile x --tolerance nan", "'nan' is not a fraction of 1 such as 0.15"),
         ("diff nowhere.json nowhere.json", "nowhere.json"),

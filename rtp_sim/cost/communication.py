@@ -29,6 +29,7 @@ _ROUNDS = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}
 _CHAINS = {"broadcast": "from root", "reduce": "to root"}
 KINDS = (*_ROUNDS, *_CHAINS, "all_to_all")
 
+
 class CommunicationCost:
     """Prices of messages and collectives on one cluster. Usage depends on ranks and algorithm, never on size."""
 
@@ -169,7 +170,9 @@ class CommunicationCost:
     def _ring(self, rounds: int, group: Group, size_bytes: int) -> tuple[Phase, ...]:
         steps = rounds * (group.size - 1)
         edge_bytes = size_bytes * steps / group.size
-        return (self._flow(steps * group.hops.mean_ns, edge_bytes, group.way("ring"), size_bytes),)
+        chunk = self.params.collective_chunk_inter_ns
+        paced_ns = chunk.value if chunk is not None and group.nodes > 1 else 0.0
+        return (self._flow(steps * max(group.hops.mean_ns, paced_ns), edge_bytes, group.way("ring"), size_bytes),)
 
     def _chain(self, way: str, group: Group, size_bytes: int) -> tuple[Phase, ...]:
         steps = group.size - 1

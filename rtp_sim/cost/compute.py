@@ -14,7 +14,7 @@ from functools import lru_cache
 from rtp_sim.cost.products import ROW_BLOCK, Product, fused_rows, products
 from rtp_sim.engine.costs import OpCost
 from rtp_sim.errors import InputError
-from rtp_sim.hardware.spec import Device, MeasuredKernel
+from rtp_sim.hardware.spec import Device, MeasuredKernel, Number
 from rtp_sim.model.kernels import KERNELS, Kernel
 from rtp_sim.schedule.ir import Dims
 
@@ -76,14 +76,20 @@ class ComputeCost:
             efficiency = self.device.memory_efficiency
             duration_ns = self._floor_ns + memory_ns
         elif k.kind == "attention":
-            efficiency = self.device.attention_efficiency
+            efficiency = self._efficiency("attention", dtype)
             duration_ns = max(self._attention_ns(k, dtype, sizes), memory_ns, self._floor_ns)
         else:
-            efficiency = self.device.matmul_efficiency
+            efficiency = self._efficiency("matmul", dtype)
             launches = products(kernel, sizes)
             compute_ns = sum(max(self._product_ns(p, dtype), self._floor_ns) for p in launches)
             duration_ns = max(compute_ns, memory_ns)
         return OpCost(max(1, round(duration_ns)), "interpolated" if efficiency.kind == "measured" else "assumed")
+
+    def _efficiency(self, kind: str, dtype: str) -> Number:
+        """The fraction of the peak that large kernels of this kind reach in `dtype`."""
+        own: Number | None = getattr(self.device, f"{kind}_efficiency_fp32") if dtype == "fp32" else None
+        general: Number = getattr(self.device, f"{kind}_efficiency")
+        return own or general
 
     def peak_flops_per_s(self, dtype: str) -> float:
         """The device's dense peak for `dtype`: what MFU is measured against. InputError if there is none."""
@@ -105,7 +111,7 @@ class ComputeCost:
         """The fastest way to cut the product's output into tiles, one per compute unit at a time: the last wave of
         tiles is paid in full. A single unit (a CPU core) has no other units to leave idle, and its tiles are small:
         64 x 64 x 64 in fp32 was measured at the rate of large products."""
-        flops_per_ns = self.peak_flops_per_s(dtype) * self.device.matmul_efficiency.value / self._units / 1e9
+        flops_per_ns = self.peak_flops_per_s(dtype) * self._efficiency("matmul", dtype).value / self._units / 1e9
         if self._units == 1:
             return self._floor_ns + 2 * p.m * p.k * p.n * p.copies / flops_per_ns
         add_up_ns = p.m * p.n * p.copies * ACCUMULATOR_BYTES / self._bytes_per_ns
@@ -124,13 +130,16 @@ class ComputeCost:
         unit works through the FLOPs."""
         width, keys = sizes["head_dim"], sizes["kv"]
         looped = keys / 2 if sizes.get("causal") else keys
-        peak_flops_per_ns = self.peak_flops_per_s(dtype) * self.device.attention_efficiency.value / 1e9
+        peak_flops_per_ns = self.peak_flops_per_s(dtype) * self._efficiency("attention", dtype).value / 1e9
         if self._units == 1:
             return self._floor_ns + k.flops(sizes) * looped / keys / peak_flops_per_ns
         padded = -(-width // HEAD_ALIGNMENT) * HEAD_ALIGNMENT
         lanes = min(padded, FULL_HEAD)
-        rate = lanes / (lanes + HEAD_FILL) * (FULL_HEAD + HEAD_FILL) / FULL_HEAD
-        rate *= width / padded * (1.0 if width == padded else RAGGED_HEAD)
+        rate = 1.0
+        if dtype != "fp32":
+            # fp32 runs on scalar units, which need no padding.
+            rate = lanes / (lanes + HEAD_FILL) * (FULL_HEAD + HEAD_FILL) / FULL_HEAD
+            rate *= width / padded * (1.0 if width == padded else RAGGED_HEAD)
         rate *= BACKWARD_SHARE if k.name.endswith(".bwd") else FORWARD_SHARE
         blocks = fused_rows(sizes)
         waves = -(-blocks // self._units) * self._units / blocks

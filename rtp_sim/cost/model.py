@@ -5,6 +5,7 @@ from __future__ import annotations
 from rtp_sim.cost.communication import CommunicationCost
 from rtp_sim.cost.compute import ComputeCost
 from rtp_sim.cost.cores import WEIGHT, cores_of
+from rtp_sim.cost.host import NO_HOST_COSTS, HostCosts
 from rtp_sim.engine.costs import OpCost, Phase
 from rtp_sim.hardware.spec import Cluster
 from rtp_sim.model.kernels import is_empty
@@ -13,10 +14,11 @@ from rtp_sim.schedule.ir import Collective, Compute, Dims, Op
 
 class ClusterCost:
     """Implements engine.costs.CostModel for `cluster`. `host_cores` replaces the number of cores that the ranks of one
-    host share; it counts only where ranks are on CPUs."""
+    host share; it counts only where ranks are on CPUs. `host` gives what a framework spends to issue ops."""
 
-    def __init__(self, cluster: Cluster, host_cores: int | None = None) -> None:
+    def __init__(self, cluster: Cluster, host_cores: int | None = None, host: HostCosts = NO_HOST_COSTS) -> None:
         self.cluster = cluster
+        self._host = host
         self._compute = ComputeCost(cluster.device)
         self._cores = cores_of(cluster, host_cores)
         self._communication = CommunicationCost(cluster, self._cores)
@@ -47,7 +49,8 @@ class ClusterCost:
 
     def host_issue_ns(self, op: Op) -> int:
         """Host time to issue one op: cutting out and putting in place what communication moves may take longer."""
-        return self._issue_ns if isinstance(op.action, Compute) else self._communication_issue_ns
+        default_ns = self._issue_ns if isinstance(op.action, Compute) else self._communication_issue_ns
+        return self._host.issue_ns(op, default_ns)
 
     def link_capacity(self, link: int) -> int:
         """Bytes/s of a wire; of a pool of cores, cores x weight x 1e9."""

@@ -194,14 +194,35 @@ class CommunicationFile(_Model):
     in_switch_reduction_min_ranks: Plain | None = None
     in_switch_base: Time | None = None
     in_switch_efficiency: Fraction | None = None
+    collective_chunk_inter: Time | None = None
     kinds: dict[str, KindFile] = {}
 
 
+class CalibrationFile(_Model):
+    """What was fitted on this machine, with its software: replaces the device profile's numbers of the same names."""
+
+    matmul_efficiency: Fraction | None = None
+    matmul_efficiency_fp32: Fraction | None = None
+    attention_efficiency_fp32: Fraction | None = None
+    attention_efficiency: Fraction | None = None
+    memory_efficiency: Fraction | None = None
+    kernel_floor: Time | None = None
+    host_issue: Time | None = None
+    overlap_slowdown: Factor | None = None
+    runtime_reserved: Bytes | None = None
+    link_efficiency: dict[str, Fraction] = {}
+    """For links of the profile, by name: in place of their efficiency."""
+
+
 class ClusterFile(_Model):
-    """A cluster profile: one node's wiring, the fabric between nodes and the communication library."""
+    """A cluster profile: one node's wiring, the fabric between nodes and the communication library.
+
+    A profile with `like` at its top holds only what differs from the profile of that name (`profiles.py`).
+    """
 
     description: str
     device: str
+    calibration: CalibrationFile = CalibrationFile()
     gpus_per_node: int = Field(ge=1)
     notes: list[str] = []
     links: dict[str, LinkFile] = {}

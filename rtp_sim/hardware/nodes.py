@@ -85,6 +85,7 @@ def communication_params(file: CommunicationFile) -> CommunicationParams:
         in_switch_reduction_min_ranks=file.in_switch_reduction_min_ranks,
         in_switch_base_ns=file.in_switch_base,
         in_switch_efficiency=file.in_switch_efficiency,
+        collective_chunk_inter_ns=file.collective_chunk_inter,
         kinds={name: KindParams(kind.step, kind.efficiency) for name, kind in file.kinds.items()},
     )
 

@@ -12,6 +12,8 @@ import difflib
 import os
 import re
 import tomllib
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +25,7 @@ from rtp_sim.hardware.wiring import NodeTemplate
 from rtp_sim.units import parse_bandwidth, parse_flops, parse_time_ns
 
 if TYPE_CHECKING:
-    from rtp_sim.hardware.files import DeviceFile, KernelFile
+    from rtp_sim.hardware.files import CalibrationFile, DeviceFile, KernelFile
 
 GENERIC = "generic:"
 
@@ -43,8 +45,12 @@ def load_device(name_or_path: str) -> Device:
     return device_from_file(*read_device_file(name_or_path))
 
 
-def load_cluster(name_or_path: str, nodes: int = 1, gpus: int | None = None) -> Cluster:
+def load_cluster(
+    name_or_path: str, nodes: int = 1, gpus: int | None = None, changes: Mapping[str, Any] | None = None
+) -> Cluster:
     """A cluster by profile name, by path of a TOML file or by a `generic:` text.
+
+    `changes` replaces values of the profile for this load: {"calibration.matmul_efficiency": 0.7}, say, by dotted keys.
 
     `gpus` is the number of devices in all. With one node it may be smaller than the node (the first ones
     are used) or a multiple of the node (then it says how many nodes); with several nodes each uses gpus /
@@ -55,7 +61,7 @@ def load_cluster(name_or_path: str, nodes: int = 1, gpus: int | None = None) -> 
 
         return parse_generic(name_or_path, nodes, gpus)
     path = _find(name_or_path, "clusters")
-    return _cluster_from_file(path, nodes, gpus)
+    return _cluster_from_file(path, nodes, gpus, changes or {})
 
 
 def cluster_shape(name: str, per_node: int, nodes: int, gpus: int | None) -> tuple[int, int]:
@@ -156,16 +162,24 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: not valid TOML at {line}: {reason}") from None
 
 
-def _cluster_from_file(path: Path, nodes: int, gpus: int | None) -> Cluster:
+def _cluster_from_file(path: Path, nodes: int, gpus: int | None, changes: Mapping[str, Any]) -> Cluster:
     from rtp_sim.hardware.files import ClusterFile, validated
     from rtp_sim.hardware.nodes import communication_params, wiring_from_file
 
-    raw = read_toml(path)
-    if isinstance(raw.get("communication"), dict):
-        raw["communication"] = _communication(raw["communication"], path, depth=0)
+    raw = _cluster(read_toml(path), path, depth=0)
+    for key, value in changes.items():
+        *tables, name = key.split(".")
+        table = raw
+        for part in tables:
+            table = table.setdefault(part, {})
+        table[name] = {"value": value, "kind": "assumed", "source": "given with the load"}
+    for name, efficiency in raw.get("calibration", {}).get("link_efficiency", {}).items():
+        if name not in raw.get("links", {}):
+            raise InputError(f"{path}: calibration.link_efficiency.{name}: there is no link of that name in links")
+        raw["links"][name] = {**raw["links"][name], "efficiency": efficiency}
     file = validated(ClusterFile, raw, path)
     try:
-        device = device_from_file(*read_device_file(file.device, beside=path.parent))
+        device = calibrated(device_from_file(*read_device_file(file.device, beside=path.parent)), file.calibration)
     except InputError as error:
         raise InputError(f"{path}: device: {error}") from None
     nodes, used = cluster_shape(path.stem, file.gpus_per_node, nodes, gpus)
@@ -196,6 +210,46 @@ def _cluster_from_file(path: Path, nodes: int, gpus: int | None) -> Cluster:
         notes=tuple(file.notes),
         host=None if file.host is None else HostParams(file.host.cores, file.host.core_time_per_megabyte),
     )
+
+
+def calibrated(device: Device, fitted: CalibrationFile) -> Device:
+    """The device with the numbers that were fitted on one machine in place of the profile's own."""
+    names = {
+        "kernel_floor": "kernel_floor_ns",
+        "host_issue": "host_issue_ns",
+        "runtime_reserved": "runtime_reserved_bytes",
+    }
+    given = {name: getattr(fitted, name) for name in type(fitted).model_fields if name != "link_efficiency"}
+    return replace(device, **{names.get(name, name): number for name, number in given.items() if number is not None})
+
+
+def _cluster(table: dict[str, Any], path: Path, depth: int) -> dict[str, Any]:
+    """`table` over the profile that its key `like` names: keys replace keys, links and communication are merged, and
+    what is taken over becomes assumed."""
+    if isinstance(table.get("communication"), dict):
+        table["communication"] = _communication(table["communication"], path, depth=0)
+    if "like" not in table:
+        return table
+    if depth > 3 or not isinstance(table["like"], str):
+        raise InputError(f"{path}: like: given {table['like']!r}, expected another profile's name")
+    other_path = _find(table["like"], "clusters")
+    base = {k: _assumed(v, table["like"]) for k, v in _cluster(read_toml(other_path), other_path, depth + 1).items()}
+    merged = {k: {**base.get(k, {}), **table[k]} for k in ("links", "communication") if isinstance(table.get(k), dict)}
+    without = ("like", "notes", "calibration")
+    return (
+        {k: v for k, v in base.items() if k not in without} | {k: v for k, v in table.items() if k != "like"} | merged
+    )
+
+
+def _assumed(value: Any, name: str) -> Any:
+    """Every number in `value` as one that was taken over from the profile `name`."""
+    if isinstance(value, list):
+        return [_assumed(v, name) for v in value]
+    if not isinstance(value, dict):
+        return value
+    if "kind" in value and "source" in value:
+        return {**value, "kind": "assumed", "source": f"as {name}: {value['source']}"}
+    return {k: _assumed(v, name) for k, v in value.items()}
 
 
 def _communication(table: dict[str, Any], path: Path, depth: int) -> dict[str, Any]:

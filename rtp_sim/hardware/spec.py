@@ -42,7 +42,8 @@ class Device:
     """One accelerator (or one CPU core pool), as the cost model sees it.
 
     `peak_flops` is dense FLOP/s by dtype. The efficiencies are the best fraction of the peak that large kernels of
-    that class reach. `kernel_floor_ns` is the shortest time any kernel takes on the device, `host_issue_ns` what the
+    that class reach; those for fp32, which has no matrix units of its own, where they differ. `kernel_floor_ns` is
+    the shortest time any kernel takes on the device, `host_issue_ns` what the
     host thread spends to issue one op, `overlap_slowdown` (>= 1) how much longer compute takes while a communication
     kernel runs beside it on the same device. `kernels`, by name and dtype, are those measured one by one: their times
     stand above the efficiencies of their class.
@@ -61,6 +62,8 @@ class Device:
     host_issue_ns: Number
     overlap_slowdown: Number
     runtime_reserved_bytes: Number
+    matmul_efficiency_fp32: Number | None = None
+    attention_efficiency_fp32: Number | None = None
     tdp_w: Number | None = None
     price_usd_per_hour: Number | None = None
     communication_issue_ns: Number | None = None
@@ -117,8 +120,10 @@ class CommunicationParams:
     collectives reach. `size_curve` lists (bytes, fraction of bandwidth reached), ascending in bytes, joined by powers
     of the size; empty means 1 everywhere. `in_switch_reduction_min_ranks` is None where the switch cannot reduce
     (NVLink SHARP); `in_switch_base_ns` is what that takes before data flows, `in_switch_efficiency` the fraction of the
-    port rate it then reaches. `algorithms` lists which of ring, tree, hierarchical, in-switch the library may pick.
-    `kinds` are collectives (by the IR's names) that were measured by themselves.
+    port rate it then reaches. `collective_chunk_inter_ns` is how long a port between nodes is busy with one chunk of a
+    ring whatever its size (None: not at all): it paces rings that span nodes. `algorithms` lists which of ring, tree,
+    hierarchical, in-switch the library may pick. `kinds` are collectives (by the IR's names) that were measured by
+    themselves.
     """
 
     p2p_base_ns: Number
@@ -132,6 +137,7 @@ class CommunicationParams:
     in_switch_reduction_min_ranks: Number | None
     in_switch_base_ns: Number | None
     in_switch_efficiency: Number | None
+    collective_chunk_inter_ns: Number | None = None
     kinds: Mapping[str, KindParams] = field(default_factory=dict)
 
 

@@ -129,6 +129,11 @@ _ALL = (
     Kernel("gated", "memory", _zero, _numel(3)),
     Kernel("gated.bwd", "memory", _zero, _numel(5)),
     Kernel("add", "memory", _zero, _numel(3)),
+    # A gate applied by a kernel of its own: a product of two arrays.
+    Kernel("mul", "memory", _zero, _numel(3)),
+    Kernel("mul.bwd", "memory", _zero, _numel(5)),
+    # Adding a gradient to a wider one that is kept: `state_bytes` moved per number.
+    Kernel("accumulate", "memory", _zero, _zero, lambda d: d["numel"] * d["state_bytes"]),
     # Dropout keeps a one-byte mask per element.
     Kernel("dropout", "memory", _zero, _numel(2), _numel(1)),
     Kernel("dropout.bwd", "memory", _zero, _numel(2), _numel(1)),
@@ -140,6 +145,13 @@ _ALL = (
     # Cross-entropy: logits, targets (int64) -> loss, log-probabilities, which the backward reads.
     Kernel("cross_entropy", "memory", _zero, _rows(2), _statistics(3)),
     Kernel("cross_entropy.bwd", "memory", _zero, _rows(2), _statistics(3)),
+    # The same in torch's two steps; the look-up's backward fills an array of zeros.
+    Kernel("upcast", "memory", _zero, _numel(1), lambda d: 4 * d["numel"]),
+    Kernel("upcast.bwd", "memory", _zero, _numel(1), lambda d: 4 * d["numel"]),
+    Kernel("log_softmax", "memory", _zero, _rows(2)),
+    Kernel("log_softmax.bwd", "memory", _zero, _rows(3)),
+    Kernel("nll", "memory", _zero, lambda d: d["rows"], _statistics(2)),
+    Kernel("nll.bwd", "memory", _zero, _rows(1), _statistics(2)),
     # Mixture of experts: gate logits -> top-k weights and ids; gather tokens to experts; weighted scatter back.
     Kernel("topk", "memory", _zero, _rows(2), lambda d: 12 * d["rows"] * d["top_k"]),
     Kernel("topk.bwd", "memory", _zero, _rows(2), lambda d: 12 * d["rows"] * d["top_k"]),
@@ -168,7 +180,7 @@ _SPLIT_BACKWARD = {
 _NORM_BACKWARD = {n: (Rule(f"{n}.bwd", ("dy", "x", "w"), ("dx", "dw")),) for n in ("layernorm", "rmsnorm")}
 _INPUT_BACKWARD = {
     n: (Rule(f"{n}.bwd", ("dy", "x"), ("dx",)),)
-    for n in ("gelu", "silu", "gated", "attn.scores", "attn.context", "combine")
+    for n in ("gelu", "silu", "mul", "gated", "attn.scores", "attn.context", "combine")
 }
 _OUTPUT_BACKWARD = {n: (Rule(f"{n}.bwd", ("dy", "y"), ("dx",)),) for n in ("softmax", "relu", "topk")}
 
@@ -184,6 +196,10 @@ BACKWARD: Mapping[str, tuple[Rule, ...]] = {
     "embedding": (Rule("embedding.wgrad", ("dy", "x"), ("dw",)),),
     "positions": (Rule("positions.wgrad", ("dy",), ("dw",)),),
     "cross_entropy": (Rule("cross_entropy.bwd", ("y1", "y2", "x1"), ("dx",)),),
+    "log_softmax": (Rule("log_softmax.bwd", ("dy", "y", "x"), ("dx",)),),
+    "nll": (Rule("nll.bwd", ("x1",), ("dx0",)),),
+    "upcast": (Rule("upcast.bwd", ("dy", "x"), ("dx",)),),
+    "copy": (Rule("copy", ("dy",), ("dx",)),),
     "maxpool2d": (Rule("maxpool2d.bwd", ("dy", "y1"), ("dx",)),),
 }
 

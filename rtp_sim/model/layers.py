@@ -295,7 +295,11 @@ class Activation(LayerOp):
 class Attention(LayerOp):
     """Self-attention with its input and output projections. Split "heads": whole groups of query heads with their
     key/value head and the matching columns of the output projection; the output bias is on every shard. `dropout` is
-    the probability with which attention probabilities are dropped: the fused kernel drops none."""
+    the probability with which attention probabilities are dropped: the fused kernel drops none.
+
+    `context_copy`: the context is copied into the projection's layout, as torch.nn.MultiheadAttention does, so autograd
+    keeps it twice. `scaled_copies`: materialised attention keeps scaled queries and keys beside the projection's
+    output, as torch's own fallback does."""
 
     hidden: int
     heads: int
@@ -307,6 +311,8 @@ class Attention(LayerOp):
     causal: bool = True
     implementation: str = "flash"
     dropout: float = 0.0
+    context_copy: bool = False
+    scaled_copies: bool = False
 
     def _heads(self, split: Split) -> tuple[int, int]:
         kv = split.share(self.kv_heads, "heads")
@@ -334,7 +340,11 @@ class Attention(LayerOp):
         if self.rotary:
             calls.append(Call("rope", _dims(numel=t * (q + kv) * d), ("qkv",), ("qkv",)))
         core, core_tensors = self._core(extent, q, kv)
-        calls += [*core, Call("linear", _dims(m=t, k=q * d, n=self.hidden), ("context",), ("y",), True)]
+        context = "context"
+        if self.context_copy:
+            context, core_tensors["merged"] = "merged", Tensor(t * q * d)
+            core.append(Call("copy", _dims(numel=t * q * d), ("context",), ("merged",)))
+        calls += [*core, Call("linear", _dims(m=t, k=q * d, n=self.hidden), (context,), ("y",), True)]
         return Lowered(tuple(calls), tensors | core_tensors)
 
     def _core(self, extent: Extent, heads: int, kv_heads: int) -> tuple[list[Call], dict[str, Tensor]]:
@@ -347,8 +357,15 @@ class Attention(LayerOp):
             return [call], {"context": context, "lse": Tensor(b * heads * s, "fp32")}
         scores = Tensor(b * heads * s * s)
         tensors = {"context": context, "scores": scores, "probs": scores}
+        scaled: list[Call] = []
+        operands: tuple[str, ...] = ("qkv",)
+        if self.scaled_copies:
+            numel = b * s * (heads + kv_heads) * d
+            tensors["scaled"], operands = Tensor(numel), ("qkv", "scaled")
+            scaled.append(Call("copy", _dims(numel=numel), ("qkv",), ("scaled",)))
         calls = [
-            Call("attn.scores", shape, ("qkv",), ("scores",)),
+            *scaled,
+            Call("attn.scores", shape, operands, ("scores",)),
             Call("softmax", _dims(rows=b * heads * s, width=s), ("scores",), ("probs",)),
         ]
         probs = "probs"
@@ -363,13 +380,15 @@ class Attention(LayerOp):
 @dataclass(frozen=True, slots=True)
 class Mlp(LayerOp):
     """Two linears with an activation between; gated: gate and up projections side by side. Split "ffn": rows of the
-    first and matching columns of the second; the output bias is on every shard."""
+    first and matching columns of the second; the output bias is on every shard. `separate_gate`: the gate is applied by
+    a kernel of its own, which keeps the activated gate."""
 
     hidden: int
     ffn: int
     activation: str = "gelu"
     gated: bool = False
     bias: bool = True
+    separate_gate: bool = False
 
     def params(self, split: Split = WHOLE) -> tuple[Param, ...]:
         """up (ffn or 2*ffn x hidden) and down (hidden x ffn), with biases."""
@@ -382,12 +401,20 @@ class Mlp(LayerOp):
         """Matmul, activation, matmul."""
         f = split.share(self.ffn, "ffn")
         t, up = extent.tokens, f * (2 if self.gated else 1)
+        tensors = {"up": Tensor(t * up), "act": Tensor(t * f), "y": Tensor(t * self.hidden)}
+        act = [Call("gated" if self.gated else self.activation, _dims(numel=t * f), ("up",), ("act",))]
+        if self.gated and self.separate_gate:
+            tensors["gate"] = Tensor(t * f)
+            act = [
+                Call(self.activation, _dims(numel=t * f), ("up",), ("gate",)),
+                Call("mul", _dims(numel=t * f), ("gate", "up"), ("act",)),
+            ]
         calls = (
             Call("linear", _dims(m=t, k=self.hidden, n=up), ("x0",), ("up",), True),
-            Call("gated" if self.gated else self.activation, _dims(numel=t * f), ("up",), ("act",)),
+            *act,
             Call("linear", _dims(m=t, k=f, n=self.hidden), ("act",), ("y",), True),
         )
-        return Lowered(calls, {"up": Tensor(t * up), "act": Tensor(t * f), "y": Tensor(t * self.hidden)})
+        return Lowered(calls, tensors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -458,18 +485,40 @@ class Experts(LayerOp):
 @dataclass(frozen=True, slots=True)
 class CrossEntropy(LayerOp):
     """Mean cross-entropy of logits (x0) and targets (x1); keeps the log-probabilities. Split "vocab" by columns, and
-    then maximum, sum and target logit of each token (`statistics`, fp32) are to be reduced over the shards."""
+    then maximum, sum and target logit of each token (`statistics`, fp32) are to be reduced over the shards.
+
+    `unfused`: as torch.nn.CrossEntropyLoss in a loop that holds on to the logits: the backward has logits,
+    log-probabilities, their gradient and that of the logits at the same time. `upcast`: the logits are first copied to
+    the dtype of the loss, and the forward makes another copy, less their maximum."""
 
     vocab: int
+    unfused: bool = False
+    upcast: bool = False
 
     def lower(self, extent: Extent, split: Split = WHOLE) -> Lowered:
-        """One row-wise kernel."""
+        """One row-wise kernel, or log-softmax and look-up."""
         rows = split.share(extent.tokens, "rows")
         width = split.share(self.vocab, "vocab")
+        if self.unfused and split.kind != "vocab":
+            dims, loss = _dims(rows=rows, width=width), Tensor(rows * width, "loss")
+            calls = (
+                Call("log_softmax", dims, ("x0",), ("log_probs",)),
+                Call("nll", dims, ("log_probs", "x1"), ("y",)),
+            )
+            return Lowered(calls, {"y": Tensor(1, "fp32"), "log_probs": loss})
         outputs = ("y", "log_probs", "statistics")[: 3 if split.kind == "vocab" else 2]
-        call = Call("cross_entropy", _dims(rows=rows, width=width), ("x0", "x1"), outputs)
-        tensors = {"y": Tensor(1, "fp32"), "log_probs": Tensor(rows * width, "loss")}
-        return Lowered((call,), tensors | {"statistics": Tensor(3 * rows, "fp32")})
+        tensors = {
+            "y": Tensor(1, "fp32"),
+            "log_probs": Tensor(rows * width, "loss"),
+            "statistics": Tensor(3 * rows, "fp32"),
+        }
+        dims = _dims(rows=rows, width=width)
+        if self.upcast:
+            cast = Call("upcast", _dims(numel=rows * width), ("x0",), ("wide",))
+            call = Call("cross_entropy", dims, ("wide", "x1"), ("y", "log_probs", "statistics", "shifted"))
+            wide = Tensor(rows * width, "loss")
+            return Lowered((cast, call), tensors | {"wide": wide, "shifted": wide})
+        return Lowered((Call("cross_entropy", dims, ("x0", "x1"), outputs),), tensors)
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,12 @@ class PrecisionPolicy:
     master_dtype: str | None
     compute_dtype: str
 
+    def kernel_dtype(self, kernel: str) -> str:
+        """The dtype that a kernel runs in: fp8 is for the products of linear layers alone."""
+        if self.compute_dtype == "fp8" and not kernel.startswith("linear"):
+            return self.weight_dtype
+        return self.compute_dtype
+
     @property
     def weight_bytes(self) -> int:
         """Bytes of one weight (and of one activation)."""
@@ -73,6 +79,7 @@ PRECISIONS = {
         PrecisionPolicy("fp16", "fp16", "fp16", "fp32", "fp32", "fp16"),
         PrecisionPolicy("bf16", "bf16", "bf16", "fp32", "fp32", "bf16"),
         PrecisionPolicy("bf16-grad32", "bf16", "fp32", "fp32", "fp32", "bf16"),
+        PrecisionPolicy("fp8", "bf16", "bf16", "fp32", "fp32", "fp8"),
         PrecisionPolicy("fp16-pure", "fp16", "fp16", "fp16", None, "fp16"),
         PrecisionPolicy("bf16-pure", "bf16", "bf16", "bf16", None, "bf16"),
     )

@@ -62,12 +62,12 @@ def diff_report_html(diff: TimelineDiff, worst: int, validation: Validation | No
         section("bars", f"Time by kernel class on rank {diff.critical_rank}", _class_bars(diff.kernel_classes)),
         section("scatter", "Error by op", f"<figure>{duration_scatter(ops)}</figure>"),
         timeline_section("Both timelines of a rank", [str(pair["name"]) for pair in drawn], "Rank"),
-        *(_grid_section(grid) for grid in diff_grids(diff, worst)),
+        *(grid_section(grid) for grid in diff_grids(diff, worst)),
         inputs_section(inputs),
     ]
     if validation is not None:
         said = "".join(note(text) for text in (spread_text(validation), *validation.notes))
-        sections.insert(0, _grid_section(check_grid(validation), said))
+        sections.insert(0, grid_section(check_grid(validation), said))
     return page(title, answer(diff) if validation is None else verdict(validation), "\n".join(sections), drawn)
 
 
@@ -139,7 +139,8 @@ def _pair_of_bars(name: str, predicted_ns: int, measured_ns: int) -> list[Bar]:
     ]
 
 
-def _grid_section(grid: Grid, before: str = "") -> str:
+def grid_section(grid: Grid, before: str = "") -> str:
+    """A grid as a section of the page."""
     said = note(NOTES[grid.name]) if grid.name in NOTES else ""
     body = scroll(grid.name, grid_table(grid)) if grid.rows else note("None.")
     return section(grid.name, grid.title, said + before + body)

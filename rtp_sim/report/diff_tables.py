@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rtp_sim.validation.runs import Check, Validation
 
 DIFF_SCHEMA = "rtp-sim/diff/1"
-VALIDATE_SCHEMA = "rtp-sim/validate/1"
+VALIDATE_SCHEMA = "rtp-sim/validate-run/1"
 REMAINDER = "overlap and waiting"
 
 Json = dict[str, object]

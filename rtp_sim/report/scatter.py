@@ -7,7 +7,7 @@ would lie on one another are drawn once, larger, and the tooltip tells of the on
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rtp_sim.metrics import op_kind
 from rtp_sim.report.format import format_seconds
@@ -30,7 +30,7 @@ def duration_scatter(ops: Sequence[OpDiff]) -> str:
     durations = [ns for op in shown for ns in (op.predicted_ns, op.measured_ns)]
     low = math.floor(math.log10(min(durations, default=1)))
     high = max(low + 1, math.ceil(math.log10(max(durations, default=10))))
-    parts = _axes(low, high)
+    parts = axes(low, high, lambda ns: format_seconds(ns / 1e9))
     for members in _cells(shown, low, high):
         worst = max(members, key=lambda op: abs(op.error_ns))
         radius = 2.6 + 0.9 * math.log2(len(members))
@@ -40,11 +40,12 @@ def duration_scatter(ops: Sequence[OpDiff]) -> str:
     return key(roles, {}) + frame("scatter", label, BOTTOM + 46, parts) + f'<p class="note">{label}.{note}</p>'
 
 
-def _axes(low: int, high: int) -> list[str]:
+def axes(low: int, high: int, label_of: Callable[[float], str]) -> list[str]:
+    """Grid, diagonal and labels of a square plot from 10^low to 10^high, labelled by `label_of` a value."""
     parts = []
     for decade in range(low, high + 1):
         at = (decade - low) / (high - low) * (BOTTOM - TOP)
-        label = format_seconds(10.0**decade / 1e9).replace(".00", "").replace(".0", "")
+        label = label_of(10.0**decade).replace(".00", "").replace(".0", "")
         parts += [line("grid", LEFT + at, TOP, LEFT + at, BOTTOM), line("grid", LEFT, BOTTOM - at, RIGHT, BOTTOM - at)]
         parts += [text("tick", LEFT + at, BOTTOM + 16, label, "middle"), text("tick", LEFT - 8, BOTTOM - at + 4, label, "end")]  # fmt: skip  # noqa: E501
     parts.append(line("diagonal", LEFT, BOTTOM, RIGHT, TOP))
@@ -56,10 +57,15 @@ def _axes(low: int, high: int) -> list[str]:
     return parts
 
 
-def _place(op: OpDiff, low: int, high: int) -> tuple[float, float]:
+def place(measured: float, predicted: float, low: int, high: int) -> tuple[float, float]:
+    """Where a pair of values is drawn."""
     per_decade = (BOTTOM - TOP) / (high - low)
-    x = LEFT + (math.log10(op.measured_ns) - low) * per_decade
-    return x, BOTTOM - (math.log10(op.predicted_ns) - low) * per_decade
+    x = LEFT + (math.log10(measured) - low) * per_decade
+    return x, BOTTOM - (math.log10(predicted) - low) * per_decade
+
+
+def _place(op: OpDiff, low: int, high: int) -> tuple[float, float]:
+    return place(op.measured_ns, op.predicted_ns, low, high)
 
 
 def _cells(ops: Sequence[OpDiff], low: int, high: int) -> list[list[OpDiff]]:

@@ -126,6 +126,10 @@ class Step:
             self.merge_input_grads(layer)
             yield layer
 
+    def recomputing(self, layer: Layer) -> bool:
+        """Whether the layer is in a block that is recomputed."""
+        return any(self.recomputes(b) and layer in b.layers for b in self.network.blocks)
+
     def recomputes(self, block: Block) -> bool:
         """Whether the backward of this block starts with its forward."""
         return self.training.recompute == "full" and block.recomputable
@@ -151,8 +155,9 @@ class Step:
     def gradient(self, layer: Layer, numel: Size | None = None, part: Part | None = None, split: str = "") -> str:
         """The gradient buffer `g.L`: filled in the backward pass, gone after the optimizer step."""
         numel = layer.op.numel() if numel is None else numel
-        name, holds = layer.weight_name, [Holding(layer.weight_name, split)]
-        return self.b.buffer(f"g.{name}", "gradients", self.policy.gradient_dtype, numel, part=part, holds=holds)
+        name, holds, kept = layer.weight_name, [Holding(layer.weight_name, split)], self.options.gradient_buffer
+        dtype = self.policy.gradient_dtype
+        return self.b.buffer(f"g.{name}", "gradients", dtype, numel, part=part, persistent=kept, holds=holds)
 
     def _local(self, layer: Layer, name: str, lowered: ShardedLayer, work: Work, grad: bool = False) -> str:
         """Declares (once) and names the buffer of a local tensor of `layer`, or of its gradient."""
@@ -216,7 +221,7 @@ class Step:
         dims, variants = lowered.dims[call]
         part = work.sharding.part if work.sharding is not None else None
         site = Site(layer.name, call, work.sharding.kind if work.sharding is not None else "")
-        action = Compute(kernel, self.policy.compute_dtype, dims, part, variants, site)
+        action = Compute(kernel, self.policy.kernel_dtype(kernel), dims, part, variants, site)
         name = f"m{self.micro}.{layer.name}.{name}.{call}.{kernel}"
         return self.b.op(name, "compute", action, reads, writes, after=work.after)
 
@@ -242,6 +247,30 @@ class Step:
         """Emits the backward kernels of a layer or shard. Input gradients go to buffers that `merge_input_grads` takes
         up; `on_input_grad` is called with each as soon as it is complete (to start communicating it)."""
         lowered = self.lowered(layer, work)
+        if self.options.gradient_local and layer.op.numel():
+            self._backward_local(layer, work, on_input_grad)
+            return
+        self._backward(layer, lowered, work, on_input_grad)
+
+    def _backward_local(self, layer: Layer, work: Work, on_input_grad: OnInputGrad | None) -> None:
+        """The backward with the weights' gradient in their own dtype, then added to the one that is kept. Where there
+        is data parallelism the first is a view of a bucket, which stays allocated."""
+        kept = work.grad or self.gradient(layer)
+        like = self.b.declared(kept)
+        local = f"{kept}.local"
+        shared = any(group.size > 1 for name, group in self.groups.items() if name == "dp")
+        self.b.buffer(local, "gradients", self.policy.weight_dtype, like.numel, part=like.part, persistent=shared)
+        if not shared:
+            self.b.drop(local)
+        lowered = self.lowered(layer, work)
+        self._backward(layer, lowered, replace(work, grad=local), on_input_grad)
+        numel = like.numel if isinstance(like.numel, int) else max(like.numel)
+        moved = self.policy.weight_bytes + 2 * self.policy.gradient_bytes
+        action = Compute("accumulate", self.policy.gradient_dtype, (("numel", numel), ("state_bytes", moved)))
+        reads = (local,) if self.b.fresh(kept) else (local, kept)
+        self.b.op(f"m{self.micro}.{layer.name}.B.accumulate", "compute", action, reads, (kept,))
+
+    def _backward(self, layer: Layer, lowered: ShardedLayer, work: Work, on_input_grad: OnInputGrad | None) -> None:
         if self.training.recompute == "selective" and isinstance(layer.op, Attention):
             self._recompute_scores(layer, lowered, work)
         grads = {"y": self.output_grad(layer)}
@@ -369,7 +398,7 @@ class Step:
         """own += other, as autograd adds the gradients of a tensor with two readers."""
         like = self.b.declared(own)
         numel = like.numel if isinstance(like.numel, int) else max(like.numel)
-        action = Compute("add", self.policy.compute_dtype, (("numel", numel),))
+        action = Compute("add", self.policy.kernel_dtype("add"), (("numel", numel),))
         self.b.op(f"m{self.micro}.{tensor}.B.add", "compute", action, (own, other), (own,))
         return own
 
@@ -395,7 +424,8 @@ class Step:
 
     def optimizer(self, shares: Sequence[OptimizerShare]) -> None:
         """The update of everything this rank updates (update.py)."""
-        take_step(self.b, self.training, self.groups, self._streams, shares)
+        scratch = self.options.optimizer_scratch
+        take_step(self.b, self.training, self.groups, self._streams, shares, scratch)
 
 
 def _tagged(work: Work, tag: str) -> Work:

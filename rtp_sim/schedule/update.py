@@ -43,16 +43,21 @@ class OptimizerShare:
 
 def take_step(
     b: Builder, training: TrainingSpec, groups: Mapping[str, Group], streams: Mapping[str, str],
-    shares: Sequence[OptimizerShare],
+    shares: Sequence[OptimizerShare], scratch: int = 0,
 ) -> None:  # fmt: skip
     """One fused optimizer step over all shares, after what it must know of the gradients. `streams` says on which
-    stream a group communicates; by default on one of its name."""
+    stream a group communicates; by default on one of its name. `scratch` is how many numbers per parameter the step
+    allocates for itself, as torch's foreach form does for the roots of the moments."""
     known = _look_at_gradients(b, training, groups, streams, shares) if training.measures_gradients else ()
     states = [_state(b, training, share) for share in shares]
     dims, variants = _dims([s.numel for s in shares], (("state_bytes", _traffic(training)),))
     action = Compute("optimizer", training.policy.weight_dtype, dims, _part(shares), variants)
     grads, weights = _grads(shares), tuple(dict.fromkeys(w for s in shares for w in s.weights))
-    b.op("optimizer", "compute", action, (*grads, *weights, *states, *known), (*weights, *states))
+    writes = [*weights, *states]
+    if scratch:
+        numel = sum(scratch * (s.numel if isinstance(s.numel, int) else max(s.numel)) for s in shares)
+        writes.append(b.buffer("opt.scratch", "workspace", training.policy.state_dtype, numel))
+    b.op("optimizer", "compute", action, (*grads, *weights, *states, *known), tuple(writes))
     if training.scales_loss:
         scale = loss_scale_buffer(b)
         b.op("loss_scale", "compute", Compute("loss_scale", "fp32", (("numel", 1),)), (GRAD_NORM, scale), (scale,))

@@ -102,6 +102,9 @@ def _work(step: Step, unit: Unit) -> Work:
         return Work(weight=f"w.{unit.name}", grad=f"g.{unit.name}")
     padded = unit.shard * step.group_size(unit.group)
     policy, holds = step.policy, unit.holds
+    if step.options.fsdp_split_gradients:
+        weight = step.b.buffer(f"full.{unit.name}", "communication", policy.weight_dtype, padded, holds=holds)
+        return Work(weight=weight)
     weight = step.b.buffer(f"full.{unit.name}", "communication", policy.weight_dtype, padded, holds=holds)
     grad = step.b.buffer(f"gfull.{unit.name}", "communication", policy.gradient_dtype, padded, holds=holds)
     return Work(weight=weight, grad=grad)
@@ -126,6 +129,15 @@ def _reduce(step: Step, unit: Unit) -> None:
     dtype, padded = step.policy.gradient_dtype, unit.shard * step.group_size(unit.group)
     shard = _sharded(step, unit, f"g.{unit.name}", "gradients", dtype)
     name, source = f"m{step.micro}.reduce.{unit.name}", f"gfull.{unit.name}"
+    if step.options.fsdp_split_gradients:
+        # The flat parameter's gradient is put together from those of its views, while the whole
+        # weights are still there.
+        step.b.buffer(source, "communication", dtype, padded, holds=unit.holds)
+        pieces = tuple(f"g.{held.layer}" for held in unit.holds)
+        copy = Compute("copy", dtype, (("numel", unit.numel),))
+        step.b.op(f"{name}.flatten", "compute", copy, (*pieces, f"full.{unit.name}"), (source,))
+        for piece in pieces:
+            step.b.drop(piece)
     first = step.b.fresh(shard)
     target = shard if first else _sharded(step, unit, f"g.arrived.{unit.name}", "communication", dtype)
     step.collective("reduce_scatter", unit.group, "fsdp", name, padded, (source,), (target,), dtype)

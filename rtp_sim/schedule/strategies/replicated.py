@@ -13,18 +13,20 @@ def single(step: Step) -> None:
 
 def ddp(step: Step) -> None:
     """Every rank computes its own micro-batches; gradients are all-reduced in buckets while the last backward runs."""
-    _data_parallel(step, DataParallel(step, "ddp", copy=True))
+    if step.options.gradient_buffer:
+        keep_gradients(step)
+    _data_parallel(step, DataParallel(step, "ddp", copy=step.options.dp_copy))
 
 
 def zero1(step: Step) -> None:
     """As ddp, but gradients are reduce-scattered and each rank keeps the optimizer state of 1/n of the weights."""
     keep_gradients(step)
-    _data_parallel(step, DataParallel(step, "zero1", copy=True))
+    _data_parallel(step, DataParallel(step, "zero1", copy=step.options.dp_copy))
 
 
 def zero2(step: Step) -> None:
     """As zero1, and each micro-batch's gradients are reduced and freed at once: only the shard is kept."""
-    _data_parallel(step, DataParallel(step, "zero2", copy=True))
+    _data_parallel(step, DataParallel(step, "zero2", copy=step.options.dp_copy))
 
 
 def _data_parallel(step: Step, sync: DataParallel) -> None:

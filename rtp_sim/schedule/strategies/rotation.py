@@ -62,7 +62,8 @@ class Ring:
         numel, name, step = even(shard_numel(layer.op, kind, self.n)), layer.weight_name, self.step
         most, holds = numel if isinstance(numel, int) else max(numel), [Holding(name, kind)]
         step.b.buffer(f"w.{name}", "weights", step.policy.weight_dtype, most, persistent=True, holds=holds)
-        step.b.buffer(f"g.{name}", "gradients", step.policy.gradient_dtype, most, holds=holds)
+        kept = step.options.gradient_buffer
+        step.b.buffer(f"g.{name}", "gradients", step.policy.gradient_dtype, most, persistent=kept, holds=holds)
         if self.in_place:
             return Unit(layer, kind, numel, (f"w.{name}",), (f"g.{name}",))
         step.b.buffer(f"w.{name}.in", "weights", step.policy.weight_dtype, most, holds=holds)
@@ -196,7 +197,9 @@ class _GradientRing:
     def _set_aside(self) -> None:
         """Earlier micro-batches' gradient must not be overwritten by this one's travelling sum."""
         b, home = self.step.b, self.unit.grad_slots[0]
-        if not b.fresh(home):
+        if self.step.options.gradient_buffer and self.step.micro == 0:
+            self._kernel("zero", (home,), (home,), "zero")
+        elif not b.fresh(home):
             like = b.declared(home)
             self.kept = b.buffer(f"{home}.kept", "gradients", like.dtype, like.numel, holds=like.holds)
             self._kernel("copy", (home,), (self.kept,), "keep")

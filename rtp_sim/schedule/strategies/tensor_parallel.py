@@ -202,8 +202,10 @@ class Tensor:
         for tensor in layer.inputs:
             full = self._full(tensor, "full")
             name = f"{layer.name}.{tag}.all_gather.{tensor}"
-            self._collective("all_gather", name, self._tokens_numel(full), self.step.tensor(tensor), full)
             inputs[tensor] = full
+            if tag == "B" and self.step.options.tp_keep_gathered and not self.step.recomputing(layer):
+                continue
+            self._collective("all_gather", name, self._tokens_numel(full), self.step.tensor(tensor), full)
         return Work(work.sharding, 0, work.weight, work.grad, inputs, work.output, tag=tag)
 
     def _full(self, tensor: str, what: str) -> str:

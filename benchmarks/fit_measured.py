@@ -1,0 +1,115 @@
+"""Fits the `[calibration]` of the machines of published runs to the calibration half of their rows, and writes it.
+
+    python benchmarks/fit_measured.py FOLDER [CLUSTER ...] [--write]
+
+Prints the values, and the errors of both halves: the calibration rows that the fit saw and the validation rows that
+it did
+not. With --write the tables go into the profiles in hardware_profiles/clusters/. Rows that cannot be predicted, or ran
+with a precision that is not calibrated (fp8), are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+from rtp_sim.errors import InputError
+from rtp_sim.hardware.profiles import load_cluster
+from rtp_sim.validation.accuracy import Errors, errors_of
+from rtp_sim.validation.evaluate import evaluate
+from rtp_sim.validation.fit import PARAMETERS, Fit, fit, link_parameter
+from rtp_sim.validation.interpret import Experiment, Unsupported, interpret
+from rtp_sim.validation.measured import Row, read_measured
+
+KERNELS = "matmul_efficiency attention_efficiency memory_efficiency"
+FITTED = {
+    "mosaic-h100": f"{KERNELS} overlap_slowdown",
+    "mosaic-a100-80g-roce": f"{KERNELS} overlap_slowdown",
+    "internevo-a100-roce": f"{KERNELS} overlap_slowdown link:roce",
+    "selene-a100-80g": "matmul_efficiency memory_efficiency link:nvlink3",
+    "rtp-a100-80g": f"{KERNELS} matmul_efficiency_fp32 attention_efficiency_fp32 host_issue link:hdr",
+    "rtp-v100-32g": "matmul_efficiency memory_efficiency matmul_efficiency_fp32 host_issue link:edr link:nvlink2",
+    "vtrain-a100": f"{KERNELS} host_issue",
+    "hf-h100-efa": f"{KERNELS} host_issue link:efa",
+    "ibm-vela-a100": "matmul_efficiency memory_efficiency",
+    "ibm-h100": "matmul_efficiency memory_efficiency",
+}
+"""What each machine's rows can tell."""
+PROFILES = Path(__file__).parent.parent / "hardware_profiles" / "clusters"
+MARK = "# Fitted by benchmarks/fit_measured.py"
+
+
+def rows_of(folder: Path, cluster: str) -> list[tuple[Experiment, float, bool]]:
+    """(experiment, measured seconds, whether the fit may see it) of the cluster's rows."""
+    found = []
+    for path in sorted(folder.glob("*.csv")):
+        for entry in read_measured(path).entries:
+            if not isinstance(entry, Row) or entry.cells.cluster != cluster or entry.cells.step_time_s is None:
+                continue
+            # fp8 is not calibrated; the ZeRO-3 rows of the Megatron paper are DeepSpeed's, another program.
+            if "fp8" in entry.cells.precision or (entry.cells.framework == "megatron-lm" and entry.cells.dp > 256):
+                continue
+            try:
+                found.append((interpret(entry).experiment, entry.cells.step_time_s, entry.calibration))
+            except (Unsupported, InputError):
+                continue
+    return found
+
+
+def written(result: Fit, parts: str) -> str:
+    """The fit as tables of a profile."""
+    e = result.errors
+    source = f"fit to {result.rows} calibration rows of {parts}: median error {e.median_ape:.1%}, mean {e.mape:.1%}"
+    tables: dict[str, list[str]] = {}
+    for key, value in result.values.items():
+        table, _, name = key.rpartition(".")
+        shown = f'"{value}"' if isinstance(value, str) else f"{value:g}"
+        tables.setdefault(table, []).append(f'{name} = {{ value = {shown}, kind = "measured", source = "{source}" }}')
+    return MARK + "\n" + "\n\n".join("\n".join([f"[{table}]", *lines]) for table, lines in tables.items()) + "\n"
+
+
+def put(cluster: str, text: str) -> None:
+    """Replaces the fitted tables at the end of the profile."""
+    path = PROFILES / f"{cluster}.toml"
+    kept = re.split(rf"\n*{re.escape(MARK)}", path.read_text(encoding="utf-8"))[0].rstrip("\n")
+    path.write_text(f"{kept}\n\n{text}", encoding="utf-8")
+
+
+def shown(name: str, e: Errors) -> str:
+    """One line of errors."""
+    return (
+        f"  {name}: {e.count} rows, median {e.median_ape:.1%}, mean {e.mape:.1%}, bias {e.bias:+.1%}" if e.count else ""
+    )
+
+
+def main() -> None:
+    """Fits what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("clusters", nargs="*", default=list(FITTED))
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--iterations", type=int, default=3)
+    a = parser.parse_args()
+    for cluster in a.clusters:
+        rows = rows_of(a.folder, cluster)
+        names = FITTED[cluster].split()
+        parameters = [link_parameter(n[5:]) if n.startswith("link:") else PARAMETERS[n] for n in names]
+        seen = [(experiment, seconds) for experiment, seconds, calibration in rows if calibration]
+        if not seen:
+            continue
+        print(f"{cluster}: {len(seen)} of {len(rows)} rows", flush=True)
+        result = fit(seen, parameters, a.iterations, tell=lambda text: print(f"  {text}", file=sys.stderr, flush=True))
+        for key, value in result.values.items():
+            print(f"  {key} = {value}")
+        print(shown("calibration", result.errors))
+        if a.write:
+            put(cluster, written(result, cluster))
+        other = [(experiment, seconds) for experiment, seconds, calibration in rows if not calibration]
+        changed = {e.gpus: load_cluster(cluster, gpus=e.gpus, changes=result.values) for e, _ in other}
+        print(shown("validation", errors_of(evaluate(e, changed[e.gpus]).step_s / s - 1 for e, s in other)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""How training frameworks do what a schedule leaves open: one line of physical habits per framework, with its source.
+
+A habit says what the software does (which kernels it fuses, when it reduces gradients, what it keeps in memory, what a
+launch costs its host thread), never how fast a model, a machine or a row is. Each framework has one `Habits` for all
+of its rows; what is not read from its code or its logs says "assumed".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Habits:
+    """`architecture`: "gpt" (layer norm, GELU, biases), "mpt" (the same without biases), "fairscale" (post-norm, ReLU,
+    sinusoidal positions, head with bias) or "llama" (RMS norm, gated SiLU, rotary positions, no biases).
+
+    `mixed` is the precision that "mixed", "bf16" and "fp16" mean; `pure_half` says that fp16 is fp16 throughout.
+    `dp_overlap`: gradients are reduced beside the backward pass; `dp_bucket_bytes` at a time; `dp_copy`: into buckets
+    of
+    their own; `gradient_buffer`: gradients are kept in one buffer from step to step. `fsdp_unit`: "block" or "model".
+    `torch_attention`: torch.nn.MultiheadAttention, which copies layouts and uses whatever kernel
+    scaled_dot_product_attention picks, with a mask (no causal skipping). `torch_loss`: torch.nn.CrossEntropyLoss.
+    `optimizer_scratch`: bytes per parameter that the optimizer step allocates for itself. `recompute_works`: whether
+    the run's recompute option saved memory. `selective_blocks`: "selective" recompute repeats every n-th block.
+    `op_ns`, `hop_ns`, `collective_ns`: host time to issue a kernel, a hop of rotation, another communication op.
+    `vocab_size`, `ffn_ratio`: taken where a row leaves them blank. `facts`: (habit, source or "assumed").
+    """
+
+    name: str
+    architecture: str
+    mixed: str = "bf16"
+    pure_half: bool = False
+    dp_overlap: bool = True
+    dp_bucket_bytes: int = 25 * MIB
+    dp_copy: bool = True
+    gradient_buffer: bool = False
+    rotation_keeps_gradients: bool = False
+    fsdp_split_gradients: bool = False
+    fsdp_unit: str = "block"
+    fsdp_prefetch: bool = True
+    torch_attention: bool = False
+    torch_loss: bool = False
+    upcast_loss: bool = False
+    separate_gate: bool = False
+    gradient_local: bool = False
+    tp_keep_gathered: bool = False
+    optimizer_scratch: int = 0
+    recompute_works: bool = True
+    selective_blocks: int = 0
+    dropout: float = 0.0
+    op_ns: int | None = None
+    hop_ns: int | None = None
+    collective_ns: int | None = None
+    vocab_size: int | None = None
+    ffn_hidden_size: Mapping[int, int] | None = None
+    facts: tuple[tuple[str, str], ...] = ()
+
+
+FRAMEWORKS: Mapping[str, Habits] = {
+    h.name: h
+    for h in (
+        Habits(
+            "rtp-repo", "fairscale", pure_half=True, fsdp_unit="model", fsdp_prefetch=False,
+            fsdp_split_gradients=True, rotation_keeps_gradients=True,
+            torch_attention=True, torch_loss=True,
+            optimizer_scratch=1, recompute_works=False, hop_ns=350_000,
+        ),
+        Habits("composer-fsdp", "mpt", mixed="bf16", torch_loss=True),
+        Habits("megatron-lm", "gpt", mixed="fp16", gradient_buffer=True, dp_overlap=False, dp_copy=False),
+        Habits("megatron-deepspeed", "gpt", mixed="fp16", dp_overlap=False, dp_copy=False, vocab_size=51200),
+        Habits(
+            "nanotron", "llama", mixed="bf16-grad32", gradient_buffer=True, dp_copy=False, upcast_loss=True,
+            separate_gate=True, gradient_local=True, tp_keep_gathered=True,
+        ),
+        Habits(
+            "internevo", "llama", mixed="bf16", vocab_size=103168, ffn_hidden_size={4096: 11008},
+        ),
+        Habits("fms-fsdp", "llama", mixed="bf16", selective_blocks=2),
+    )
+}  # fmt: skip

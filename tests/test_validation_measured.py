@@ -1,0 +1,287 @@
+"""Published runs: reading them, what a row is taken to mean, statistics by hand, and the command as a user meets it."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_cli import Answer, documented_keys
+from test_report_html import Elements, run_browser
+
+from rtp_sim.cli import main
+from rtp_sim.cost.lockstep import LockstepCost
+from rtp_sim.cost.model import ClusterCost
+from rtp_sim.engine.longest_path import unshared_ns
+from rtp_sim.errors import InputError
+from rtp_sim.hardware.profiles import load_cluster
+from rtp_sim.schedule.layout import make_groups, make_layout
+from rtp_sim.validation.accuracy import Errors, Fits, Outcome, errors_of, fits_of, rank_correlation, spearman
+from rtp_sim.validation.evaluate import Estimate, evaluate
+from rtp_sim.validation.fit import PARAMETERS, fit
+from rtp_sim.validation.interpret import Experiment, Unsupported, interpret
+from rtp_sim.validation.measured import Problem, Row, RowFile, calibration_half, read_measured
+
+PLAIN = {
+    "row_id": "r1", "source": "a paper", "cluster": "selene-a100-80g", "framework": "megatron-lm", "model": "GPT-tiny",
+    "num_layers": "2", "hidden_size": "1024", "ffn_hidden_size": "4096", "num_heads": "16", "num_kv_heads": "16",
+    "vocab_size": "1024", "seq_len": "512", "gated_mlp": "False", "tied_embeddings": "True",
+    "learned_positions": "True",
+    "attention": "flash", "gpus": "8", "gpus_per_node": "8", "strategy": "ddp", "dp": "8", "tp": "1", "pp": "1",
+    "vpp": "1", "cp": "1", "ep": "1", "sequence_parallel": "False", "pipeline_schedule": "", "micro_batch": "2",
+    "num_microbatches": "1", "global_batch": "16", "precision": "fp16", "grad_precision": "", "recompute": "none",
+    "step_time_s": "0.5", "peak_memory_gib": "2", "memory_metric": "", "status": "ok", "note": "",
+}  # fmt: skip
+NASTY = "<img src=x onerror=alert(1)>"
+
+
+@pytest.fixture
+def table(tmp_path: Path):
+    """Writes rows (changes to a plain one) as a CSV file."""
+
+    def write(*changes: dict[str, str], columns: tuple[str, ...] = tuple(PLAIN), name: str = "runs.csv") -> Path:
+        path = tmp_path / name
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(PLAIN | {"row_id": f"r{i + 1}"} | change for i, change in enumerate(changes))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]):
+    """Runs a command line in this process."""
+
+    def call(*arguments: str | Path) -> Answer:
+        code = main([str(a) for a in arguments])
+        captured = capsys.readouterr()
+        return Answer(code, captured.out, captured.err)
+
+    return call
+
+
+def row(**changes: str) -> Row:
+    return Row("runs.csv", 2, RowFile.model_validate({k: v for k, v in (PLAIN | changes).items() if v}))
+
+
+def experiment(**changes: str) -> Experiment:
+    return interpret(row(**changes)).experiment
+
+
+# ---- the file
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"dp": "4"},
+            "runs.csv, line 3, column gpus: given 8, but dp x tp x pp x cp = 4 x 1 x 1 x 1 = 4; expected the",
+        ),
+        ({"strategy": "dpp"}, "runs.csv, line 3, column strategy: given 'dpp'; expected one of single, ddp, zero1"),
+        ({"micro_batch": "two"}, "runs.csv, line 3, column micro_batch: given 'two'; input should be a valid integer"),
+        ({"hidden_size": ""}, "runs.csv, line 3, column hidden_size: blank; expected a value"),
+        ({"step_time_s": "-1"}, "runs.csv, line 3, column step_time_s: given '-1'; input should be greater than 0"),
+        ({"row_id": "r1"}, "runs.csv, line 3, column row_id: 'r1' is that of line 2 too"),
+    ],
+)
+def test_a_mistake_is_named_and_the_other_rows_are_read(table: Callable[..., Path], change: dict[str, str], said: str):
+    first, second, third = read_measured(table({}, change, {})).entries
+    assert isinstance(first, Row)
+    assert isinstance(third, Row)
+    assert isinstance(second, Problem)
+    assert str(second).startswith(said)
+
+
+def test_a_missing_column_is_named(table: Callable[..., Path]):
+    path = table({}, columns=tuple(name for name in PLAIN if name != "seq_len"))
+    with pytest.raises(InputError, match=r"runs\.csv, line 1: lacks the column seq_len; expected row_id, cluster"):
+        read_measured(path)
+
+
+def test_the_calibration_half_is_fixed_and_never_more_than_half():
+    # First bytes of SHA-256: a ca, b 3e, c 2e, d 18, e 3f, f 25 (sha256sum); below 80 and the three lowest: d, f, c.
+    assert calibration_half(["a", "b", "c", "d", "e", "f"]) == {"c", "d", "f"}
+    assert calibration_half(["a", "b"]) == {"b"}
+    assert calibration_half(["a"]) == set()
+
+
+# ---- what a row means
+
+
+def test_blanks_are_filled_by_stated_rules():
+    found = interpret(row(vocab_size="", num_heads="", num_kv_heads="", framework="megatron-deepspeed"))
+    assert (found.experiment.model.vocab_size, found.experiment.model.num_heads) == (51200, 8)
+    assert "vocab_size is blank: 51200 assumed" in found.assumptions
+    assert "num_heads is blank: 8 assumed (heads of about 128)" in found.assumptions
+
+
+def test_layers_follow_from_the_parameters_in_the_name():
+    # 12 h^2 = 12,582,912 a layer; 0.1 billion less 1024 x 1024 embeddings are 7.86 layers: 8.
+    assert experiment(num_layers="", model="GPT-0.1B").model.num_layers == 8
+
+
+def test_equal_runs_are_one_experiment():
+    assert experiment(row_id="r1", step_time_s="1") == experiment(row_id="r2", step_time_s="2", note="again")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"cp": "2", "dp": "4"}, "context and expert parallelism (cp=2, ep=1) are not supported"),
+        ({"num_layers": "", "model": "mine"}, "num_layers is blank and the model's name tells no parameter count"),
+        ({"recompute": "some"}, "recompute 'some' is not known: expected none, selective or full"),
+    ],
+)
+def test_what_cannot_be_predicted_says_why(change: dict[str, str], reason: str):
+    with pytest.raises(Unsupported) as raised:
+        interpret(row(**change))
+    assert str(raised.value) == reason
+
+
+def test_an_unknown_cluster_is_named_with_its_place():
+    with pytest.raises(InputError, match=r"runs\.csv, line 2, column cluster: unknown cluster 'selene-a100-80'"):
+        interpret(row(cluster="selene-a100-80"))
+
+
+# ---- estimates
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dp": "8"},
+        {"strategy": "fsdp", "framework": "composer-fsdp"},
+        {"tp": "8", "dp": "1", "sequence_parallel": "True"},
+    ],
+)
+def test_micro_batches_beyond_the_third_add_the_same_time(change: dict[str, str], monkeypatch: pytest.MonkeyPatch):
+    seven = experiment(num_microbatches="7", **change)
+    extrapolated = evaluate(seven)
+    monkeypatch.setattr("rtp_sim.validation.evaluate.EXACT", 7)
+    exact = evaluate(seven)
+    assert extrapolated.step_s == pytest.approx(exact.step_s, rel=1e-6)
+    assert extrapolated.peak_bytes == exact.peak_bytes
+
+
+def test_memory_of_pure_half_precision_with_the_optimizers_scratch():
+    """Plain Adam of everything in fp16: at the optimizer weights, gradients, two moments, DDP's buckets and one scratch
+    number per parameter, 2 bytes each; small batches peak there."""
+    found = experiment(
+        framework="rtp-repo", cluster="rtp-a100-80g", micro_batch="1", seq_len="64", tied_embeddings="False"
+    )
+    e = evaluate(found)
+    parameters = found.network().parameter_count()
+    optimizer = 6 * 2 * parameters
+    assert optimizer <= e.peak_bytes < optimizer * 1.01
+
+
+def test_groups_that_share_an_adapter_wait_for_each_other():
+    """Eight rings of two ranks between two nodes over four adapters: each adapter carries two of them, so that 4 GiB
+    (where the size curve is 1) take twice as long as for one ring alone."""
+    cluster = load_cluster("vtrain-a100", gpus=16)
+    groups = make_groups(make_layout("tp", 16, 8, 2), cluster.topology)
+    alone, together = ClusterCost(cluster), LockstepCost(cluster, groups)
+    ring = groups["dp"].instances[0]
+    assert len(groups["dp"].instances) == 8
+    times = [
+        sum(unshared_ns(p, cost) - p.latency_ns for p in cost.collective("all_gather", ring, 4 << 30, "fp16"))
+        for cost in (alone, together)
+    ]
+    assert times[1] == pytest.approx(2 * times[0], rel=1e-6)
+
+
+def test_a_fit_finds_the_efficiency_behind_the_rows():
+    runs = [experiment(micro_batch=str(n), hidden_size=h, ffn_hidden_size="") for n in (4, 8) for h in ("2048", "4096")]
+    truth = {"calibration.matmul_efficiency": 0.61}
+    seconds = [evaluate(x, load_cluster(x.cluster, gpus=8, changes=truth)).step_s for x in runs]
+    found = fit(list(zip(runs, seconds, strict=True)), [PARAMETERS["matmul_efficiency"]], iterations=4, workers=1)
+    assert found.values["calibration.matmul_efficiency"] == pytest.approx(0.61, abs=0.01)
+
+
+# ---- statistics
+
+
+def outcome(
+    predicted: float, measured: float | None, fits: bool = True, status: str = "ok", name: str = "r"
+) -> Outcome:
+    cells = row(row_id=name, step_time_s="" if measured is None else str(measured), status=status).cells
+    estimate = Estimate(predicted, predicted, 0, 0, 0, 0, 1 << 30, {}, (2 << 30) if fits else 1)
+    return Outcome("runs.csv", 2, name, cells, False, estimate)
+
+
+def test_errors_by_hand():
+    assert errors_of([0.1, -0.2, None, 0.3]) == Errors(3, pytest.approx(0.2), pytest.approx(0.2), pytest.approx(0.28),
+                                                       pytest.approx(0.2 / 3))  # fmt: skip
+    assert errors_of([None]) == Errors(0, None, None, None, None)
+    assert outcome(1.5, 1.0).step_time_error == pytest.approx(0.5)
+    assert outcome(1.5, 1.0).peak_memory_error == pytest.approx(-0.5)
+
+
+def test_ranks_by_hand():
+    # Ranks 1 2 3 4 against 1 3 2 4: 1 - 6 (0 + 1 + 1 + 0) / (4 (16 - 1)) = 0.8.
+    assert spearman([(1, 10), (2, 30), (3, 20), (4, 40)]) == pytest.approx(0.8)
+    # A tie at the mean of its ranks: 1 2.5 2.5 against 1 2 3.
+    assert spearman([(1, 1), (2, 2), (2, 3)]) == pytest.approx(1.5 / (1.5 * 2) ** 0.5)
+    assert spearman([(1, 1), (1, 2), (1, 3)]) is None
+    assert rank_correlation([outcome(t, m) for t, m in ((1, 3), (2, 2), (3, 1))]) == pytest.approx(-1)
+    assert rank_correlation([outcome(1, 1), outcome(2, 2)]) is None
+
+
+def test_fits_by_hand():
+    rows = [outcome(1, 1), outcome(1, None, status="failed"), outcome(1, None, False, "failed"), outcome(1, 1, False)]
+    assert fits_of([*rows, rows[0]]) == Fits(true_fit=2, false_fit=1, true_fail=1, false_fail=1)
+
+
+# ---- the command
+
+
+def test_json_has_the_documented_keys_and_names_bad_rows(run: Any, table: Callable[..., Path]):
+    path = table({}, {"gpus": "16"}, {"cp": "2", "dp": "4"}, {"cluster": "nowhere"}, {"micro_batch": "4"})
+    answer = run("validate", "--measured", path, "--format", "json", "--quiet")
+    document = json.loads(answer.out)
+    assert answer.code == 1
+    assert "runs.csv, line 3, column gpus: given 16" in answer.err
+    assert "runs.csv, line 5, column cluster: unknown cluster 'nowhere'" in answer.err
+    assert document["schema"] == "rtp-sim/validate/1"
+    assert [r["predicted_step_time_s"] is not None for r in document["rows"]] == [True, False, False, False, True]
+    assert document["rows"][2]["skipped_reason"].startswith("context and expert parallelism")
+    summary = document["summary"]
+    assert (summary["rows"], summary["predicted"], summary["skipped"], summary["invalid"]) == (5, 2, 3, 2)
+    documented = set(documented_keys("validate --measured"))
+    assert set(document) | set(document["rows"][0]) | set(summary) <= documented
+
+
+def test_table_report_and_results_kept(run: Any, table: Callable[..., Path], tmp_path: Path):
+    path, page, kept = table({"model": NASTY}, {"micro_batch": "4"}), tmp_path / "page.html", tmp_path / "kept"
+    answer = run("validate", "--measured", path, "--report", page, "--output", kept)
+    assert answer.code == 0
+    assert "2 of 2 rows predicted" in answer.out
+    assert "2 of 2 different experiments predicted" in answer.err
+    lines = (kept / "estimates.jsonl").read_text().splitlines()
+    assert len(lines) == 2
+    (kept / "estimates.jsonl").write_text("\n".join([lines[0], lines[1][:20]]) + "\n")
+    again = run("validate", "--measured", path, "--output", kept)
+    assert again.out == answer.out
+    assert len((kept / "estimates.jsonl").read_text().splitlines()) == 3
+    dom = Elements(run_browser(page, "--dump-dom"))
+    # Two rows, once by their step time and once by their memory.
+    assert len(dom.having("circle", "point")) == 4
+    assert not dom.having("img")
+    assert NASTY in dom.text
+
+
+def test_unreadable_files_are_one_message(run: Any, tmp_path: Path):
+    answer = run("validate", "--measured", tmp_path / "none.csv")
+    assert (answer.code, answer.err) == (
+        2,
+        f"rtp-sim: {tmp_path / 'none.csv'}: cannot be read: No such file or directory\n",
+    )
+    answer = run("validate", "--all", tmp_path)
+    assert answer.code == 2
+    assert "no CSV files" in answer.err
