@@ -102,6 +102,21 @@ class LayerTimes:
             found.append(self._blocks[key])
         return found
 
+    def weightless_ns(self, micro_batch: int) -> float:
+        """What the backward does, with whole layers, before it first needs weights: that of the loss."""
+        network, total = self.networks[False], 0.0
+        for layer in reversed(network.blocks[-1].layers):
+            if layer.op.numel():
+                break
+            total += self.kernels(layer.op, Extent(micro_batch, network.seq), Split(), self._asked(layer)).backward_ns
+        return total
+
+    def adds_ns(self, micro_batch: int) -> list[float]:
+        """Of every whole block, the additions of gradients of one tensor: some follow its last weight gradient."""
+        network = self.networks[False]
+        extent = Extent(micro_batch, network.seq)
+        return [self._merged_ns(self._adds[False][block.name], extent, "whole", 1) for block in network.blocks]
+
     def _block_key(self, block: Block, unfused: bool) -> int:
         """The first block that takes as long as this one, by its number."""
         layers = tuple(
