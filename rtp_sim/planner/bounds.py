@@ -151,7 +151,7 @@ def _plain(space: Space, model: Model, name: str) -> tuple[Floats, Floats]:
 
     def passes(inner: int, sequence: int, ring: int, mb: int, recompute: int) -> list[float]:
         way = way_of(name, bool(sequence), RINGS[ring])
-        total: list[float] = model.times.table(way, inner, mb, RECOMPUTE_NAMES[recompute]).sum(axis=0).tolist()
+        total: list[float] = model.times.table(way, inner, mb, RECOMPUTE_NAMES[recompute], True).sum(axis=0).tolist()
         return total
 
     def ends(inner: int, dp: int, sequence: int, ring: int, sync: int) -> tuple[float, ...]:
@@ -169,8 +169,10 @@ def _plain(space: Space, model: Model, name: str) -> tuple[Floats, Floats]:
     rounds = np.where(every, m, 1)
     # A reduction begins once the forward before it is through.
     behind = m * f + (m - 1) * b + reduce
-    # From the second micro-batch on kernels wait for every reduction, to add its shard to the earlier ones.
-    waiting = np.where(every, (m - 1) * (reduce + adds), 0.0)
+    # From the second micro-batch on kernels wait for every reduction, to add its shard to the earlier ones; they may be
+    # waiting for other messages at the same time.
+    exposed = m * np.maximum(f + b - kernels_f - kernels_b, 0.0)
+    waiting = np.where(every, np.maximum((m - 1) * (reduce + adds) - exposed, 0.0), 0.0)
     kernels = m * (f + b) + rounds * copies + waiting
     lower = np.maximum(np.maximum(kernels, behind + waiting), m * (issue_f + issue_b)) + update + gather
     upper = m * ((kernels_f + kernels_b) * model.slowdown + messages) + rounds * (reduce + copies) + update + gather
@@ -202,7 +204,8 @@ def _fsdp_micro(model: Model, n: int, replicas: int, stride: int, mb: int, recom
     """Forward, backward, backward of a later micro-batch, kernels, messages of a micro-batch; then the reduction across
     replicas, the optimizer, and the host's time per micro-batch. See schedule/strategies/fsdp.py for the order of
     gathers and reductions."""
-    policy, price, group = model.training.policy, model.prices.collective, model.prices.neighbours(n)
+    policy, price = model.training.policy, model.prices.collective
+    together = model.prices.worst
     blocks, sizes = model.times.blocks("whole", 1, mb, recompute), model.sizes.blocks("whole", 1)
     tied = any(s.shared for s in sizes)
     owner = [k if not _root(model.network, k) or not tied else -1 for k in range(len(sizes))]
@@ -210,8 +213,8 @@ def _fsdp_micro(model: Model, n: int, replicas: int, stride: int, mb: int, recom
     for k, s in zip(owner, sizes, strict=True):
         numel[k] = numel.get(k, 0) + s.owned
     shard = {k: -(-v // n) for k, v in numel.items()}
-    gather_of = {k: price("all_gather", group, s * n * policy.weight_bytes) for k, s in shard.items()}
-    reduce_of = {k: price("reduce_scatter", group, s * n * policy.gradient_bytes) for k, s in shard.items()}
+    gather_of = {k: together("all_gather", n, s * n * policy.weight_bytes) for k, s in shard.items()}
+    reduce_of = {k: together("reduce_scatter", n, s * n * policy.gradient_bytes) for k, s in shard.items()}
 
     def first(order: Sequence[int], costs: dict[int, float]) -> list[float]:
         seen: set[int] = set()

@@ -124,10 +124,10 @@ def _stage(space: Space, model: Model, name: str, stages: Stages, stage: int) ->
     first, each, head, backward = lookup((space.inner, space.sequence, space.recompute), kept).astype(np.int64)
     m, mb, p, v = space.micro_batches, space.micro_batch, stages.count, stages.chunks
     ahead = _ahead(name, p, stage, v)
-    pieces = np.minimum(m * v, ahead + 1)
-    acting = mb * (pieces * min(counts) * each + np.maximum(head, backward))
-    if stage == 0 and v == 1:
-        acting += mb * pieces * first
+    blocks, firsts = lookup((np.minimum(m * v, ahead + 1),), lambda done: _under_way(done, p, counts)).astype(np.int64)
+    acting = mb * (blocks * each + np.maximum(head, backward))
+    if stage == 0:
+        acting += mb * firsts * first
     weights, gradients = held * policy.weight_bytes, held * policy.gradient_bytes
     optimizer = np.where((space.sync > 0) & (space.dp > 1), held // space.dp, held) * state_bytes
     nothing = np.zeros_like(weights)
@@ -137,6 +137,13 @@ def _stage(space: Space, model: Model, name: str, stages: Stages, stage: int) ->
         np.stack([weights, at_peak, optimizer, acting, nothing]),
         np.stack([weights, gradients, optimizer, nothing, nothing]),
     )
+
+
+def _under_way(done: int, p: int, counts: list[int]) -> tuple[int, int]:
+    """Blocks, and passes of the first chunk, that a stage holds after its first `done` forwards (of chunks), in rounds
+    of p micro-batches (schedule/pipeline_order.py)."""
+    chunks = [k // p % len(counts) for k in range(done)]
+    return sum(counts[c] for c in chunks), chunks.count(0)
 
 
 def _ahead(name: str, p: int, stage: int, v: int) -> int:
