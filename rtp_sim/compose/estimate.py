@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from rtp_sim.compose.pipeline import StageResult, compose_pipeline
+from rtp_sim.engine.fold import Folds
 from rtp_sim.experiment import Request, Setting, built, run, settle, usable_memory_bytes
 from rtp_sim.hardware.spec import Cluster
 from rtp_sim.metrics import NS_PER_S, StepMetrics
@@ -35,19 +36,21 @@ class Estimate:
 
 
 def estimate(
-    request: Request | Setting, cluster: Cluster | None = None, network: Network | None = None, engine: str = "simpy"
-) -> Estimate:
-    """The metrics of a request, or of one that is looked up already. InputError as `experiment.prepare`."""
+    request: Request | Setting, cluster: Cluster | None = None, network: Network | None = None, engine: str = "simpy",
+    folds: Folds | None = None,
+) -> Estimate:  # fmt: skip
+    """The metrics of a request, or of one that is looked up already. InputError as `experiment.prepare`. `folds` spares
+    estimates of one cost model after each other what they have in common."""
     setting = request if isinstance(request, Setting) else settle(request, cluster, network)
     if setting.request.strategy in PIPELINES and setting.layout.pp > 1:
-        return Estimate(_of_stages(setting, compose_pipeline(setting, slowdown=engine == "simpy")), True, "composed")
+        return Estimate(_of_stages(setting, compose_pipeline(setting, slowdown=engine == "simpy", folds=folds)), True, "composed")
     blocks = sum(block.recomputable for block in setting.network.blocks)
     micros = setting.training.num_microbatches
     few_blocks = FEW_BLOCKS if blocks > FEW_BLOCKS[1] + 2 and not setting.request.options.eval_passes else (blocks,)
     few_micros = FEW_MICROS if micros > FEW_MICROS[1] else (micros,)
     if few_blocks == (blocks,) and few_micros == (micros,):
-        return Estimate(run(built(setting), engine).metrics, False, "simulated")
-    rows = [[_simulated(setting, b, m, engine) for m in few_micros] for b in few_blocks]
+        return Estimate(run(built(setting), engine, folds=folds).metrics, False, "simulated")
+    rows = [[_simulated(setting, b, m, engine, folds) for m in few_micros] for b in few_blocks]
     along_micros = [_on_line(row, few_micros, micros) for row in rows]
     metrics = _on_line(along_micros, few_blocks, blocks)
     how = f"simulated with {_and(few_blocks)} blocks, {_and(few_micros)} micro-batches"
@@ -61,10 +64,10 @@ def _and(numbers: tuple[int, ...]) -> str:
 # ---- fewer of what repeats
 
 
-def _simulated(setting: Setting, blocks: int, micros: int, engine: str) -> StepMetrics:
+def _simulated(setting: Setting, blocks: int, micros: int, engine: str, folds: Folds | None) -> StepMetrics:
     training = replace(setting.training, num_microbatches=micros)
     smaller = replace(setting, network=shortened(setting.network, blocks), training=training)
-    return run(built(smaller), engine).metrics
+    return run(built(smaller), engine, folds=folds).metrics
 
 
 def shortened(network: Network, count: int) -> Network:

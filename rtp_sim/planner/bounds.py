@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from rtp_sim.engine.fold import Folds
 from rtp_sim.hardware.spec import Cluster
 from rtp_sim.model.network import Network, unfused
 from rtp_sim.model.training import TrainingSpec
@@ -58,6 +59,7 @@ class Model:
         self.sizes = Sizes(network, expanded)
         self.activations = Activations(network, expanded, training.precision)
         self.slowdown = self.times.slowdown
+        self.folds = Folds()
         self._ends: dict[object, EndOfStep] = {}
 
     def end_of_step(self, way: str, inner: int, of: tuple[int, ...] | None, dp: int, stride: int, sync: str,

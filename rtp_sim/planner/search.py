@@ -317,5 +317,5 @@ def evaluate(
     if model is not None:
         # The same cost model for all candidates, so that what is priced once stays priced.
         setting = replace(setting, cost=model.cost)
-    found = estimate(setting)
+    found = estimate(setting, folds=None if model is None else model.folds)
     return found.metrics, found.how
