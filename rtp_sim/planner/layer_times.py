@@ -238,11 +238,12 @@ class LayerTimes:
         home = self.prices.hops(n, way, gradients, chunk, reverse=True)
         if chunk is not None:
             f, b = forward + sum(there), backward + sum(back) + sum(home)
-            r = forward + sum(back) + max(back)
+            r = forward + sum(back) + min(back)
         else:
             f = max(forward, least_forward + sum(self.beside(least_forward, hop) for hop in there))
             b = max(backward, least_backward + sum(self.beside(least_backward, hop) for hop in back)) + sum(home)
-            r = max(forward, sum(self.beside(least_forward, hop) for hop in (*back, min(back))))
+            # The last hop, back to where the pass began, may run beside the layers that follow.
+            r = max(forward, least_forward + sum(self.beside(least_forward, hop) for hop in back))
         count_f, count_b = n * min(first.forward_count, last.forward_count), n * min(
             first.backward_count, last.backward_count
         )  # fmt: skip
