@@ -54,6 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             from rtp_sim import commands_trace
 
             return commands_trace.trace(arguments)
+        if arguments.run == "sweep":
+            from rtp_sim import commands_sweep
+
+            given = list(sys.argv[1:] if argv is None else argv)
+            return commands_sweep.sweep(arguments, lambda more: parser().parse_args([*given, *more]))
         if arguments.run == "hardware_import":
             from rtp_sim import commands_import
 
@@ -80,6 +85,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"rtp-sim {__version__}")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=_Parser)
     _compare(commands.add_parser("compare", help="several strategies for one model on one cluster"))
+    _sweep(commands.add_parser("sweep", help="a grid of experiments: GPUs, bandwidths, micro-batches, anything"))
     _simulate(commands.add_parser("simulate", help="one strategy, with trace and report"))
     _schedule(commands.add_parser("schedule", help="print or save the program of a rank"))
     _diff(commands.add_parser("diff", help="a predicted against a measured timeline"))
@@ -168,6 +174,32 @@ def _compare(p: argparse.ArgumentParser) -> None:
     _options(p)
     _engine(p)
     p.add_argument("--jobs", type=_count, metavar="N", help="worker processes (default: one per core)")
+
+
+def _sweep(p: argparse.ArgumentParser) -> None:
+    p.set_defaults(run="sweep", default_cluster=DEFAULT_CLUSTER)
+    p.epilog = (
+        "NAME is a flag of this command without its dashes, or a number of the profile: link.NAME.FIELD (by name or kind), "
+        "device.FIELD, communication.FIELD. The same command goes on where a sweep into -o DIR was broken off."
+    )
+    _workload(p, per_replica=False)
+    group = p.add_argument_group("machine")
+    group.add_argument("--cluster", metavar="NAME|FILE", help=f"cluster profile ({DEFAULT_CLUSTER})")
+    group.add_argument("--gpus", type=_counts, metavar="A,B,...", help="numbers of GPUs (default: all of one node)")
+    group.add_argument("--nodes", type=_counts, metavar="A,B,...", help="numbers of nodes instead")
+    p.add_argument("--strategies", default=DEFAULT_STRATEGIES, metavar="A,B,...", help=DEFAULT_STRATEGIES)
+    p.add_argument("--vary", action="append", default=[], metavar="NAME=A,B,...",
+                   help="as link.ib.bandwidth=100,200,400Gb/s or micro-batch=1,2,4; may be repeated")  # fmt: skip
+    _options(p)
+    group = p.add_argument_group("engine and output")
+    group.add_argument("--engine", choices=("estimate", "simpy", "longest-path"), default="estimate",
+                       help="estimate: simulate small steps, compose or extrapolate large ones")  # fmt: skip
+    group.add_argument("-o", "--output", metavar="DIR", help="keep results there as they come, and go on from them")
+    group.add_argument("--workers", type=_count, metavar="N", help="processes of this machine (default: one per core)")
+    group.add_argument("--scheduler", metavar="tcp://HOST:PORT", help="a Dask scheduler instead (extra: dask)")
+    group.add_argument("--format", choices=FORMATS, default="table")
+    group.add_argument("--report", metavar="FILE.html", help="write a self-contained report")
+    group.add_argument("--quiet", action="store_true", help="no progress on stderr")
 
 
 def _simulate(p: argparse.ArgumentParser) -> None:

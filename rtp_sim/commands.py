@@ -38,12 +38,12 @@ from rtp_sim.timeline import Timeline
 def compare(a: Namespace) -> int:
     """`rtp-sim compare`: several strategies side by side. Exit code 1 if none fits into memory."""
     strategies = [s.strip() for s in a.strategies.split(",") if s.strip()]
-    _known_strategies(strategies)
+    known_strategies(strategies)
     _check_outputs(a)
     a.cluster = a.cluster or a.default_cluster
     cluster = load_cluster(a.cluster, a.nodes or 1, a.gpus)
     batch = a.global_batch or a.micro_batch * cluster.world_size
-    requests = [replace(_request(a, s), global_batch=batch) for s in strategies]
+    requests = [replace(request_of(a, s), global_batch=batch) for s in strategies]
     jobs = min(a.jobs or cpu_count() or 1, len(requests))
     errors: list[InputError] = []
     outcomes = list(_all_outcomes(requests, a, jobs, errors))
@@ -66,14 +66,14 @@ def compare(a: Namespace) -> int:
 
 def simulate(a: Namespace) -> int:
     """`rtp-sim simulate`: one strategy. Exit code 1 if it does not fit into memory."""
-    _known_strategies([a.strategy])
+    known_strategies([a.strategy])
     _check_degrees(a)
     _check_outputs(a)
     a.cluster = a.cluster or a.default_cluster
     if a.engine == "estimate":
         return _estimate(a)
     _progress(a, f"building {a.strategy}")
-    prepared = prepare(_request(a, a.strategy))
+    prepared = prepare(request_of(a, a.strategy))
     _progress(a, f"simulating {prepared.schedule.name} on {prepared.schedule.world_size} GPUs")
     result = run(prepared, a.engine, fold=not a.no_fold)
     outcome = _outcome(result, True)
@@ -97,7 +97,7 @@ def simulate(a: Namespace) -> int:
 
 def _estimate(a: Namespace) -> int:
     """One strategy without a timeline. Exit code 1 if it does not fit into memory."""
-    setting = settle(_request(a, a.strategy))
+    setting = settle(request_of(a, a.strategy))
     outcome = _estimated(setting)
     if a.format == "table":
         print_table(summary_table(outcome.metrics, usable_memory_bytes(setting.cluster)))
@@ -122,13 +122,13 @@ def _estimated(setting: Setting) -> _Outcome:
 
 def schedule(a: Namespace) -> int:
     """`rtp-sim schedule`: the program of a rank, or the whole schedule as text or JSON."""
-    _known_strategies([a.strategy])
+    known_strategies([a.strategy])
     _check_degrees(a)
     if a.cluster is None and a.gpus is None and a.nodes is None and (a.rtp or a.tp or a.fsdp or a.dp or a.pp):
         # A schedule needs ranks, not a machine: the degrees alone say how many.
         a.cluster = f"generic:a100-sxm-80gb,gpus={_degrees(a)},nics=1,nic=200Gb/s"
     a.cluster = a.cluster or a.default_cluster
-    built = prepare(_request(a, a.strategy)).schedule
+    built = prepare(request_of(a, a.strategy)).schedule
     if not 0 <= a.rank < built.world_size:
         raise InputError(f"--rank {a.rank}: expected a rank from 0 to {built.world_size - 1}")
     if a.format == "json":
@@ -151,7 +151,7 @@ def run_schedule(a: Namespace) -> int:
     # Imported here: nothing else needs the executor.
     from rtp_sim.commands_run import execute
 
-    _known_strategies([a.strategy])
+    known_strategies([a.strategy])
     _check_degrees(a)
     ranks = a.nproc_per_node or _degrees(a)
     if ranks % a.as_nodes:
@@ -161,7 +161,7 @@ def run_schedule(a: Namespace) -> int:
     # A schedule needs ranks, not a machine: how many there are and how they lie on nodes.
     a.cluster = f"generic:a100-sxm-80gb,gpus={ranks // a.as_nodes},nics=1,nic=200Gb/s"
     a.gpus, a.nodes = None, a.as_nodes
-    return execute(a, prepare(_request(a, a.strategy)))
+    return execute(a, prepare(request_of(a, a.strategy)))
 
 
 def hardware_list(a: Namespace) -> int:
@@ -212,7 +212,8 @@ def _traced_ranks(timeline: Timeline) -> list[int]:
     return sorted(ranks)
 
 
-def _known_strategies(names: Sequence[str]) -> None:
+def known_strategies(names: Sequence[str]) -> None:
+    """InputError for no name at all, or for one that is no strategy."""
     if not names:
         raise InputError(f"--strategies names none; expected some of {', '.join(STRATEGIES)}")
     for name in names:
@@ -252,7 +253,8 @@ def _check_outputs(a: Namespace) -> None:
         require_plots(a.plot)
 
 
-def _request(a: Namespace, strategy: str) -> Request:
+def request_of(a: Namespace, strategy: str) -> Request:
+    """What the arguments ask for, of one strategy."""
     axis = INNER_AXIS.get(strategy, "")
     inner = {"rtp": a.rtp, "tp": a.tp, "fsdp": a.fsdp}.get(axis)
     return Request(
