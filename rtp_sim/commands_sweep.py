@@ -15,7 +15,8 @@ from typing import Any
 
 from rtp_sim.commands import known_strategies, request_of
 from rtp_sim.errors import InputError
-from rtp_sim.report.sweep_tables import crossing_lines, sweep_table, verdict
+from rtp_sim.hardware.profiles import load_cluster
+from rtp_sim.report.sweep_tables import crossing_lines, reason_lines, sweep_table, verdict
 from rtp_sim.report.tables import print_table, write_json
 from rtp_sim.schedule.layout import INNER_AXIS
 from rtp_sim.sweep.axes import EXAMPLE, Axis, axis_of, read_axis
@@ -66,7 +67,7 @@ def _show(a: Namespace, table: Table, inputs: dict[str, Any]) -> None:
     else:
         print(verdict(table))
         print_table(sweep_table(table))
-        for line in crossing_lines(table):
+        for line in (*reason_lines(table), *crossing_lines(table)):
             print(line)
 
 
@@ -99,6 +100,10 @@ def _axes(a: Namespace) -> list[Axis]:
 def _points(a: Namespace, axes: Sequence[Axis], reparse: Reparse) -> list[Point]:
     """All points of the grid, the last axis fastest."""
     settings = [_values(a, axis, reparse) for axis in axes]
+    clusters = next(([v.text for v in axis.values] for axis in axes if axis.name == "cluster"), [a.cluster])
+    for axis in axes:
+        if "." in axis.name:
+            _check_number(axis, clusters)
     points = []
     for choice in product(*(zip(axis.values, ways, strict=True) for axis, ways in zip(axes, settings, strict=True))):
         given = Namespace(**vars(a))
@@ -130,6 +135,19 @@ def _values(a: Namespace, axis: Axis, reparse: Reparse) -> list[dict[str, Any]]:
     if isinstance(getattr(a, name), bool):
         return [{name: _switch(axis.name, value.text)} for value in axis.values]
     return [{name: getattr(reparse([f"--{axis.name}", value.text]), name)} for value in axis.values]
+
+
+def _check_number(axis: Axis, clusters: Sequence[str]) -> None:
+    """InputError for a value that makes sense in none of the clusters' profiles."""
+    for value in axis.values:
+        errors = []
+        for cluster in clusters:
+            try:
+                load_cluster(cluster, changes={axis.name: _plain_or_text(value.text)})
+            except InputError as error:
+                errors.append(error)
+        if len(errors) == len(clusters):
+            raise InputError(f"--vary {axis.name}={value.text}: {errors[0]}")
 
 
 def _switch(name: str, text: str) -> bool:

@@ -10,6 +10,7 @@ from rtp_sim.report.tables import PROBLEM_STYLE
 from rtp_sim.sweep.evaluate import Row
 from rtp_sim.sweep.table import Overtaking, Table, fastest, overtakings
 
+RATES = ("step", "tokens/s", "per GPU", "MFU", "peak memory")
 LISTED = 20
 """So many crossings are printed; all are in the JSON and the report."""
 
@@ -32,23 +33,46 @@ def verdict(table: Table) -> str:
 
 
 def sweep_table(table: Table) -> RichTable:
-    """A line per point: where it lies, step time, rates, memory, or why there is none."""
+    """A line per point: where it lies, step time, rates, memory, or the number of the reason why there is none."""
     shown = RichTable(header_style="bold", box=None, pad_edge=False)
     for axis in table.axes:
         shown.add_column(axis.name, no_wrap=True, justify="right" if axis.is_numeric else "left")
     shown.add_column("layout", no_wrap=True)
-    for title in ("step", "tokens/s", "per GPU", "MFU", "peak memory"):
+    for title in RATES:
         shown.add_column(title, justify="right", no_wrap=True)
     shown.add_column("fits", no_wrap=True)
+    why = {reason: number for number, reason in enumerate(reasons(table), 1)}
     for at, row in table.rows.items():
-        shown.add_row(*at, *_cells(row))
+        shown.add_row(*at, *_cells(row, why))
     return shown
 
 
-def _cells(row: Row) -> list[Text | str]:
+def point_cells(table: Table) -> tuple[list[str], list[list[str]]]:
+    """Titles and rows of the same, with the reasons written out, for a page."""
+    titles = [axis.name for axis in table.axes] + ["layout", *RATES, "fits"]
+    rows = []
+    for at, row in table.rows.items():
+        cells = [str(cell) for cell in _cells(row, {})]
+        rows.append([*at, *cells])
+    return titles, rows
+
+
+def reasons(table: Table) -> list[str]:
+    """Why points have no numbers, each reason once, in the order of the rows."""
+    return list(dict.fromkeys(row["reason"] for row in table.rows.values() if row["metrics"] is None))
+
+
+def reason_lines(table: Table) -> list[str]:
+    """The reasons under the numbers by which the table names them."""
+    return [f"({number}) {reason}" for number, reason in enumerate(reasons(table), 1)]
+
+
+def _cells(row: Row, why: dict[str, int]) -> list[Text | str]:
+    """The cells behind the coordinates; a reason by its number where it has one in `why`."""
     m = row["metrics"]
     if m is None:
-        return ["", "", "", "", "", "", Text(f"{row['status']}: {row['reason']}", style=PROBLEM_STYLE)]
+        told = f"({why[row['reason']]})" if row["reason"] in why else f": {row['reason']}"
+        return ["", "", "", "", "", "", Text(f"{row['status']} {told}".replace(" :", ":"), style=PROBLEM_STYLE)]
     fits = Text("yes") if m["fits"] else Text("no", style=PROBLEM_STYLE)
     rates = [format_count(m["tokens_per_s"]), format_count(m["tokens_per_s_per_gpu"]), format_percent(m["mfu"])]
     return [m["layout"], format_seconds(m["step_time_s"]), *rates, format_bytes(m["peak_memory_bytes"]), fits]

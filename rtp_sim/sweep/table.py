@@ -15,9 +15,6 @@ from rtp_sim.sweep.evaluate import Row
 from rtp_sim.sweep.folder import SCHEMA
 
 STRATEGY = "strategy"
-METRIC = "s_per_token"
-"""What strategies are compared by: seconds of the whole job per token (per step, where tokens are not known)."""
-
 At = tuple[str, ...]
 
 
@@ -72,12 +69,19 @@ def numbers(axis: Axis) -> list[float]:
     return sorted(value.number for value in axis.values if value.number is not None)
 
 
-def seconds_per_token(row: Row) -> float | None:
-    """What strategies are compared by; None for a point that has no metrics or does not fit."""
+def gpu_seconds_per_token(row: Row) -> float | None:
+    """What strategies are compared by (per step, where tokens are not known); None for a point without metrics. In one
+    setting all use the same GPUs, so it orders them by time; along the number of GPUs it is what changes least."""
     metrics = row["metrics"]
-    if metrics is None or not metrics["fits"]:
+    if metrics is None:
         return None
-    return 1 / metrics["tokens_per_s"] if metrics["tokens_per_s"] else float(metrics["step_time_s"])
+    rate = metrics["tokens_per_s_per_gpu"]
+    return 1 / rate if rate else float(metrics["step_time_s"]) * row["gpus"]
+
+
+def fitting(row: Row) -> float | None:
+    """The same; None for a point that does not fit into memory either."""
+    return gpu_seconds_per_token(row) if row["metrics"] is not None and row["metrics"]["fits"] else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +99,7 @@ def overtakings(table: Table) -> list[Overtaking]:
     for axis in table.numeric_axes():
         for setting in table.settings(axis.name):
             rows = table.lines(axis.name, setting)
-            series = {name: [seconds_per_token(row) for row in along] for name, along in rows.items()}
+            series = {name: [fitting(row) for row in along] for name, along in rows.items()}
             found += [Overtaking(axis.name, setting, c) for c in crossings(numbers(axis), series)]
     return found
 
@@ -106,7 +110,7 @@ def fastest(table: Table) -> dict[str, int]:
     best: dict[At, tuple[float, str]] = {}
     wins = {value.text: 0 for value in table.axes[place].values}
     for at, row in table.rows.items():
-        cost, setting = seconds_per_token(row), (*at[:place], *at[place + 1 :])
+        cost, setting = fitting(row), (*at[:place], *at[place + 1 :])
         if cost is not None and (setting not in best or cost < best[setting][0]):
             best[setting] = cost, at[place]
     for _, strategy in best.values():
