@@ -179,8 +179,8 @@ def _compare(p: argparse.ArgumentParser) -> None:
 def _sweep(p: argparse.ArgumentParser) -> None:
     p.set_defaults(run="sweep", default_cluster=DEFAULT_CLUSTER)
     p.epilog = (
-        "NAME is a flag of this command without its dashes, or a number of the profile: link.NAME.FIELD (by name or kind), "
-        "device.FIELD, communication.FIELD. The same command goes on where a sweep into -o DIR was broken off."
+        "NAME is a flag of this command without its dashes, or a number of the profile: link.NAME.FIELD (by name or "
+        "kind), device.FIELD, communication.FIELD. The same command goes on where a sweep into -o DIR was broken off."
     )
     _workload(p, per_replica=False)
     group = p.add_argument_group("machine")

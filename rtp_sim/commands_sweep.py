@@ -30,8 +30,8 @@ Reparse = Callable[[Sequence[str]], Namespace]
 """The arguments with more of them at the end."""
 
 FIXED = {
-    "run", "strategies", "vary", "output", "report", "workers", "scheduler", "format", "quiet", "default_cluster", "gpus",
-    "nodes",
+    "run", "strategies", "vary", "output", "report", "workers", "scheduler", "format", "quiet", "default_cluster",
+    "gpus", "nodes",
 }  # fmt: skip
 """Arguments that say how a sweep runs, not what is computed; the last two have lists of their own."""
 DEGREES = ("rtp", "tp", "fsdp", "pp")
@@ -116,7 +116,9 @@ def _points(a: Namespace, axes: Sequence[Axis], reparse: Reparse) -> list[Point]
                 else:
                     setattr(given, name, value)
         _leave_out_degrees(given)
-        points.append(Point(tuple(v.text for v, _ in choice), request_of(given, given.strategy), tuple(changes), given.engine))
+        points.append(
+            Point(tuple(v.text for v, _ in choice), request_of(given, given.strategy), tuple(changes), given.engine)
+        )
     return points
 
 

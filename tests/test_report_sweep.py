@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,19 @@ PICK = """
 def row(strategy: str, step_s: float, fits: bool = True) -> Row:
     rate = 1000 / step_s
     metrics = {
-        "strategy": strategy, "layout": "dp=10", "step_time_s": step_s, "tokens_per_s": rate, "tokens_per_s_per_gpu": rate / 10,
+        "strategy": strategy, "layout": "dp=10", "step_time_s": step_s, "tokens_per_s": rate,
+        "tokens_per_s_per_gpu": rate / 10,
         "mfu": None, "peak_memory_bytes": 2**30, "fits": fits,
     }  # fmt: skip
-    return {"key": "", "status": "ok", "reason": "", "how": "simulated", "gpus": 10, "global_batch": 1, "metrics": metrics}
+    return {
+        "key": "",
+        "status": "ok",
+        "reason": "",
+        "how": "simulated",
+        "gpus": 10,
+        "global_batch": 1,
+        "metrics": metrics,
+    }
 
 
 def table(**replaced: Row) -> Table:
@@ -117,7 +127,9 @@ def test_a_ring_lies_on_both_curves_of_a_logarithmic_axis() -> None:
     ((x, y),) = numbers_in(r'class="crossing leads" cx="([\d.]+)" cy="([\d.]+)"', drawn)
     for path in re.findall(r'class="line" d="M([^"]+)"', drawn):
         places = [tuple(float(n) for n in place.split()) for place in path.split("L")]
-        (x0, y0), (x1, y1) = next(pair for pair in zip(places, places[1:], strict=False) if pair[0][0] <= x <= pair[1][0])
+        (x0, y0), (x1, y1) = next(
+            pair for pair in pairwise(places) if pair[0][0] <= x <= pair[1][0]
+        )
         assert y == pytest.approx(y0 + (y1 - y0) * (x - x0) / (x1 - x0), abs=0.5)
     # Two thirds of the way in bandwidth, 70 Gb/s, is log10(7) of the way along the axis.
     assert x == pytest.approx(LEFT + 0.845098 * (WIDTH - RIGHT - LEFT), abs=0.06)
@@ -126,7 +138,7 @@ def test_a_ring_lies_on_both_curves_of_a_logarithmic_axis() -> None:
 def test_labels_do_not_cover_each_other() -> None:
     drawn = chart(axis_of("x", ["1", "2"]), {name: [1.0, 1.0 + i / 1000] for i, name in enumerate("abcd")})
     heights = sorted(y for _, y in numbers_in(r'class="swatch-dot" cx="([\d.]+)" cy="([\d.]+)"', drawn))
-    assert all(high - low >= 14.9 for low, high in zip(heights, heights[1:], strict=False))
+    assert all(high - low >= 14.9 for low, high in pairwise(heights))
 
 
 def test_the_page_in_a_browser(tmp_path: Path) -> None:

@@ -50,7 +50,9 @@ def counting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def here(folder: Path | None, grid: tuple[list, list] | None = None, evaluate: Callable = sweep_points.counted) -> Table:
+def here(
+    folder: Path | None, grid: tuple[list, list] | None = None, evaluate: Callable = sweep_points.counted
+) -> Table:
     axes, points = grid or tiny_grid()
     return run_sweep(axes, points, folder, InThisProcess, {"engine": "estimate"}, evaluate_point=evaluate)
 
@@ -178,7 +180,9 @@ def test_rows_are_the_estimates_of_the_points() -> None:
     assert list(table.rows) == [(b, s) for b in "123" for s in ("ddp", "fsdp")]
     for (batch, strategy), row in table.rows.items():
         # As compare does: micro-batch x GPUs sequences for every strategy.
-        request = Request("gpt2-tiny", "dgx-a100-80g", strategy, gpus=2, micro_batch=int(batch), global_batch=2 * int(batch))
+        request = Request(
+            "gpt2-tiny", "dgx-a100-80g", strategy, gpus=2, micro_batch=int(batch), global_batch=2 * int(batch)
+        )
         expected = json.loads(json.dumps(metrics_row(estimate(request).metrics)))
         assert (row["status"], row["gpus"], row["global_batch"]) == ("ok", 2, 2 * int(batch))
         assert row["metrics"] == expected
@@ -194,7 +198,8 @@ def test_equal_points_are_computed_once(counting: Path) -> None:
 
 
 def test_a_point_that_cannot_be_laid_out_is_a_row(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main("sweep --model gpt2-tiny --strategies tp,ddp --gpus 4,8,12 --workers 1 --quiet --format json".split()) == 0
+    line = "sweep --model gpt2-tiny --strategies tp,ddp --gpus 4,8,12 --workers 1 --quiet --format json"
+    assert main(line.split()) == 0
     document = json.loads(capsys.readouterr().out)
     found = {(row["at"]["gpus"], row["at"]["strategy"]): row for row in document["rows"]}
     assert {at: row["status"] for at, row in found.items()} == {
@@ -288,7 +293,9 @@ def test_one_sweep_at_a_time(tmp_path: Path, counting: Path) -> None:
 
 def test_a_worker_dies_and_nothing_is_lost(tmp_path: Path, counting: Path) -> None:
     axes, points = tiny_grid()
-    table = run_sweep(axes, points, tmp_path / "s", lambda: LocalProcesses(2), {}, evaluate_point=sweep_points.deadly_once)
+    table = run_sweep(
+        axes, points, tmp_path / "s", lambda: LocalProcesses(2), {}, evaluate_point=sweep_points.deadly_once
+    )
     made = calls()
     assert metrics_of(table) == metrics_of(here(None))
     assert made.pop("2-ddp") == 2
@@ -406,7 +413,10 @@ def test_switches_profiles_and_clusters_are_varied(capsys: pytest.CaptureFixture
               "link.network.bandwidth=10,400Gb/s")  # fmt: skip
     assert main([*line.split(), *varied]) == 0
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
-    steps = {tuple(row[n] for n in ("cluster", "no-fsdp-prefetch", "link.network.bandwidth")): row["step_time_s"] for row in rows}
+    steps = {
+        tuple(row[n] for n in ("cluster", "no-fsdp-prefetch", "link.network.bandwidth")): row["step_time_s"]
+        for row in rows
+    }
     assert len(steps) == len(set(steps.values())) == 8
     assert float(steps["dgx-h100", "no", "10Gb/s"]) > float(steps["dgx-h100", "no", "400Gb/s"])
 

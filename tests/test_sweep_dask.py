@@ -65,7 +65,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             process.wait()
 
 
-def test_the_same_table_as_in_this_process(cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_same_table_as_in_this_process(
+    cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     wait_until_it_answers(cluster)
     assert main([*SWEEP.split(), "--scheduler", cluster.address, "-o", str(tmp_path / "dask")]) == 0
     there = capsys.readouterr().out
@@ -75,9 +77,7 @@ def test_the_same_table_as_in_this_process(cluster: Cluster, tmp_path: Path, cap
         assert (tmp_path / "dask" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
 
 
-def test_a_worker_dies_and_nothing_is_lost(
-    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_worker_dies_and_nothing_is_lost(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The point that kills its worker at the first try is computed by the other one."""
     wait_until_it_answers(cluster)
     monkeypatch.setenv(FOLDER, str(cluster.calls))

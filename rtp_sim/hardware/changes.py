@@ -38,14 +38,16 @@ def changed(cluster: Table, device: Table, changes: Mapping[str, Any], path: Pat
         elif head in FREE_TABLES and rest:
             _put(cluster.setdefault(head, {}), rest, value, key, path, optional=True)
         else:
-            raise InputError(f"{path}: given the change {key!r}, expected one of the profile's numbers: link.NAME.FIELD, "
-                             f"device.FIELD, {', '.join(f'{t}.FIELD' for t in FREE_TABLES)}")  # fmt: skip
+            known = ", ".join(["link.NAME.FIELD", "device.FIELD", *(f"{table}.FIELD" for table in FREE_TABLES)])
+            raise InputError(f"{path}: given the change {key!r}, expected one of the profile's numbers: {known}")
 
 
 def _change_links(cluster: Table, key: str, rest: list[str], value: Any, path: Path) -> None:
     links = cluster.get("links", {})
     if len(rest) != 2:
-        raise InputError(f"{path}: given the change {key!r}, expected link.NAME.FIELD, for example link.nvlink.bandwidth")
+        raise InputError(
+            f"{path}: given the change {key!r}, expected link.NAME.FIELD, for example link.nvlink.bandwidth"
+        )
     name, field = rest
     kind = KIND_WORDS.get(name, name)
     found = [name] if name in links else [n for n, link in links.items() if link.get("kind") == kind]

@@ -84,8 +84,8 @@ def profile_contents(name_or_path: str, changes: Mapping[str, Any] | None = None
 
 def _no_changes(name: str, changes: Mapping[str, Any] | None) -> None:
     if changes:
-        raise InputError(f"{name}: given changes of {', '.join(changes)}, expected a profile: of a generic cluster change "
-                         f"its text, for example nic=400Gb/s, or a TOML file")  # fmt: skip
+        raise InputError(f"{name}: given changes of {', '.join(changes)}, expected a profile: of a generic cluster "
+                         f"change its text, for example nic=400Gb/s, or a TOML file")  # fmt: skip
 
 
 def cluster_shape(name: str, per_node: int, nodes: int, gpus: int | None) -> tuple[int, int]:

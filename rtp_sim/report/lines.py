@@ -1,8 +1,8 @@
 """A line per strategy over what a sweep varies, with the places marked where one overtakes another.
 
 Between two points of the grid the GPU time per token goes in a straight line; rates and step times follow from it, and
-that is what is drawn, so the marked crossings lie on the curves whatever the axis and its scale. Points that do not fit into
-memory are hollow, and the way to them is dashed.
+that is what is drawn, so the marked crossings lie on the curves whatever the axis and its scale. Points that do not
+fit into memory are hollow, and the way to them is dashed.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ LABEL_GAP = 15
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """What is drawn: of (GPU time per token, tokens of a GPU per step, memory) as they are at a point or between two. `unit`
-    gives size and name of the unit for values up to a maximum."""
+    """What is drawn: of (GPU time per token, tokens of a GPU per step, memory) as they are at a point or between two.
+    `unit` gives size and name of the unit for values up to a maximum."""
 
     title: str
     value: Callable[[float, float, float], float]
@@ -54,8 +54,8 @@ Numbers = tuple[float, float, float]
 
 
 def numbers_of(row: Row) -> Numbers | None:
-    """(GPU time per token, tokens of a GPU per step, peak memory) of a point; None without metrics. Where tokens are not
-    known the step counts as one."""
+    """(GPU time per token, tokens of a GPU per step, peak memory) of a point; None without metrics. Where tokens are
+    not known the step counts as one."""
     cost_s = gpu_seconds_per_token(row)
     if cost_s is None:
         return None
@@ -117,12 +117,13 @@ class _Plot:
             parts.append(line("grid", self.at(x), TOP, self.at(x), BOTTOM + 4))
             parts.append(text("tick", self.at(x), BOTTOM + 18, label, "middle"))
         unit_text = f" ({unit})" if unit else ""
-        scale = ", logarithmic" if self.logarithmic else ""
-        axis_unit = f" ({self.axis.unit}{scale})" if self.axis.unit or scale else ""
-        parts.append(text("axis", (LEFT + WIDTH - RIGHT) / 2, BOTTOM + 38, f"{self.axis.name}{axis_unit.replace('(, ', '(')}",
-                          "middle"))  # fmt: skip
-        parts.append(f'<g transform="rotate(-90 20 {(TOP + BOTTOM) / 2})">'
-                     f'{text("axis", 20, (TOP + BOTTOM) / 2, self.measure.title + unit_text, "middle")}</g>')  # fmt: skip
+        scale = "logarithmic" if self.logarithmic else ""
+        told = ", ".join(word for word in (self.axis.unit, scale) if word)
+        along = f"{self.axis.name} ({told})" if told else self.axis.name
+        parts.append(text("axis", (LEFT + WIDTH - RIGHT) / 2, BOTTOM + 38, along, "middle"))
+        middle = (TOP + BOTTOM) / 2
+        upwards = text("axis", 20, middle, self.measure.title + unit_text, "middle")
+        parts.append(f'<g transform="rotate(-90 20 {middle})">{upwards}</g>')
         return parts
 
     def line(self, name: str, rows: Sequence[Row], role: str) -> list[str]:
@@ -140,7 +141,9 @@ class _Plot:
                 parts.append(self.point(name, x, row, n, role))
         if name in self.label_y:
             y = self.label_y[name]
-            parts.append(f'<circle class="swatch-dot" cx="{WIDTH - RIGHT + 14}" cy="{y:.1f}" r="4" fill="{colour(role)}"/>')
+            parts.append(
+                f'<circle class="swatch-dot" cx="{WIDTH - RIGHT + 14}" cy="{y:.1f}" r="4" fill="{colour(role)}"/>'
+            )
             parts.append(text("label", WIDTH - RIGHT + 24, y + 4, name))
         return parts
 

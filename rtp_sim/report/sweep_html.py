@@ -1,4 +1,4 @@
-"""The page about a sweep: lines over each axis with the crossings marked, the crossings in words, every point, inputs."""
+"""The page about a sweep: lines over each axis with the crossings marked and told, every point, inputs."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ MOST_CHARTS = 600
 """Axes are drawn along as long as the page holds no more charts than this."""
 
 LINES_NOTE = (
-    "A line per strategy. Between two points of the grid the GPU time per token is taken to go in a straight line; rings "
-    "mark where one strategy overtakes another, firm ones where the fastest changes. Hollow points do not fit into memory, and the way "
-    "to them is dashed."
+    "A line per strategy. Between two points of the grid the GPU time per token is taken to go in a straight line; "
+    "rings mark where one strategy overtakes another, firm ones where the fastest changes. Hollow points do not fit "
+    "into memory, and the way to them is dashed."
 )
 CROSSINGS_NOTE = (
-    "Places on straight lines (of GPU time per token) between neighbouring points of the grid; only strategies that fit into "
-    "memory at both ends take part."
+    "Places on straight lines (of GPU time per token) between neighbouring points of the grid; only strategies that "
+    "fit into memory at both ends take part."
 )
 
 
@@ -57,7 +57,9 @@ def _charts(table: Table, found: list[Overtaking]) -> str:
                 chart = line_chart(axis, places, lines, measure, crossings)
                 panels.append(f'<figure data-sweep-panel="{" ".join([str(x), str(y), *chosen])}">{chart}</figure>')
     controls = [
-        _select("sweep-along", "Along", [(str(i), a.name, f' data-axis="{escape(a.name)}"') for i, a in enumerate(drawn)]),
+        _select(
+            "sweep-along", "Along", [(str(i), a.name, f' data-axis="{escape(a.name)}"') for i, a in enumerate(drawn)]
+        ),
         _select("sweep-measure", "Show", [(str(i), m.title, "") for i, m in enumerate(MEASURES)]),
     ]
     for number, axis in enumerate(others):
@@ -105,7 +107,9 @@ def _points(table: Table) -> str:
 
 
 def _inputs(table: Table, base: Mapping[str, Any]) -> list[InputRow]:
-    rows: list[InputRow] = [("Varied", axis.name, ", ".join(v.text for v in axis.values), "", "") for axis in table.axes]
+    rows: list[InputRow] = [
+        ("Varied", axis.name, ", ".join(v.text for v in axis.values), "", "") for axis in table.axes
+    ]
     for name, value in base.items():
         if isinstance(value, Mapping):
             rows += [("Options", key, str(one), "", "") for key, one in value.items()]

@@ -1,7 +1,7 @@
 """`Axis`: one thing that a sweep varies, with its values as written and, where they are quantities, as numbers.
 
-An axis is written as NAME=V1,V2,...: values without a unit take that of the last one, so link.ib.bandwidth=100,200,400Gb/s
-has three bandwidths.
+An axis is written as NAME=V1,V2,...: values without a unit take that of the last one, so
+link.ib.bandwidth=100,200,400Gb/s has three bandwidths.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Where one strategy overtakes another along an axis.
 
-Between two neighbouring points of the grid every strategy's number is taken to go in a straight line; where two of these
-lines meet is the crossing. Only strategies that fit into memory at both ends take part.
+Between two neighbouring points of the grid every strategy's number is taken to go in a straight line; where two of
+these lines meet is the crossing. Only strategies that fit into memory at both ends take part.
 """
 
 from __future__ import annotations

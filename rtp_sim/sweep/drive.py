@@ -1,8 +1,8 @@
 """Computes the points of a sweep on a scheduler's workers: each key once, lost workers survived, results as they come.
 
-When a worker dies, what was in flight with it is suspect. Suspects are tried again one at a time: a point that loses its
-worker while it is alone, as often as the scheduler's `deaths`, is named a failure; all others are computed as if nothing
-had happened.
+When a worker dies, what was in flight with it is suspect. Suspects are tried again one at a time: a point that loses
+its worker while it is alone, as often as the scheduler's `deaths`, is named a failure; all others are computed as if
+nothing had happened.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class SchedulerLost(InputError):
 
 @dataclass
 class _Work:
-    """What is to be done: points by key that wait, suspects, what is in flight, the suspect that is alone in flight, and
-    how often a point was that when its worker died."""
+    """What is to be done: points by key that wait, suspects, what is in flight, the suspect that is alone in flight,
+    and how often a point was that when its worker died."""
 
     points: Mapping[str, Point]
     waiting: deque[str]
@@ -122,8 +122,8 @@ def _error(future: Future[Answer]) -> BaseException | None:
 def _checked(answer: Answer, key: str) -> Answer:
     if answer.row["key"] != key:
         raise InputError(
-            f"a worker ({answer.worker}) computes something else: its rtp-sim, profiles or model files are not those of "
-            f"this process; install the same version there and give files by paths that both have"
+            f"a worker ({answer.worker}) computes something else: its rtp-sim, profiles or model files are not those "
+            f"of this process; install the same version there and give files by paths that both have"
         )
     return answer
 

@@ -63,4 +63,9 @@ def _computed(point: Point) -> Row:
         metrics, how = found.metrics, found.how
     else:
         metrics, how = run(built(setting), point.engine).metrics, "simulated"
-    return {"how": how, "gpus": cluster.world_size, "global_batch": request.global_batch, "metrics": metrics_row(metrics)}
+    return {
+        "how": how,
+        "gpus": cluster.world_size,
+        "global_batch": request.global_batch,
+        "metrics": metrics_row(metrics),
+    }

@@ -62,7 +62,9 @@ class RunFolder:
     @property
     def rows(self) -> dict[str, Row]:
         """Rows of this sweep's points that need not be computed again: all that did not fail."""
-        return {key: self._all[key] for key in self._wanted if key in self._all and self._all[key]["status"] != "failed"}
+        return {
+            key: self._all[key] for key in self._wanted if key in self._all and self._all[key]["status"] != "failed"
+        }
 
     def keep(self, answer: Answer) -> None:
         """Appends a row."""
@@ -82,21 +84,25 @@ class RunFolder:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise InputError(f"the folder {str(self.path)!r} is in use by another sweep; expected one at a time") from None
+            raise InputError(
+                f"the folder {str(self.path)!r} is in use by another sweep; expected one at a time"
+            ) from None
 
     def _check(self, inputs: Mapping[str, Any]) -> None:
         """Points are shared by key, so a sweep may go on from another; from one that shares none it may not."""
+        folder = f"the folder {str(self.path)!r}"
         if not (self.path / INPUTS).exists():
             if others := sorted(p.name for p in self.path.iterdir()):
-                raise InputError(f"the folder {str(self.path)!r} holds {others[0]} and no {INPUTS}: expected the folder "
-                                 f"of a sweep, or an empty or new one")  # fmt: skip
+                raise InputError(
+                    f"{folder} holds {others[0]} and no {INPUTS}: expected the folder of a sweep, or an empty or new one"
+                )
             return
         if not self._all or any(key in self._all for key in self._wanted):
             return
         raise InputError(
-            f"the folder {str(self.path)!r} holds another sweep: none of its {len(self._all)} points is one of this sweep's "
-            f"{len(self._wanted)} ({_difference(self.path / INPUTS, inputs)}); expected the folder of the same sweep, or "
-            f"a new one"
+            f"{folder} holds another sweep: none of its {len(self._all)} points is one of this sweep's "
+            f"{len(self._wanted)} ({_difference(self.path / INPUTS, inputs)}); expected the folder of the same sweep, "
+            f"or a new one"
         )
 
 

@@ -40,7 +40,7 @@ class Point:
 
 
 def key_of(point: Point) -> str:
-    """The key, 32 hexadecimal digits. InputError if profile or model are not known, or have no such number to change."""
+    """The key, 32 hexadecimal digits. InputError if profile or model are not known, or lack a number to change."""
     request = asdict(point.request)
     given = {name: value for name, value in request.items() if name not in ("model", "cluster")}
     inputs = {

@@ -1,6 +1,6 @@
 """A whole sweep: points keyed, what the folder has taken from there, the rest computed, the table written.
 
-    table = run_sweep(axes, points, Path("sweep"), LocalProcesses(2))
+table = run_sweep(axes, points, Path("sweep"), LocalProcesses(2))
 """
 
 from __future__ import annotations

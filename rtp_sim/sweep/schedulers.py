@@ -1,5 +1,5 @@
-"""Who computes the points: processes of this machine, or the workers of a Dask cluster. Both are `Scheduler`s, whose seam
-is `concurrent.futures.Executor`.
+"""Who computes the points: processes of this machine, or the workers of a Dask cluster. Both are `Scheduler`s, whose
+seam is `concurrent.futures.Executor`.
 
 The only module that imports Dask (extra: dask).
 """

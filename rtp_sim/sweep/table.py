@@ -1,4 +1,4 @@
-"""`Table`: the rows of a sweep in the order of its grid, as documents that hold nothing that differs from run to run."""
+"""`Table`: the rows of a sweep in the order of its grid, as documents without anything that differs from run to run."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def gpu_seconds_per_token(row: Row) -> float | None:
     if metrics is None:
         return None
     rate = metrics["tokens_per_s_per_gpu"]
-    return 1 / rate if rate else float(metrics["step_time_s"]) * row["gpus"]
+    return float(1 / rate if rate else metrics["step_time_s"] * row["gpus"])
 
 
 def fitting(row: Row) -> float | None:
