@@ -124,6 +124,14 @@ def _machine(p: argparse.ArgumentParser) -> None:
     group.add_argument("--cluster", metavar="NAME|FILE", help=f"cluster profile ({DEFAULT_CLUSTER})")
     group.add_argument("--gpus", type=_count, metavar="N", help="number of GPUs (default: all of the nodes)")
     group.add_argument("--nodes", type=_count, metavar="N", help="number of nodes (1)")
+    _faults(group)
+
+
+def _faults(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--slow-gpu", type=_slow_gpu, action="append", metavar="R=X",
+                       help="rank R computes X times as long")  # fmt: skip
+    group.add_argument("--degrade-link", type=_degraded_link, action="append", metavar="NAME=X",
+                       help="a link at X of its bandwidth, as 'node0/gpu3->nvswitch=0.5'; * for any text")  # fmt: skip
 
 
 def _options(p: argparse.ArgumentParser) -> None:
@@ -187,6 +195,7 @@ def _sweep(p: argparse.ArgumentParser) -> None:
     group.add_argument("--cluster", metavar="NAME|FILE", help=f"cluster profile ({DEFAULT_CLUSTER})")
     group.add_argument("--gpus", type=_counts, metavar="A,B,...", help="numbers of GPUs (default: all of one node)")
     group.add_argument("--nodes", type=_counts, metavar="A,B,...", help="numbers of nodes instead")
+    _faults(group)
     p.add_argument("--strategies", default=DEFAULT_STRATEGIES, metavar="A,B,...", help=DEFAULT_STRATEGIES)
     p.add_argument("--vary", action="append", default=[], metavar="NAME=A,B,...",
                    help="as link.ib.bandwidth=100,200,400Gb/s or micro-batch=1,2,4; may be repeated")  # fmt: skip
@@ -416,6 +425,20 @@ def _slow_rank(text: str) -> tuple[int, int]:
     if not (rank.isdigit() and colon):
         raise argparse.ArgumentTypeError(f"{text!r} is not a rank and a factor such as 1:1.5")
     return int(rank), round(_factor(factor) * 1000)
+
+
+def _slow_gpu(text: str) -> tuple[int, float]:
+    rank, equals, factor = text.partition("=")
+    if not (rank.isdigit() and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a rank and a factor such as 3=1.3")
+    return int(rank), _factor(factor)
+
+
+def _degraded_link(text: str) -> tuple[str, float]:
+    name, equals, fraction = text.rpartition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a link and a fraction such as node0/gpu3->nvswitch=0.5")
+    return name, _fraction(fraction)
 
 
 def _count(text: str) -> int:

@@ -263,7 +263,8 @@ def request_of(a: Namespace, strategy: str) -> Request:
         order=a.rank_order, micro_batch=a.micro_batch, seq_len=a.seq_len, global_batch=a.global_batch,
         micro_batches=getattr(a, "micro_batches", None), precision=a.precision, recompute=a.recompute,
         optimizer=a.optimizer, attention=a.attention, clip_norm=a.clip_norm,
-        loss_scale=a.loss_scale, dropout=a.dropout, options=_strategy_options(a),
+        loss_scale=a.loss_scale, dropout=a.dropout, slow_gpus=tuple(getattr(a, "slow_gpu", None) or ()),
+        degraded_links=tuple(getattr(a, "degrade_link", None) or ()), options=_strategy_options(a),
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from rtp_sim.compose.pipeline import StageResult, compose_pipeline
+from rtp_sim.errors import InputError
 from rtp_sim.experiment import Request, Setting, built, run, settle, usable_memory_bytes
 from rtp_sim.hardware.spec import Cluster
 from rtp_sim.metrics import NS_PER_S, StepMetrics
@@ -40,6 +41,9 @@ def estimate(
     """The metrics of a request, or of one that is looked up already. InputError as `experiment.prepare`."""
     setting = request if isinstance(request, Setting) else settle(request, cluster, network)
     if setting.request.strategy in PIPELINES and setting.layout.pp > 1:
+        if setting.request.slow_gpus:
+            raise InputError("slow GPUs: a composed pipeline takes all ranks of a stage to be equal; expected --engine "
+                             "simpy or longest-path with them")  # fmt: skip
         return Estimate(_of_stages(setting, compose_pipeline(setting, slowdown=engine == "simpy")), True, "composed")
     blocks = sum(block.recomputable for block in setting.network.blocks)
     micros = setting.training.num_microbatches

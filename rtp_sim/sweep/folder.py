@@ -94,7 +94,8 @@ class RunFolder:
         if not (self.path / INPUTS).exists():
             if others := sorted(p.name for p in self.path.iterdir()):
                 raise InputError(
-                    f"{folder} holds {others[0]} and no {INPUTS}: expected the folder of a sweep, or an empty or new one"
+                    f"{folder} holds {others[0]} and no {INPUTS}: expected the folder of a sweep, or an empty or new "
+                    f"one"
                 )
             return
         if not self._all or any(key in self._all for key in self._wanted):
