@@ -220,6 +220,13 @@ def _simulate(p: argparse.ArgumentParser) -> None:
     _options(p)
     _engine(p)
     p.add_argument("--trace", metavar="FILE.json[.gz]", help="write a Chrome trace (opens in Perfetto)")
+    group = p.add_argument_group("jitter")
+    group.add_argument(
+        "--jitter", nargs="?", const="", metavar="NAME=S,...",
+        help="p50 and p95 of the step with noise: compute=0.03,link=0.1,rank=0.01 (the default), straggler=0.001x1.5",
+    )  # fmt: skip
+    group.add_argument("--samples", type=_count, default=200, metavar="N", help="steps that are played (200)")
+    group.add_argument("--seed", type=_whole, default=0, metavar="N", help="of the noise (0)")
 
 
 def _schedule(p: argparse.ArgumentParser) -> None:
@@ -449,6 +456,12 @@ def _count(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return value
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
 
 
 def _counts(text: str) -> tuple[int, ...]:

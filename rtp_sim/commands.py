@@ -15,9 +15,11 @@ from rtp_sim.errors import InputError
 from rtp_sim.experiment import Request, Result, Setting, prepare, run, settle, usable_memory_bytes
 from rtp_sim.hardware.profiles import list_clusters, list_devices, load_cluster, load_device
 from rtp_sim.hardware.spec import Cluster
+from rtp_sim.jitter import Spread, jittered, read_noise, spread_json
 from rtp_sim.metrics import StepMetrics, peak_memory_rank
 from rtp_sim.model.presets import find_model, list_models
 from rtp_sim.report.inputs import Row, cluster_rows, device_rows, input_rows
+from rtp_sim.report.spread_tables import spread_cells
 from rtp_sim.report.tables import (
     compare_json,
     comparison_table,
@@ -69,6 +71,7 @@ def simulate(a: Namespace) -> int:
     known_strategies([a.strategy])
     _check_degrees(a)
     _check_outputs(a)
+    _check_jitter(a)
     a.cluster = a.cluster or a.default_cluster
     if a.engine == "estimate":
         return _estimate(a)
@@ -76,12 +79,17 @@ def simulate(a: Namespace) -> int:
     prepared = prepare(request_of(a, a.strategy))
     _progress(a, f"simulating {prepared.schedule.name} on {prepared.schedule.world_size} GPUs")
     result = run(prepared, a.engine, fold=not a.no_fold)
+    found = _jittered(a, result)
     outcome = _outcome(result, True)
     if a.format == "table":
-        print_table(summary_table(result.metrics, usable_memory_bytes(prepared.cluster)))
+        table = summary_table(result.metrics, usable_memory_bytes(prepared.cluster))
+        for cells in spread_cells(found) if found else ():
+            table.add_row(*cells)
+        print_table(table)
         _print_notes([outcome])
     elif a.format == "json":
-        write_json(simulate_json(result.metrics, _inputs(a, int(prepared.schedule.meta["global_batch"] or 0))))
+        inputs = _inputs(a, int(prepared.schedule.meta["global_batch"] or 0))
+        write_json(simulate_json(result.metrics, inputs, spread_json(found) if found else None))
     else:
         write_csv([result.metrics])
     if a.trace:
@@ -93,6 +101,14 @@ def simulate(a: Namespace) -> int:
         _progress(a, f"wrote {a.trace}")
     _write_files(a, prepared.request, [outcome], prepared.cluster)
     return 0 if result.metrics.fits else 1
+
+
+def _jittered(a: Namespace, result: Result) -> Spread | None:
+    """The spread of the step time; None without --jitter."""
+    if a.jitter is None:
+        return None
+    _progress(a, f"playing the step {a.samples} times with noise")
+    return jittered(result, read_noise(a.jitter), a.samples, a.seed)
 
 
 def _estimate(a: Namespace) -> int:
@@ -234,6 +250,17 @@ def _check_degrees(a: Namespace) -> None:
 def _degrees(a: Namespace) -> int:
     """How many ranks the degrees that were given make."""
     return int((a.rtp or a.tp or a.fsdp or 1) * (a.dp or 1) * (a.pp or 1))
+
+
+def _check_jitter(a: Namespace) -> None:
+    """InputError for noise that cannot be understood, or has nothing to act on."""
+    if a.jitter is None:
+        return
+    read_noise(a.jitter)
+    if a.engine == "estimate":
+        raise InputError("--engine estimate has no timeline for --jitter: leave one of the two out")
+    if a.format == "csv":
+        raise InputError("--jitter has no columns in --format csv: expected table or json")
 
 
 def _check_outputs(a: Namespace) -> None:

@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "engine": BASE | {"timeline", "engine.costs"},
     "metrics": BASE | {"timeline", "engine"},
     "experiment": BASE | {"model", "hardware", "schedule", "timeline", "cost", "engine", "metrics"},
+    "jitter": BASE | {"timeline", "engine", "metrics", "experiment"},
     "compose": BASE
     | {"model", "hardware", "schedule", "timeline", "cost", "engine.costs", "engine", "metrics", "experiment"},
     "traces": BASE,
@@ -44,7 +45,8 @@ MAY_IMPORT = {
     "validation.traced": BASE | {"timeline", "traces", "validation", "executor.rendezvous"},
     "sweep": BASE | {"model", "hardware", "metrics", "experiment", "compose"},
     "report": BASE
-    | {"hardware", "schedule", "timeline", "engine", "metrics", "experiment", "validation", "traces", "sweep"},
+    | {"hardware", "schedule", "timeline", "engine", "metrics", "experiment", "validation", "traces"}
+    | {"sweep", "jitter"},
     "importing": BASE
     | {"hardware", "cost", "executor.calibrate", "executor.calibrate.fit", "executor.calibrate.residuals"},
     "commands_import": BASE | {"hardware", "importing"},
@@ -52,7 +54,7 @@ MAY_IMPORT = {
     "timeline_file": BASE | {"schedule", "timeline"},
     "commands": BASE
     | {"model", "hardware", "schedule", "timeline", "engine", "metrics", "experiment", "compose", "report"}
-    | {"commands_run"},
+    | {"jitter", "commands_run"},
     "commands_run": BASE
     | {"stated", "model", "hardware", "cost", "schedule", "timeline", "experiment", "report", "executor"},
     "commands_validate": BASE

@@ -31,8 +31,9 @@ def degraded(cluster: Cluster, links: Sequence[tuple[str, float]]) -> Cluster:
                 f"{', '.join(near)}, or a pattern such as node0/nic0*"
             )
         if not 0 < fraction <= 1:
-            raise InputError(f"link {pattern!r} at {fraction} of its bandwidth: expected more than 0 and at most 1, for "
-                             f"example 0.5")  # fmt: skip
+            raise InputError(
+                f"link {pattern!r} at {fraction} of its bandwidth: expected more than 0 and at most 1, for example 0.5"
+            )
         changed = list(topology.links)
         for index in found:
             link = changed[index]
