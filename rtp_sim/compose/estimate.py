@@ -12,6 +12,7 @@ from typing import Any
 
 from rtp_sim.compose.pipeline import StageResult, compose_pipeline
 from rtp_sim.engine.fold import Folds
+from rtp_sim.errors import InputError
 from rtp_sim.experiment import Request, Setting, built, run, settle, usable_memory_bytes
 from rtp_sim.hardware.spec import Cluster
 from rtp_sim.metrics import NS_PER_S, StepMetrics
@@ -43,7 +44,11 @@ def estimate(
     estimates of one cost model after each other what they have in common."""
     setting = request if isinstance(request, Setting) else settle(request, cluster, network)
     if setting.request.strategy in PIPELINES and setting.layout.pp > 1:
-        return Estimate(_of_stages(setting, compose_pipeline(setting, slowdown=engine == "simpy", folds=folds)), True, "composed")
+        if setting.request.slow_gpus:
+            raise InputError("slow GPUs: a composed pipeline takes all ranks of a stage to be equal; expected --engine "
+                             "simpy or longest-path with them")  # fmt: skip
+        stages = compose_pipeline(setting, slowdown=engine == "simpy", folds=folds)
+        return Estimate(_of_stages(setting, stages), True, "composed")
     blocks = sum(block.recomputable for block in setting.network.blocks)
     micros = setting.training.num_microbatches
     few_blocks = FEW_BLOCKS if blocks > FEW_BLOCKS[1] + 2 and not setting.request.options.eval_passes else (blocks,)
