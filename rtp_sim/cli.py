@@ -239,7 +239,7 @@ def _plan(p: argparse.ArgumentParser) -> None:
     p.epilog = "Axes of --where: tp rtp fsdp dp pp vpp micro-batch micro-batches gpus strategy recompute order dp-sync."
     group = p.add_argument_group("model and training")
     group.add_argument("--model", required=True, metavar="NAME|FILE", help="preset, config.json or layer-list file")
-    group.add_argument("--global-batch", type=_count, metavar="N", help="sequences per step (with --tokens: 4 Mi tokens)")
+    group.add_argument("--global-batch", type=_count, metavar="N", help="sequences per step (of --tokens: 4 Mi tokens)")
     group.add_argument("--seq-len", type=_count, metavar="N", help="tokens per sequence (1024, or what the model has)")
     _numbers(group)
     group = p.add_argument_group("machines")
@@ -269,7 +269,7 @@ def _plan(p: argparse.ArgumentParser) -> None:
     group.add_argument("--deadline", type=_duration_s, metavar="30d", help="time for these tokens, as 30d or 12h")
     group.add_argument("--budget", type=_amount, metavar="USD", help="money for these tokens")
     group.add_argument("--max-nodes", type=_count, default=128, metavar="N", help="most nodes of a cluster (128)")
-    group.add_argument("--sensitivity", action="store_true", help="which of the profile's numbers the decision hangs on")
+    group.add_argument("--sensitivity", action="store_true", help="what numbers of the profile decide")
     group.add_argument("--break-even", metavar="NUMBER:A,B", help="where A and B are equal, link.ib.bandwidth:rtp,fsdp")
     group.add_argument("--largest", choices=("seq-len", "micro-batch"), help="the largest that fits")
     p.add_argument("--jobs", type=_count, default=2, metavar="N", help="processes (2)")

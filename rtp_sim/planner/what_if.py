@@ -1,4 +1,4 @@
-"""What if a number were different: break-even points between strategies, what the decision hangs on, what fits at most."""
+"""What if a number were different: where strategies break even, what the decision hangs on, what fits at most."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def with_change(question: Question, key: str, value: object) -> Question:
 
 @dataclass(frozen=True, slots=True)
 class BreakEven:
-    """Where `below` stops and `above` starts to be the faster strategy as a number grows; `at` is None if one of them is
-    faster over the whole range from `low` to `high`, and is then `below`."""
+    """Where `below` stops and `above` starts to be the faster strategy as a number grows; `at` is None if one of them
+    is faster over the whole range from `low` to `high`, and is then `below`."""
 
     key: str
     below: str
@@ -89,8 +89,8 @@ class BreakEven:
 
 
 def break_even(question: Question, key: str, one: str, other: str, factor: float = 8.0) -> BreakEven:
-    """The value of a profile's number at which the better of two strategies changes, from 1 / factor of the profile's to
-    `factor` times it. Each strategy runs as its best plan at each value. InputError where one of them never fits."""
+    """The value of a profile's number at which the better of two strategies changes, from 1 / factor of the profile's
+    to `factor` times it. Each strategy runs as its best plan at each value. InputError where one of them never fits."""
     contents = profile_contents(question.clusters[0].name)
     value = number_at(contents, key)
 
@@ -178,7 +178,8 @@ def _again(searched: Searched, candidate: Candidate, cluster: Cluster) -> StepMe
 
 def _keys(contents: Mapping[str, object], searched: Searched) -> Iterator[str]:
     device, cluster = contents["device"], contents["cluster"]
-    assert isinstance(device, dict) and isinstance(cluster, dict)
+    assert isinstance(device, dict)
+    assert isinstance(cluster, dict)
     for name in DEVICE_NUMBERS:
         if name in device:
             yield f"device.{name}"
@@ -197,7 +198,7 @@ def _keys(contents: Mapping[str, object], searched: Searched) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class Largest:
-    """The largest value of `what` for which a plan fits, with it; `next_value` no longer does (None: not looked for)."""
+    """The largest value of `what` for which a plan fits; `next_value` no longer does (None: not looked for)."""
 
     what: str
     value: int
@@ -212,7 +213,7 @@ def longest_sequence(question: Question, step: int = 256) -> Largest | None:
     def fits(value: int) -> Found | None:
         return _fitting(replace(question, workload=replace(question.workload, seq_len=value)))
 
-    return _largest("seq-len", fits, step, question)
+    return _largest("seq-len", fits, step)
 
 
 def _fitting(question: Question) -> Found | None:
@@ -224,7 +225,7 @@ def _fitting(question: Question) -> Found | None:
     return searched.best[0] if searched.best else None
 
 
-def _largest(what: str, fits: Callable[[int], Found | None], step: int, question: Question) -> Largest | None:
+def _largest(what: str, fits: Callable[[int], Found | None], step: int) -> Largest | None:
     best, size = fits(step), 1
     if best is None:
         return None
@@ -241,7 +242,8 @@ def _largest(what: str, fits: Callable[[int], Found | None], step: int, question
         low, high = (middle, high) if more is not None else (low, middle)
         found = (middle, more) if more is not None else found
     metrics = found[1].metrics
-    return Largest(what, found[0] * step, f"{metrics.strategy} {metrics.layout}", metrics.peak_memory_bytes, high * step)
+    plan = f"{metrics.strategy} {metrics.layout}"
+    return Largest(what, found[0] * step, plan, metrics.peak_memory_bytes, high * step)
 
 
 def largest_micro_batch(searched: Searched) -> Largest | None:
