@@ -38,6 +38,9 @@ MAY_IMPORT = {
     "jitter": BASE | {"timeline", "engine", "metrics", "experiment"},
     "compose": BASE
     | {"model", "hardware", "schedule", "timeline", "cost", "engine.costs", "engine", "metrics", "experiment"},
+    "planner": BASE
+    | {"model", "hardware", "schedule", "cost", "engine", "metrics", "experiment", "compose"},
+    "commands_plan": BASE | {"hardware", "experiment", "planner", "report"},
     "traces": BASE,
     "validation": BASE
     | {"link", "stated", "model", "hardware", "schedule", "timeline", "timeline_file", "cost", "engine", "metrics"}
@@ -46,7 +49,7 @@ MAY_IMPORT = {
     "sweep": BASE | {"model", "hardware", "metrics", "experiment", "compose"},
     "report": BASE
     | {"hardware", "schedule", "timeline", "engine", "metrics", "experiment", "validation", "traces"}
-    | {"sweep", "jitter"},
+    | {"sweep", "jitter", "planner"},
     "importing": BASE
     | {"hardware", "cost", "executor.calibrate", "executor.calibrate.fit", "executor.calibrate.residuals"},
     "commands_import": BASE | {"hardware", "importing"},
@@ -64,7 +67,7 @@ MAY_IMPORT = {
     "cli": {
         "", "errors", "units", "model",
         "commands", "commands_validate", "commands_calibrate", "commands_import", "commands_trace",
-        "commands_measured", "commands_sweep",
+        "commands_measured", "commands_sweep", "commands_plan",
     },
     "executor": BASE
     | {"link", "stated", "model", "schedule", "timeline", "timeline_file", "executor.rendezvous", "traces"},
@@ -107,7 +110,7 @@ CONFINED = {
     },
     "rich": {
         "rtp_sim.commands", "rtp_sim.commands_run", "rtp_sim.report.tables", "rtp_sim.report.diff_tables",
-        "rtp_sim.report.sweep_tables",
+        "rtp_sim.report.sweep_tables", "rtp_sim.report.plan_tables",
     },
     "distributed": {"rtp_sim.sweep.schedulers"},
     "matplotlib": {"rtp_sim.report.plots"},
