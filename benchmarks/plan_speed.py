@@ -83,7 +83,8 @@ def line(s: Speed) -> str:
     warm = (s.sound + s.fitting) / s.bounds_s if s.bounds_s else 0.0
     estimates = s.estimates / s.stages_s["estimate"]
     return (f"{s.gpus:>6}{s.candidates:>11,}{s.fitting:>9,}{s.estimates:>10}{s.wall_s:>8.1f}{s.cpu_s:>8.1f}"
-            f"{rules:>11,.0f}{memory:>11,.0f}{bounds:>11,.0f}{warm:>11,.0f}{estimates:>8.1f}{s.peak_bytes / (1 << 20):>7.0f}  {s.best}")  # fmt: skip
+            f"{rules:>11,.0f}{memory:>11,.0f}{bounds:>11,.0f}{warm:>11,.0f}{estimates:>8.1f}"
+            f"{s.peak_bytes / (1 << 20):>7.0f}  {s.best}")  # fmt: skip
 
 
 def plot(speeds: list[Speed], path: str) -> None:

@@ -87,7 +87,9 @@ def test_contradictions_are_named(tmp_path, limits: list[str], message: str):
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize("text", ["tp", "tq=3", "tp=0", "tp<=1,2", "recompute<full", "recompute=some", "tp*recompute=2"])
+@pytest.mark.parametrize(
+    "text", ["tp", "tq=3", "tp=0", "tp<=1,2", "recompute<full", "recompute=some", "tp*recompute=2"]
+)
 def test_limits_that_make_no_sense(text: str):
     with pytest.raises(InputError, match="limit"):
         parse_limit(text)
@@ -168,7 +170,7 @@ def test_numbers_are_scaled_in_their_own_unit():
 
 def test_the_command_line(tmp_path, capsys):
     model = small_model(tmp_path)
-    base = ["plan", "--model", model, "--gpus", "4", "--global-batch", "8", "--seq-len", "512", "--quiet", "--jobs", "1"]
+    base = ["plan", "--model", model, "--gpus", "4", "--global-batch", "8", "--seq-len", "512", "--quiet", "--jobs=1"]
     assert main([*base, "--strategies", "fsdp,tp", "--top", "2", "--format", "json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["schema"] == "rtp-sim/plan/1"
