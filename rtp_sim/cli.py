@@ -20,6 +20,7 @@ from rtp_sim.units import parse_bandwidth, parse_time_ns
 
 FORMATS = ("table", "json", "csv")
 DEFAULT_CLUSTER = "dgx-a100-80g"
+EXPORTS = ("run", "megatron", "torchtitan", "deepspeed", "accelerate")
 DEFAULT_STRATEGIES = "ddp,zero1,zero2,fsdp,tp,tp-sp,rtp,rtp-inplace"
 
 
@@ -85,6 +86,7 @@ def parser() -> argparse.ArgumentParser:
     _diff(commands.add_parser("diff", help="a predicted against a measured timeline"))
     _validate(commands.add_parser("validate", help="a measured run against its prediction"))
     _trace(commands.add_parser("trace", help="where the time went in traces of PyTorch's profiler"))
+    _export(commands.add_parser("export", help="a plan as settings of training frameworks, or as a command to run"))
     _run(commands.add_parser("run", help="one strategy on real processes of this machine (extra: torch)"))
     _calibrate(commands.add_parser("calibrate", help="measure this machine and write its cluster profile"))
     _catalogue(commands.add_parser("hardware", help="device and cluster profiles"), "hardware")
@@ -294,6 +296,21 @@ def _run(p: argparse.ArgumentParser) -> None:
     group.add_argument("--prepare", action="store_true", help="only write the run directory, for torchrun")
     group.add_argument("--format", choices=("table", "json"), default="table")
     group.add_argument("--quiet", action="store_true", help="no progress on stderr")
+
+
+def _export(p: argparse.ArgumentParser) -> None:
+    p.set_defaults(run="export")
+    p.epilog = (
+        "A file goes to stdout, notes to stderr. Exit code 1: none of the frameworks asked for can do this (stderr "
+        "says why). docs/exports.md says what is mapped to what."
+    )
+    p.add_argument("--to", required=True, metavar="A,B,...", help=f"{', '.join(EXPORTS)}, or all")
+    _workload(p)
+    _machine(p)
+    p.add_argument("--strategy", required=True, metavar="NAME")
+    _options(p)
+    p.add_argument("-o", "--output", metavar="DIR", help="write the files there (default: print them)")
+    p.add_argument("--format", choices=("table", "json"), default="table")
 
 
 def _calibrate(p: argparse.ArgumentParser) -> None:

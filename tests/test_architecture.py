@@ -45,12 +45,14 @@ MAY_IMPORT = {
     "report": BASE | {"hardware", "schedule", "timeline", "engine", "metrics", "experiment", "validation", "traces"},
     "importing": BASE
     | {"hardware", "cost", "executor.calibrate", "executor.calibrate.fit", "executor.calibrate.residuals"},
+    "export": BASE | {"model", "hardware", "schedule", "experiment"},
+    "commands_export": BASE | {"experiment", "export", "report"},
     "commands_import": BASE | {"hardware", "importing"},
     "commands_trace": BASE | {"timeline_file", "traces", "validation", "validation.traced", "report"},
     "timeline_file": BASE | {"schedule", "timeline"},
     "commands": BASE
     | {"model", "hardware", "schedule", "timeline", "engine", "metrics", "experiment", "compose", "report"}
-    | {"commands_run"},
+    | {"commands_run", "commands_export"},
     "commands_run": BASE
     | {"stated", "model", "hardware", "cost", "schedule", "timeline", "experiment", "report", "executor"},
     "commands_validate": BASE
