@@ -39,6 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = parser().parse_args(argv)
         # Imported here, so that --help and a mistyped flag answer at once.
+        if arguments.run == "validate" and arguments.decisions:
+            from rtp_sim import commands_decisions
+
+            return commands_decisions.validate_decisions(arguments)
         if arguments.run == "validate" and not arguments.directory:
             from rtp_sim import commands_measured
 
@@ -217,6 +221,10 @@ def _validate(p: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--all", nargs="?", const="", metavar="FOLDER",
         help="all files of published runs in a folder (RTP_SIM_MEASURED, or ../shared/measured)",
+    )  # fmt: skip
+    what.add_argument(
+        "--decisions", nargs="+", metavar="FILE.csv",
+        help="published runs: what the one predicted to be the fastest took, over the best (docs/measured.md)",
     )  # fmt: skip
     group = p.add_argument_group("published runs")
     group.add_argument("--output", metavar="DIR", help="keep estimates there as they come, and go on from them")

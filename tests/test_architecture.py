@@ -58,10 +58,11 @@ MAY_IMPORT = {
     "commands_validate": BASE
     | {"hardware", "timeline", "timeline_file", "validation", "validation.traced", "report"},
     "commands_measured": BASE | {"validation", "report"},
+    "commands_decisions": BASE | {"validation", "report", "commands_measured"},
     "cli": {
         "", "errors", "units", "model",
         "commands", "commands_validate", "commands_calibrate", "commands_import", "commands_trace",
-        "commands_measured",
+        "commands_measured", "commands_decisions",
     },
     "executor": BASE
     | {"link", "stated", "model", "schedule", "timeline", "timeline_file", "executor.rendezvous", "traces"},
