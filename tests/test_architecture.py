@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "traces": BASE,
     "validation": BASE
     | {"link", "stated", "model", "hardware", "schedule", "timeline", "timeline_file", "cost", "engine", "metrics"}
-    | {"engine.costs", "experiment"},
+    | {"engine.costs", "experiment", "compose"},
     "validation.traced": BASE | {"timeline", "traces", "validation", "executor.rendezvous"},
     "report": BASE | {"hardware", "schedule", "timeline", "engine", "metrics", "experiment", "validation", "traces"},
     "importing": BASE

@@ -18,7 +18,7 @@ class ClusterCost:
 
     def __init__(self, cluster: Cluster, host_cores: int | None = None, host: HostCosts = NO_HOST_COSTS) -> None:
         self.cluster = cluster
-        self._host = host
+        self.host = host
         self._compute = ComputeCost(cluster.device)
         self._cores = cores_of(cluster, host_cores)
         self._communication = CommunicationCost(cluster, self._cores)
@@ -50,7 +50,7 @@ class ClusterCost:
     def host_issue_ns(self, op: Op) -> int:
         """Host time to issue one op: cutting out and putting in place what communication moves may take longer."""
         default_ns = self._issue_ns if isinstance(op.action, Compute) else self._communication_issue_ns
-        return self._host.issue_ns(op, default_ns)
+        return self.host.issue_ns(op, default_ns)
 
     def link_capacity(self, link: int) -> int:
         """Bytes/s of a wire; of a pool of cores, cores x weight x 1e9."""
