@@ -63,6 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from rtp_sim import commands_import
 
             return commands_import.hardware_import(arguments)
+        if arguments.run == "plan":
+            from rtp_sim import commands_plan
+
+            return commands_plan.plan(arguments)
         from rtp_sim import commands
 
         run = getattr(commands, arguments.run)
@@ -86,6 +90,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=_Parser)
     _compare(commands.add_parser("compare", help="several strategies for one model on one cluster"))
     _simulate(commands.add_parser("simulate", help="one strategy, with trace and report"))
+    _plan(commands.add_parser("plan", help="the best strategy, degrees and micro-batch, and on which machine"))
     _schedule(commands.add_parser("schedule", help="print or save the program of a rank"))
     _diff(commands.add_parser("diff", help="a predicted against a measured timeline"))
     _validate(commands.add_parser("validate", help="a measured run against its prediction"))
@@ -185,6 +190,51 @@ def _simulate(p: argparse.ArgumentParser) -> None:
     _options(p)
     _engine(p)
     p.add_argument("--trace", metavar="FILE.json[.gz]", help="write a Chrome trace (opens in Perfetto)")
+
+
+def _plan(p: argparse.ArgumentParser) -> None:
+    p.set_defaults(run="plan", default_cluster=DEFAULT_CLUSTER)
+    p.epilog = "Axes of --where: tp rtp fsdp dp pp vpp micro-batch micro-batches gpus strategy recompute order dp-sync."
+    group = p.add_argument_group("model and training")
+    group.add_argument("--model", required=True, metavar="NAME|FILE", help="preset, config.json or layer-list file")
+    group.add_argument("--global-batch", type=_count, required=True, metavar="N", help="sequences per step")
+    group.add_argument("--seq-len", type=_count, metavar="N", help="tokens per sequence (1024, or what the model has)")
+    _numbers(group)
+    group = p.add_argument_group("machines")
+    group.add_argument("--cluster", metavar="NAME|FILE", help=f"cluster profile ({DEFAULT_CLUSTER})")
+    group.add_argument("--clusters", metavar="A,B,...", help="several, to compare")
+    group.add_argument("--nodes", type=_counts, metavar="N,...", help="numbers of nodes (1)")
+    group.add_argument("--gpus", type=_counts, metavar="N,...", help="numbers of GPUs, instead of nodes")
+    group.add_argument("--price-per-gpu-hour", action="append", default=[], metavar="[CLUSTER=]USD",
+                       help="in place of the profile's list price")  # fmt: skip
+    group = p.add_argument_group("what is wanted")
+    group.add_argument("--objective", choices=("time", "memory", "gpus", "cost", "energy"), default="time")
+    group.add_argument("--top", type=_count, default=10, metavar="N", help="plans to show (10)")
+    group.add_argument("--strategies", metavar="A,B,...", help="consider only these")
+    for axis in ("tp", "rtp", "fsdp", "dp", "pp", "vpp", "micro-batch"):
+        group.add_argument(f"--{axis}", type=_counts, metavar="N,...", help=f"consider only these degrees of {axis}"
+                           if axis != "micro-batch" else "consider only these micro-batches")  # fmt: skip
+        group.add_argument(f"--max-{axis}", type=_count, metavar="N", help=argparse.SUPPRESS)
+    group.add_argument("--recompute", metavar="A,B", help=f"some of {', '.join(RECOMPUTE)}")
+    group.add_argument("--rank-order", metavar="A,B", help="some of tp-dp-pp, tp-pp-dp")
+    group.add_argument("--dp-sync", metavar="A,B", help="some of ddp, zero1, zero2")
+    group.add_argument("--where", action="append", default=[], metavar="LIMIT",
+                       help="a limit on an axis or a product of axes, as tp*pp<=16; --max-tp N is tp<=N")  # fmt: skip
+    group.add_argument("--memory-headroom", type=_percent, default=0.0, metavar="10%%", help="memory to keep free (0)")
+    group.add_argument("--min-tokens-per-s", type=_factor, metavar="X", help="leave out what is slower")
+    p.add_argument("--jobs", type=_count, default=2, metavar="N", help="processes (2)")
+    p.add_argument("--format", choices=("table", "json"), default="table")
+    p.add_argument("--quiet", action="store_true", help="no progress on stderr")
+
+
+def _numbers(group: argparse._ArgumentGroup) -> None:
+    """Flags of a training step that are not its size."""
+    group.add_argument("--precision", choices=sorted(PRECISIONS), default="bf16")
+    group.add_argument("--optimizer", choices=sorted(OPTIMIZER_STATES), default="adamw")
+    group.add_argument("--attention", choices=ATTENTIONS, default="flash")
+    group.add_argument("--clip-norm", type=float, metavar="X", help="largest norm of all gradients together")
+    group.add_argument("--loss-scale", default="none", metavar="dynamic[:X]|static:X|none")
+    group.add_argument("--dropout", type=_probability, metavar="P", help="of the model's dropout layers (its own)")
 
 
 def _schedule(p: argparse.ArgumentParser) -> None:
@@ -369,6 +419,14 @@ def _fraction(text: str) -> float:
         value = math.nan
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a fraction of 1 such as 0.15")
+    return value
+
+
+def _percent(text: str) -> float:
+    """ "10%" or 0.1."""
+    value = _fraction(text[:-1]) / 100 if text.endswith("%") else _fraction(text)
+    if value >= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} leaves nothing: expected less than 100 %, such as 10%")
     return value
 
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from rtp_sim.hardware.spec import Cluster
 from rtp_sim.model.network import Network, unfused
 from rtp_sim.model.training import TrainingSpec
+from rtp_sim.planner.activations import Activations
 from rtp_sim.planner.layer_times import LayerTimes
 from rtp_sim.planner.prices import Prices, Ranks
 from rtp_sim.planner.sizes import BlockSizes, Sizes, buckets
@@ -54,6 +55,7 @@ class Model:
         self.times = LayerTimes(network, expanded, self.cost, self.prices, training.precision,
                                 Options().rtp_chunk_bytes)  # fmt: skip
         self.sizes = Sizes(network, expanded)
+        self.activations = Activations(network, expanded, training.precision)
         self.slowdown = self.times.slowdown
         self._ends: dict[object, EndOfStep] = {}
 

@@ -18,9 +18,9 @@ from rtp_sim.schedule.options import Options
 from rtp_sim.schedule.pipeline_order import PIPELINES
 
 PLAN_SCHEMA = "rtp-sim/plan/1"
-STAGES = ("rules", "memory", "bounds", "estimate", "simulated")
-"""Where the search can leave a candidate, in its order: the strategy's own rules, memory in closed form, bounds of the
-step time, the estimate that decides, the simulation of what is shown."""
+STAGES = ("constraints", "rules", "memory", "bounds", "estimate")
+"""Where the search can leave a candidate, in its order: what the user wants, the strategy's own rules, memory in
+closed form, bounds of the step time, the estimate (`compose.estimate`), which decides and is what is shown."""
 
 
 @dataclass(frozen=True, slots=True)
