@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rtp_sim.errors import InputError
-from rtp_sim.experiment import Setting
+from rtp_sim.experiment import Setting, settle
+from rtp_sim.export.command import simulate_command
 from rtp_sim.export.settings import Settings
 from rtp_sim.export.targets import export, targets_of
+from rtp_sim.planner.plan import Plan
 from rtp_sim.report.tables import write_json
 
 SCHEMA = "rtp-sim/export/1"
@@ -28,19 +30,33 @@ def export_plan(a: Namespace, setting: Setting) -> int:
     return 0 if any(isinstance(made, Settings) for made in found.values()) else 1
 
 
-def write_settings(folder: Path, found: Mapping[str, Settings | str]) -> list[Path]:
-    """Writes the files of a plan into a folder, which is made. InputError if that is not possible."""
+def export_plans(folder: Path, plan: Plan) -> list[Path]:
+    """Every plan shown in a folder of its own: what each target is given, and in notes.txt what it is not."""
     written = []
+    for row in plan.shown:
+        request = row.candidate.request(plan.workload)
+        found = export(settle(request))
+        own = folder / f"{row.rank}-{row.candidate.strategy}"
+        where = f"on {row.candidate.gpus} GPUs of {row.candidate.cluster}"
+        lines = [str(row.candidate), where, "", simulate_command(request)]
+        for name, made in found.items():
+            lines += ["", f"{name}: {made if isinstance(made, str) else made.file_name}"]
+            lines += [f"  {text}" for text in (() if isinstance(made, str) else made.notes)]
+        write_settings(own, found, "\n".join(lines) + "\n")
+        written.append(own)
+    return written
+
+
+def write_settings(folder: Path, found: Mapping[str, Settings | str], notes: str = "") -> None:
+    """Writes the files of a plan into a folder, which is made, and `notes` beside them. InputError if that is not
+    possible."""
+    files = {made.file_name: made.text for made in found.values() if isinstance(made, Settings)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for made in found.values():
-            if isinstance(made, Settings):
-                path = folder / made.file_name
-                path.write_text(made.text, encoding="utf-8", newline="\n")
-                written.append(path)
+        for name, text in (files | ({"notes.txt": notes} if notes else {})).items():
+            (folder / name).write_text(text, encoding="utf-8", newline="\n")
     except OSError as error:
         raise InputError(f"cannot write the settings to {str(folder)!r}: {error.strerror}") from None
-    return written
 
 
 def settings_json(name: str, made: Settings | str) -> dict[str, object]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
 
 from rtp_sim.errors import InputError
 from rtp_sim.hardware.profiles import load_cluster
@@ -23,13 +25,16 @@ from rtp_sim.text import nearest
 
 def plan(a: Namespace) -> int:
     """The best plans for a workload. Exit code 1 if none fits."""
+    _check_outputs(a)
     question = question_of(a)
     searched = search(question, lambda message: _progress(a, message))
     found = make_plan(searched)
     if not found.shown:
         miss = nearest_miss(searched)
+        _write_files(a, replace(found, notes=(*found.notes, *_miss_words(miss))))
         _print_miss(a, found, miss)
         return 1
+    _write_files(a, found)
     if a.format == "json":
         write_json(plan_json(found))
     else:
@@ -133,13 +138,43 @@ def _print_miss(a: Namespace, plan: Plan, miss: Miss) -> None:
         })  # fmt: skip
         return
     print("no plan fits")
-    print(f"nearest miss: {miss.candidate}: {miss.reason}" if miss.candidate else f"nearest miss: {miss.reason}")
-    for remedy in miss.remedies:
-        print(f"would fit {remedy}")
-    if not miss.remedies:
-        print("neither a limit lifted nor eight times the nodes makes one fit")
+    for line in _miss_words(miss):
+        print(line)
     print()
     print_table(stages_table(plan.stages))
+
+
+def _miss_words(miss: Miss) -> Iterator[str]:
+    """What came nearest, and what would make it fit."""
+    yield f"nearest miss: {miss.candidate}: {miss.reason}" if miss.candidate else f"nearest miss: {miss.reason}"
+    yield from (f"would fit {remedy}" for remedy in miss.remedies)
+    if not miss.remedies:
+        yield "neither a limit lifted nor eight times the nodes makes one fit"
+
+
+def _check_outputs(a: Namespace) -> None:
+    """InputError for files that cannot be written, before any work is done for them."""
+    if a.report and not Path(a.report).parent.is_dir():
+        raise InputError(f"--report {a.report}: there is no directory {Path(a.report).parent}")
+    if a.report and Path(a.report).is_dir():
+        raise InputError(f"--report {a.report} is a directory; expected a file name")
+    if a.export and Path(a.export).exists() and not Path(a.export).is_dir():
+        raise InputError(f"--export {a.export} is a file; expected a directory")
+
+
+def _write_files(a: Namespace, plan: Plan) -> None:
+    """The page and the settings that were asked for."""
+    # Imported here: most searches want neither.
+    if a.report:
+        from rtp_sim.report.plan_html import write_plan_report
+
+        write_plan_report(a.report, plan)
+        _progress(a, f"wrote {a.report}")
+    if a.export:
+        from rtp_sim.commands_export import export_plans
+
+        for folder in export_plans(Path(a.export), plan):
+            _progress(a, f"wrote {folder}")
 
 
 def _progress(a: Namespace, message: str) -> None:

@@ -27,15 +27,15 @@ from rtp_sim.report.pareto import Axis, Point, pareto_chart
 OBJECTIVES = {"time": "shortest step", "memory": "least memory", "gpus": "fewest GPUs", "cost": "cheapest",
               "energy": "least energy"}  # fmt: skip
 STAGE_WORDS = {
-    "rules": "the strategy or the user's constraints rule it out",
-    "memory": "needs more memory than there is, in closed form",
-    "bounds": "its lower bound is beaten by the upper bound of another, or by an estimate",
-    "estimate": "estimated, and beaten or too large",
-    "simulated": "simulated op by op, and beaten all the same",
+    "constraints": "a limit that was asked for rules it out",
+    "rules": "the strategy cannot split the model or the batch so",
+    "memory": "its closed form says that it needs more memory than there is",
+    "bounds": "it cannot be faster than a plan that was evaluated, by its lower bound",
+    "estimate": "evaluated, and not among the plans shown",
 }
 NOTES = {
-    "front": "Plans that no other beats in step time, memory and cost together. Numbers are ranks of the table above; "
-    "the tooltip of a point says which plan it is.",
+    "front": "Plans that no other beats in step time, memory and cost together. Numbers are ranks of the table above, "
+    "letters plans of the table below; the tooltip of a point says which plan it is.",
     "time": "On the rank that ends last. The bubble is waiting: for dependencies, partners, stages or the host.",
     "memory": "On the rank with the highest peak, by what holds the memory at that moment.",
     "others": "The best of every strategy that is not among the plans, and what was in its way.",
@@ -93,7 +93,35 @@ def plans_grid(plan: Plan) -> Grid:
         "plan", *(["machine"] if several else []), "against the first", "step", "interval", "tokens/s", "MFU",
         "peak memory", "$ per M tokens", "kWh per M tokens", "lower bound",
     )  # fmt: skip
-    return Grid("plans", "Plans", header, rows, 3 if several else 2)
+    return _filled(Grid("plans", "Plans", header, rows, 3 if several else 2))
+
+
+def front_grid(plan: Plan) -> Grid:
+    """Plans of the front that are not among those shown, by their letters in the chart."""
+    rows = tuple(
+        (
+            f"{letter}. {label(row.candidate)}", _machine(row.candidate), _step(row), _tokens(row), _memory(row),
+            _usd(row),
+        )
+        for letter, row in _lettered(plan).items()
+    )
+    header = ("plan", "machine", "step", "tokens/s", "peak memory", "$ per M tokens")
+    return _filled(Grid("front-plans", "Also on the front", header, rows, 2))
+
+
+def _lettered(plan: Plan) -> dict[str, Row]:
+    """The front beyond what is shown: a, b, ... z, aa, ..."""
+    shown = {row.candidate for row in plan.shown}
+    extra = [row for row in plan.front if row.candidate not in shown]
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    return {letters[i % 26] * (1 + i // 26): row for i, row in enumerate(extra)}
+
+
+def _filled(grid: Grid) -> Grid:
+    """The grid without columns in which no row has anything."""
+    keep = [i for i in range(len(grid.header)) if i < grid.words or any(row[i] != MISSING for row in grid.rows)]
+    rows = tuple(tuple(row[i] for i in keep) for row in grid.rows)
+    return Grid(grid.name, grid.title, tuple(grid.header[i] for i in keep), rows, grid.words)
 
 
 def others_grid(plan: Plan) -> Grid:
@@ -132,7 +160,8 @@ def _front_section(plan: Plan) -> str:
     if len(drawn) < 2:
         return ""
     front = {row.candidate for row in plan.front}
-    rank = {row.candidate: str(row.rank) for row in plan.shown}
+    rank = {row.candidate: letter for letter, row in _lettered(plan).items()}
+    rank |= {row.candidate: str(row.rank) for row in plan.shown}
     times, memory = [_metrics(r).step_time_s for r in drawn], [float(_metrics(r).peak_memory_bytes) for r in drawn]
     unit_s, second = time_unit(max(times))
     x = Axis(f"step time ({second})", unit_s)
@@ -147,7 +176,8 @@ def _front_section(plan: Plan) -> str:
         cost_axis = Axis("cost per step ($)", 1.0)
         charts.append(_points("Step time against cost", drawn, front, rank, costs, x, cost_axis))
     figures = "".join(f"<figure>{drawing}</figure>" for drawing in charts)
-    return section("front", "What the plans trade", note(NOTES["front"]) + figures)
+    extra = grid_section(front_grid(plan)) if _lettered(plan) else ""
+    return section("front", "What the plans trade", note(NOTES["front"]) + figures) + extra
 
 
 def _points(
@@ -157,7 +187,7 @@ def _points(
     points = [
         Point(
             _metrics(row).step_time_s, value, rank.get(row.candidate, ""),
-            f"{label(row.candidate)} on {_machine(row.candidate)}: {_step(row)}, {_memory(row)}, {_usd(row)} per M tokens",
+            f"{label(row.candidate)} on {_machine(row.candidate)}: {_step(row)}, {_memory(row)}",
             row.candidate in front,
         )
         for row, value in zip(rows, values, strict=True)
