@@ -223,6 +223,8 @@ def _plan(p: argparse.ArgumentParser) -> None:
     group.add_argument("--memory-headroom", type=_percent, default=0.0, metavar="10%%", help="memory to keep free (0)")
     group.add_argument("--min-tokens-per-s", type=_factor, metavar="X", help="leave out what is slower")
     p.add_argument("--jobs", type=_count, default=2, metavar="N", help="processes (2)")
+    p.add_argument("--sensitivity", action="store_true",
+                   help="search again with every number of the machine 20%% smaller and larger: does the winner change?")
     p.add_argument("--report", metavar="FILE.html", help="write a self-contained report")
     p.add_argument("--export", metavar="DIR", help="write every plan shown as a command and as frameworks' settings")
     p.add_argument("--format", choices=("table", "json"), default="table")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,9 +16,12 @@ from rtp_sim.planner.constraints import Limit, parse_limit
 from rtp_sim.planner.nearest_miss import Miss, nearest_miss
 from rtp_sim.planner.plan import Plan, plan_json
 from rtp_sim.planner.search import Question, search
+from rtp_sim.planner.sensitivity import Swing, swings
 from rtp_sim.planner.space import DEFAULT_STRATEGIES, EVERY_STRATEGY
 from rtp_sim.planner.workload import Workload
+from rtp_sim.report.diff_tables import print_grid
 from rtp_sim.report.plan_tables import memory_table, others_table, plans_table, stages_table
+from rtp_sim.report.sensitivity_tables import sensitivity_grid, sensitivity_json
 from rtp_sim.report.tables import print_table, write_json
 from rtp_sim.text import nearest
 
@@ -34,11 +37,14 @@ def plan(a: Namespace) -> int:
         _write_files(a, replace(found, notes=(*found.notes, *_miss_words(miss))))
         _print_miss(a, found, miss)
         return 1
-    _write_files(a, found)
+    hangs = list(swings(searched, lambda message: _progress(a, message))) if a.sensitivity else []
+    _write_files(a, found, hangs)
     if a.format == "json":
-        write_json(plan_json(found))
+        write_json(plan_json(found) | ({"sensitivity": sensitivity_json(hangs)} if a.sensitivity else {}))
     else:
         _print_plan(found)
+        if a.sensitivity:
+            print_grid(sensitivity_grid(found, hangs))
     return 0
 
 
@@ -162,13 +168,13 @@ def _check_outputs(a: Namespace) -> None:
         raise InputError(f"--export {a.export} is a file; expected a directory")
 
 
-def _write_files(a: Namespace, plan: Plan) -> None:
+def _write_files(a: Namespace, plan: Plan, hangs: Sequence[Swing] = ()) -> None:
     """The page and the settings that were asked for."""
     # Imported here: most searches want neither.
     if a.report:
         from rtp_sim.report.plan_html import write_plan_report
 
-        write_plan_report(a.report, plan)
+        write_plan_report(a.report, plan, sensitivity_grid(plan, hangs) if hangs else None)
         _progress(a, f"wrote {a.report}")
     if a.export:
         from rtp_sim.commands_export import export_plans

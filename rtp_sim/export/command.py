@@ -22,6 +22,8 @@ _REQUEST_FLAGS = {
     "attention": "--attention", "clip_norm": "--clip-norm", "loss_scale": "--loss-scale", "dropout": "--dropout",
     "dp": "--dp", "pp": "--pp",
 }  # fmt: skip
+_SAID = ("model", "cluster", "strategy", "gpus", "nodes", "inner", "order", "options")
+"""Fields of a request that are said by other means."""
 _VALUES = {
     "fsdp_unit": "--fsdp-unit", "rtp_ring": "--rtp-ring", "dp_sync": "--dp-sync", "zero1_size": "--zero1-size",
     "vpp": "--vpp", "pp_balance": "--pp-balance", "eval_passes": "--eval-passes",
@@ -72,10 +74,13 @@ def workload_flags(request: Request) -> list[str]:
         words += [f"--{INNER_AXIS[request.strategy]}", str(request.inner)]
     if request.order != ORDERS[0]:
         words += ["--rank-order", request.order]
-    defaults = {f.name: f.default for f in fields(Request)}
-    for name, flag in _REQUEST_FLAGS.items():
-        if getattr(request, name) != defaults[name]:
-            words += [flag, str(getattr(request, name))]
+    for field in fields(Request):
+        name, value = field.name, getattr(request, field.name)
+        if name in _SAID or value == field.default:
+            continue
+        if name not in _REQUEST_FLAGS:
+            raise NotExpressible(f"the command line of a plan has no flag for {name}={value}")
+        words += [_REQUEST_FLAGS[name], str(value)]
     return [*words, *_option_flags(request.options)]
 
 
