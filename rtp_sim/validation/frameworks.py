@@ -86,7 +86,7 @@ FRAMEWORKS: Mapping[str, Habits] = {
         Habits(
             "nanotron", "llama", mixed="bf16-grad32", gradient_buffer=True, dp_copy=False, upcast_loss=True,
             separate_gate=True, gradient_local=True, tp_keep_gathered=True,
-            pp_balance="cost",
+            pp_balance="cost", dp_bucket_bytes=50 * MIB,
         ),
         Habits(
             "internevo", "llama", mixed="bf16", vocab_size=103168, ffn_hidden_size={4096: 11008},
