@@ -37,16 +37,20 @@ MAY_IMPORT = {
     "experiment": BASE | {"model", "hardware", "schedule", "timeline", "cost", "engine", "metrics"},
     "compose": BASE
     | {"model", "hardware", "schedule", "timeline", "cost", "engine.costs", "engine", "metrics", "experiment"},
+    "planner": BASE
+    | {"model", "hardware", "schedule", "cost", "engine", "metrics", "experiment", "compose"},
     "traces": BASE,
     "validation": BASE
     | {"link", "stated", "model", "hardware", "schedule", "timeline", "timeline_file", "cost", "engine", "metrics"}
     | {"engine.costs", "experiment", "compose"},
     "validation.traced": BASE | {"timeline", "traces", "validation", "executor.rendezvous"},
-    "report": BASE | {"hardware", "schedule", "timeline", "engine", "metrics", "experiment", "validation", "traces"},
+    "report": BASE | {"hardware", "schedule", "timeline", "engine", "metrics", "experiment", "validation", "traces"}
+    | {"planner"},
     "importing": BASE
     | {"hardware", "cost", "executor.calibrate", "executor.calibrate.fit", "executor.calibrate.residuals"},
     "export": BASE | {"model", "hardware", "schedule", "experiment"},
-    "commands_export": BASE | {"experiment", "export", "report"},
+    "commands_export": BASE | {"experiment", "export", "planner", "report"},
+    "commands_plan": BASE | {"hardware", "planner", "commands_export", "report"},
     "commands_import": BASE | {"hardware", "importing"},
     "commands_trace": BASE | {"timeline_file", "traces", "validation", "validation.traced", "report"},
     "timeline_file": BASE | {"schedule", "timeline"},
@@ -62,7 +66,7 @@ MAY_IMPORT = {
     "cli": {
         "", "errors", "units", "model",
         "commands", "commands_validate", "commands_calibrate", "commands_import", "commands_trace",
-        "commands_measured", "commands_decisions",
+        "commands_measured", "commands_decisions", "commands_plan",
     },
     "executor": BASE
     | {"link", "stated", "model", "schedule", "timeline", "timeline_file", "executor.rendezvous", "traces"},
@@ -103,7 +107,8 @@ CONFINED = {
         "rtp_sim.validation.measured",
         "rtp_sim.validation.runs",
     },
-    "rich": {"rtp_sim.commands", "rtp_sim.commands_run", "rtp_sim.report.tables", "rtp_sim.report.diff_tables"},
+    "rich": {"rtp_sim.commands", "rtp_sim.commands_run", "rtp_sim.report.tables", "rtp_sim.report.diff_tables",
+             "rtp_sim.report.plan_tables"},
     "matplotlib": {"rtp_sim.report.plots"},
 }
 NO_LIBRARIES = ("rtp_sim.schedule.ir", "rtp_sim.schedule.serialize", "rtp_sim.schedule.text")

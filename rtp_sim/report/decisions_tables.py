@@ -59,6 +59,8 @@ def decision_verdict(outcomes: Sequence[Outcome]) -> str:
     parts = [
         f"{s.decisions} decisions ({s.left_out} groups with fewer than two measured runs left out): median regret "
         f"{ratio(s.median)}, 90th percentile {ratio(s.p90)}, worst {ratio(s.worst)}",
+        f"trying the first {TRIES}: median {ratio(s.median_of_tries)}, 90th percentile {ratio(s.p90_of_tries)}",
+        f"choosing blindly: median {ratio(s.median_blind)}",
         f"the best run was picked in {s.best_found}",
         f"the first pick had failed in {s.first_pick_failed}",
         f"{s.no_pick} without a pick",
