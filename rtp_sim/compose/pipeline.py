@@ -30,9 +30,11 @@ Ranges = list[tuple[Label, int, int, int]]
 
 @dataclass(frozen=True)
 class StageResult:
-    """What became of one stage: times in ns, memory in bytes; what one of its ranks sends."""
+    """What became of one stage: times in ns, memory in bytes; what one of its ranks sends. `host_ns` is how long its
+    kernels waited for the host."""
 
     end_ns: int
+    host_ns: int
     compute_ns: int
     exposed_ns: int
     communication_ns: int
@@ -260,7 +262,8 @@ def _result(
         totals[label] = _traffic(short.schedule, rank, first, stop, prices.duration_ns[stage])
     sent = [totals[label] for label in labels]
     return StageResult(
-        progress.end_ns, progress.compute_ns, progress.exposed_ns, sum(x[2] for x in sent), peak, by_category,
+        progress.end_ns, progress.host_ns, progress.compute_ns,
+        progress.exposed_ns, sum(x[2] for x in sent), peak, by_category,
         sum(x[0] for x in sent), sum(x[1] for x in sent),
     )  # fmt: skip
 

@@ -26,6 +26,8 @@ class Habits:
     scaled_dot_product_attention picks, with a mask (no causal skipping). `torch_loss`: torch.nn.CrossEntropyLoss.
     `optimizer_scratch`: bytes per parameter that the optimizer step allocates for itself. `recompute_works`: whether
     the run's recompute option saved memory. `selective_blocks`: "selective" recompute repeats every n-th block.
+    `pp_balance`, `pp_overlap`, `pp_scatter_gather`: how stages are cut, whether they compute on while they send, and
+    whether tensor-parallel ranks send shares (`Options`).
     `op_ns`, `hop_ns`, `collective_ns`: host time to issue a kernel, a hop of rotation, another communication op.
     `vocab_size`, `ffn_ratio`: taken where a row leaves them blank. `facts`: (habit, source or "assumed").
     """
@@ -52,6 +54,9 @@ class Habits:
     recompute_works: bool = True
     selective_blocks: int = 0
     dropout: float = 0.0
+    pp_balance: str = "layers"
+    pp_overlap: bool = True
+    pp_scatter_gather: bool = False
     op_ns: int | None = None
     hop_ns: int | None = None
     collective_ns: int | None = None
@@ -70,11 +75,18 @@ FRAMEWORKS: Mapping[str, Habits] = {
             optimizer_scratch=1, recompute_works=False, hop_ns=350_000,
         ),
         Habits("composer-fsdp", "mpt", mixed="bf16", torch_loss=True),
-        Habits("megatron-lm", "gpt", mixed="fp16", gradient_buffer=True, dp_overlap=False, dp_copy=False),
-        Habits("megatron-deepspeed", "gpt", mixed="fp16", dp_overlap=False, dp_copy=False, vocab_size=51200),
+        Habits(
+            "megatron-lm", "gpt", mixed="fp16", gradient_buffer=True, dp_overlap=False, dp_copy=False,
+            pp_overlap=False, pp_scatter_gather=True,
+        ),
+        Habits(
+            "megatron-deepspeed", "gpt", mixed="fp16", dp_overlap=False, dp_copy=False, vocab_size=51200,
+            pp_overlap=False, pp_scatter_gather=True,
+        ),
         Habits(
             "nanotron", "llama", mixed="bf16-grad32", gradient_buffer=True, dp_copy=False, upcast_loss=True,
             separate_gate=True, gradient_local=True, tp_keep_gathered=True,
+            pp_balance="cost", dp_bucket_bytes=50 * MIB,
         ),
         Habits(
             "internevo", "llama", mixed="bf16", vocab_size=103168, ffn_hidden_size={4096: 11008},

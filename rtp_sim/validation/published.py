@@ -134,7 +134,7 @@ def _computed(left: list[tuple[Experiment, str]], workers: int) -> Iterator[tupl
 
 
 def _size(e: Experiment) -> int:
-    return e.model.num_layers * e.inner * min(3, e.training.num_microbatches)
+    return e.model.num_layers * max(1, e.inner) * e.pp
 
 
 def estimate_or_reason(experiment: Experiment) -> Answer:
