@@ -48,6 +48,8 @@ class Habits:
     torch_loss: bool = False
     upcast_loss: bool = False
     separate_gate: bool = False
+    stacked_kv: bool = False
+    dropout_kept: bool = False
     gradient_local: bool = False
     tp_keep_gathered: bool = False
     optimizer_scratch: int = 0
@@ -76,16 +78,16 @@ FRAMEWORKS: Mapping[str, Habits] = {
         ),
         Habits("composer-fsdp", "mpt", mixed="bf16", torch_loss=True),
         Habits(
-            "megatron-lm", "gpt", mixed="fp16", gradient_buffer=True, dp_overlap=False, dp_copy=False,
+            "megatron-lm", "gpt", mixed="fp16", dropout_kept=True, gradient_buffer=True, dp_overlap=False, dp_copy=False,
             pp_overlap=False, pp_scatter_gather=True,
         ),
         Habits(
-            "megatron-deepspeed", "gpt", mixed="fp16", dp_overlap=False, dp_copy=False, vocab_size=51200,
+            "megatron-deepspeed", "gpt", mixed="fp16", dropout_kept=True, dp_overlap=False, dp_copy=False, vocab_size=51200,
             pp_overlap=False, pp_scatter_gather=True,
         ),
         Habits(
             "nanotron", "llama", mixed="bf16-grad32", gradient_buffer=True, dp_copy=False, upcast_loss=True,
-            separate_gate=True, gradient_local=True, tp_keep_gathered=True,
+            separate_gate=True, stacked_kv=True, gradient_local=True, tp_keep_gathered=True,
             pp_balance="cost",
         ),
         Habits(

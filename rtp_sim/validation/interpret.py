@@ -62,6 +62,8 @@ class Experiment:
     torch_loss: bool
     upcast_loss: bool
     separate_gate: bool
+    stacked_kv: bool
+    dropout_kept: bool
     strategy: str
     inner: int
     pp: int
@@ -86,6 +88,9 @@ class Experiment:
         """The layer with what the framework keeps for the backward pass."""
         if isinstance(op, Attention) and self.torch_attention:
             return replace(op, context_copy=True, scaled_copies=op.implementation == "materialised")
+        if isinstance(op, Attention):
+            flash = op.implementation == "flash"
+            return replace(op, stacked_kv=self.stacked_kv and flash, dropout_kept=self.dropout_kept and not flash)
         if isinstance(op, CrossEntropy) and self.torch_loss:
             return replace(op, unfused=True)
         if isinstance(op, CrossEntropy) and self.upcast_loss:
@@ -136,7 +141,7 @@ def interpret(row: Row) -> Interpretation:
     experiment = Experiment(
         cells.cluster, 1 if strategy == "single" else cells.gpus, model, cells.seq_len, attention, every,
         habits.torch_attention,
-        habits.torch_loss, habits.upcast_loss, habits.separate_gate, strategy, inner, cells.pp,
+        habits.torch_loss, habits.upcast_loss, habits.separate_gate, habits.stacked_kv, habits.dropout_kept, strategy, inner, cells.pp,
         training, options, HostCosts(habits.op_ns, habits.hop_ns, habits.collective_ns),
     )  # fmt: skip
     return Interpretation(experiment, tuple(said))
