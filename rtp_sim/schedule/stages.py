@@ -104,7 +104,7 @@ def _by_cost(first: Blocks, middle: Blocks, last: Blocks, parts: int) -> list[Bl
         pieces[-1].append(unit)
         so_far += cost
         # Integers, so that the comparison is exact; what comes after the last costly unit stays with it.
-        if so_far * parts >= sum(costs) * len(pieces) and len(pieces) < parts:
+        if so_far * parts > sum(costs) * len(pieces) and len(pieces) < parts:
             pieces.append([])
     if len(pieces) != parts or not all(pieces):
         full = sum(map(bool, pieces))
