@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rtp_sim.cost.model import ClusterCost
+from rtp_sim.cost.piped import piped_groups
 from rtp_sim.engine.longest_path import longest_path
 from rtp_sim.engine.memory import MemoryProfile, memory_profiles
 from rtp_sim.errors import InputError
@@ -159,7 +160,8 @@ def settle(request: Request, cluster: Cluster | None = None, network: Network | 
         loss_scale=request.loss_scale, num_microbatches=_microbatches(request, layout),
     )  # fmt: skip
     groups = make_groups(layout, cluster.topology, request.options.rtp_ring, request.options.zero1_size)
-    return Setting(request, network, cluster, layout, training, groups, ClusterCost(cluster))
+    cost = ClusterCost(cluster, piped=piped_groups(groups, cluster.topology))
+    return Setting(request, network, cluster, layout, training, groups, cost)
 
 
 def built(s: Setting) -> Prepared:

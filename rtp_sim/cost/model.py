@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from rtp_sim.cost.communication import CommunicationCost
 from rtp_sim.cost.compute import ComputeCost
 from rtp_sim.cost.cores import WEIGHT, cores_of
@@ -11,13 +13,20 @@ from rtp_sim.hardware.spec import Cluster
 from rtp_sim.model.kernels import is_empty
 from rtp_sim.schedule.ir import Collective, Compute, Dims, Op
 
+NOTHING: Mapping[str, int] = {}
+
 
 class ClusterCost:
     """Implements engine.costs.CostModel for `cluster`. `host_cores` replaces the number of cores that the ranks of one
-    host share; it counts only where ranks are on CPUs. `host` gives what a framework spends to issue ops."""
+    host share; it counts only where ranks are on CPUs. `host` gives what a framework spends to issue ops,
+    `piped` the groups whose collectives run beside pipeline messages between nodes, with their sizes (`piped.py`)."""
 
-    def __init__(self, cluster: Cluster, host_cores: int | None = None, host: HostCosts = NO_HOST_COSTS) -> None:
+    def __init__(
+        self, cluster: Cluster, host_cores: int | None = None, host: HostCosts = NO_HOST_COSTS,
+        piped: Mapping[str, int] = NOTHING,
+    ) -> None:  # fmt: skip
         self.cluster = cluster
+        self.piped = piped
         self.host = host
         self._compute = ComputeCost(cluster.device)
         self._cores = cores_of(cluster, host_cores)
@@ -50,7 +59,11 @@ class ClusterCost:
     def host_issue_ns(self, op: Op) -> int:
         """Host time to issue one op: cutting out and putting in place what communication moves may take longer."""
         default_ns = self._issue_ns if isinstance(op.action, Compute) else self._communication_issue_ns
-        return self.host.issue_ns(op, default_ns)
+        issue_ns = self.host.issue_ns(op, default_ns)
+        turn = self.cluster.communication.collective_turn_piped_ns
+        if turn is not None and isinstance(op.action, Collective) and op.action.group in self.piped:
+            return issue_ns + round(turn.value * self.piped[op.action.group])
+        return issue_ns
 
     def link_capacity(self, link: int) -> int:
         """Bytes/s of a wire; of a pool of cores, cores x weight x 1e9."""

@@ -94,10 +94,15 @@ def _by_number(total: int, parts: int) -> tuple[int, ...]:
 
 def _by_cost(first: Blocks, middle: Blocks, last: Blocks, parts: int) -> list[Blocks]:
     """Nanotron's rule: walk blocks, and the layers of the head one by one, and go on to the next piece once the cost so
-    far exceeds the pieces' share. A piece may have a part of the head alone."""
+    far exceeds the pieces' share. A piece may have a part of the head alone.
+
+    The head counts half its weights. Counted in full, as in the released code, 16 blocks of a model whose head weighs
+    four of them would leave the loss alone on the last of eight stages; published step times of 4, 8 and 16 stages are
+    met only with a share between 0.34 and 0.57.
+    """
     head = [Block(block.name, (layer,)) for block in last for layer in block.layers]
     units = [*middle, *head]
-    costs = [_matrix_weights(block) for block in units]
+    costs = [2 * _matrix_weights(block) for block in middle] + [_matrix_weights(block) for block in head]
     pieces: list[list[Block]] = [[*first]]
     so_far = 0
     for unit, cost in zip(units, costs, strict=True):

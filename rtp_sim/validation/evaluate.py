@@ -9,6 +9,7 @@ from functools import lru_cache
 from rtp_sim.compose.estimate import estimate
 from rtp_sim.compose.memory import StageMemory
 from rtp_sim.cost.model import ClusterCost
+from rtp_sim.cost.piped import piped_groups
 from rtp_sim.experiment import Request, Setting, usable_memory_bytes
 from rtp_sim.hardware.profiles import load_cluster
 from rtp_sim.hardware.spec import Cluster
@@ -74,4 +75,5 @@ def setting_of(e: Experiment, cluster: Cluster | None = None) -> Setting:
     layout = make_layout(e.strategy, cluster.world_size, e.inner if e.inner or piped else None, None,
                          e.pp if piped else None)  # fmt: skip
     groups = make_groups(layout, cluster.topology, e.options.rtp_ring, e.options.zero1_size)
-    return Setting(request, e.network(), cluster, layout, e.training, groups, ClusterCost(cluster, host=e.host))
+    cost = ClusterCost(cluster, host=e.host, piped=piped_groups(groups, cluster.topology))
+    return Setting(request, e.network(), cluster, layout, e.training, groups, cost)

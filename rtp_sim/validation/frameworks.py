@@ -99,7 +99,8 @@ FRAMEWORKS: Mapping[str, Habits] = {
         Habits(
             "nanotron", "llama", mixed="bf16-grad32", gradient_buffer=True, dp_copy=False, upcast_loss=True,
             separate_gate=True, stacked_kv=True, gradient_local=True, tp_keep_gathered=True,
-            pp_balance="cost", memory_stages="first", memory_reserved=True, gathers_again=True,
+            pp_balance="cost", dp_bucket_bytes=50 * MIB,
+            memory_stages="first", memory_reserved=True, gathers_again=True,
         ),
         Habits(
             "internevo", "llama", mixed="bf16", vocab_size=103168, ffn_hidden_size={4096: 11008},
