@@ -7,7 +7,7 @@ move, and what runs at the same time, is the interpreter's business; what is com
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -20,7 +20,7 @@ from rtp_sim.executor.exchange import Parcel, Transfer
 from rtp_sim.executor.gradients import Counted, GradientWatch, counted
 from rtp_sim.executor.kernels import KERNELS
 from rtp_sim.executor.launch import Columns, Launch, Made, Result, Route
-from rtp_sim.executor.optimizer import DEFAULTS, Hyper, State, new_state, update
+from rtp_sim.executor.optimizer import DEFAULTS, Hyper, State, Update, new_state, update_all
 from rtp_sim.executor.packing import placed
 from rtp_sim.executor.parameters import (
     Parameters,
@@ -261,8 +261,15 @@ class Machine:
         replica = replica_of(self.schedule, self.rank)
         return mask_seed(self.seed, self.step, replica, plan.micro, plan.site, plan.shard)
 
-    def _parameters(self, buffer: str, plan: Plan) -> dict[str, torch.Tensor]:
+    def _parameters(self, buffer: str, plan: Plan) -> Mapping[str, torch.Tensor]:
         """Views of the layer's parameters (of the shard that lies there now) in a flat buffer."""
+        known = self.storage.views(buffer)
+        found = known.get(plan.op)
+        if found is None:
+            found = known[plan.op] = self._placed(buffer, plan)
+        return found
+
+    def _placed(self, buffer: str, plan: Plan) -> Mapping[str, torch.Tensor]:
         layer, flat = plan.roles.layer, self.storage[buffer]
         offset = self._offsets.get((buffer, layer.weight_name))
         if offset is None:
@@ -352,17 +359,25 @@ class Machine:
 
     def _optimize(self, op: Op) -> None:
         self.watch.judge(op, self.storage)
-        for work in self._works_of(op):
-            if self.keep_gradients:
-                self.gradients.append(self._gradient_share(work))
-            if self.watch.skipped:
-                continue
-            state = self.states[work.state.name]
-            for start, weights in work.weights.views(self.storage):
-                gradients = work.gradients.part(self.storage, start, start + weights.numel())
-                part = state.part(start, start + weights.numel())
-                gradients = self.watch.multiplied(gradients)
-                update(self.training.optimizer, self.hyper, self.updates, weights, gradients, part)
+        works = self._works_of(op)
+        if self.keep_gradients:
+            self.gradients += [self._gradient_share(work) for work in works]
+        if self.watch.skipped:
+            return
+        if self.watch.changes_gradients:
+            # Clipped gradients are copies: one work's at a time.
+            for work in works:
+                update_all(self.training.optimizer, self.hyper, self.updates, self._parts_of(work))
+        else:
+            parts = (part for work in works for part in self._parts_of(work))
+            update_all(self.training.optimizer, self.hyper, self.updates, parts)
+
+    def _parts_of(self, work: OptimizerWork) -> Iterator[Update]:
+        """Weights, gradients and state of a share, buffer by buffer."""
+        state = self.states[work.state.name]
+        for start, weights in work.weights.views(self.storage):
+            gradients = work.gradients.part(self.storage, start, start + weights.numel())
+            yield weights, self.watch.multiplied(gradients), state.part(start, start + weights.numel())
 
     def _gradient_share(self, work: OptimizerWork) -> Share:
         """A copy of the gradients of one share, with the places of its parameters in the sequence."""
