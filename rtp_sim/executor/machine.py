@@ -329,15 +329,23 @@ class Machine:
 
     def _copy(self, op: Op) -> None:
         """What the op reads, end to end, to what it writes, end to end; to a buffer for a slice only this rank's."""
-        flat = laid_out(self.storage, sources(op))
-        for name in op.writes:
-            if name not in op.reads:
-                self.storage.put(name, self._zeros(name))
-        target = self.program.buffers[op.writes[0]]
+        taken, storage, target = sources(op), self.storage, self.program.buffers[op.writes[0]]
+        fresh = [name for name in op.writes if name not in op.reads]
         if target.slice_of and not any(self.program.buffers[name].slice_of for name in op.reads):
             numel = self._numel(target.name)
-            flat = flat[slice_place(self.schedule, self.rank, target.slice_of).index * numel :][:numel]
-        spread(self.storage, op.writes, flat)
+            index = slice_place(self.schedule, self.rank, target.slice_of).index
+            parts = [laid_out(storage, taken)[index * numel :][:numel]]
+        else:
+            parts = [storage[name] for name in taken]
+        covered = sum(part.numel() for part in parts) >= sum(map(self._numel, op.writes))
+        for name in fresh:
+            numel, dtype = self._shape[name]
+            new = torch.empty(numel, dtype=dtype, device=self.device) if covered else self._zeros(name)
+            storage.put(name, new)
+        begin = 0
+        for part in parts:
+            spread(storage, op.writes, part, begin)
+            begin += part.numel()
 
     def _counted(self) -> list[Counted]:
         """The gradients that the rank counts in the norm: those that its optimizer steps update with."""

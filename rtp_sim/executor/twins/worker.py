@@ -38,13 +38,14 @@ class TwinWorker(Worker):
             batch = self._batch(replica, step)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
+            before_ns = self._pace_ns()
             start_together(control, clock)
             self.progress.enter("step", step)
             start_ns = now_ns()
             loss = trainer.step(batch)
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            self._leave(step, start_ns, now_ns(), float(loss), device)
+            self._leave(step, start_ns, now_ns(), float(loss), device, before_ns)
         self.progress.enter("checking")
         if device.type == "cpu":
             del trainer
@@ -52,12 +53,12 @@ class TwinWorker(Worker):
         self.run.write_rank(self.rank, "rank.json", record)
         self._finish(control)
 
-    def _leave(self, step: int, start_ns: int, end_ns: int, loss: float, device: torch.device) -> None:
+    def _leave(self, step: int, start_ns: int, end_ns: int, loss: float, device: torch.device, before_ns: int) -> None:
         peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
         record = {
             "step": step, "warmup": step < self.request.warmup, "start_ns": start_ns, "end_ns": end_ns,
             "loss": loss if math.isfinite(loss) else None, "bytes_sent": None, "messages": None,
-            "peak_memory_bytes": peak, "memory_by_category": None,
+            "peak_memory_bytes": peak, "memory_by_category": None, "pace_ns": max(before_ns, self._pace_ns()),
         }  # fmt: skip
         self.run.append_step(self.rank, record, np.zeros((2, 0), dtype=np.int64))
 
