@@ -5,7 +5,7 @@ for 2 and for 4 ranks (`rtp-sim calibrate`; profiles that are there already are 
 setting: each launch is a fresh set of processes, a case's time the median over its launches of the launch's median
 step. Before and after every step each rank notes the pace of its core (rtp_sim/executor/pace.py): a virtual machine's
 neighbours slow it down for a second or so and show in nothing else. Steps at another pace than the calibration's do
-not count. A launch of which fewer than three steps count, or during which other programs took more than `--foreign` of
+not count. A launch of which fewer than two steps count, or during which other programs took more than `--foreign` of
 the cores, is made again, up to three times in a row. Every launch is written to DIR/launches.jsonl at once, so that a
 benchmark that was interrupted goes on where it was, and `--report` predicts again without measuring, with the program
 as it is now. Nothing is fitted to these cases.
@@ -45,11 +45,11 @@ from rtp_sim.stated import StatedTimes
 from rtp_sim.validation.predict import Conditions, predict
 
 LINK = Link(200_000, 10**9)
-STATED_PROFILE, STATED_STEP_NS = "dgx-a100-80g", 500_000_000
+STATED_PROFILE, STATED_STEP_NS = "dgx-a100-80g", 300_000_000
 """Ranks that sleep take what this profile predicts, stretched to a step of about this long."""
 RETRIES = 3
 STATED_STEPS = 3
-FEWEST_STEPS = 3
+FEWEST_STEPS = 2
 PATIENCE_S = 60
 
 
@@ -98,7 +98,7 @@ class Case:
 
 
 STRATEGIES = ("ddp", "zero1", "zero2", "fsdp", "tp", "tp-sp", "rtp", "rtp-inplace")
-SIZES = ((320, 3, 5, 96), (448, 3, 4, 128), (704, 2, 2, 96), (256, 4, 12, 64), (576, 2, 5, 72), (384, 4, 2, 208))
+SIZES = ((320, 3, 3, 96), (448, 2, 3, 112), (704, 2, 1, 96), (256, 4, 6, 64), (576, 2, 2, 72), (384, 3, 1, 208))
 """(hidden, layers, micro-batch, sequence); 8 heads each. Every strategy meets three of them."""
 
 
@@ -148,7 +148,7 @@ def job(setting: Setting, case: Case) -> Job:
 
 def run_request(a: argparse.Namespace, job: Job) -> RunRequest:
     """The executor's side of the job."""
-    own = RunRequest(job.prepared.network, job.prepared.training, steps=a.steps, warmup=2, pin=a.pin)
+    own = RunRequest(job.prepared.network, job.prepared.training, steps=a.steps, warmup=1, pin=a.pin)
     if job.times is not None:
         return replace(own, stated=True, pin=False, steps=min(a.steps, STATED_STEPS), warmup=1)
     if job.setting.transport != "emulated":
@@ -379,7 +379,7 @@ def main() -> int:
     parser.add_argument("--settings", default=",".join(s.key for s in SETTINGS), help="which (%(default)s)")
     parser.add_argument("--cases", type=int, default=24, metavar="N", help="the first N cases (24)")
     parser.add_argument("--launches", type=int, default=5, metavar="N", help="launches of each case (5)")
-    parser.add_argument("--steps", type=int, default=8, metavar="N", help="measured steps of a launch (8)")
+    parser.add_argument("--steps", type=int, default=6, metavar="N", help="measured steps of a launch (6)")
     parser.add_argument("--foreign", type=float, default=0.03, metavar="X", help="most that others may take (0.03)")
     parser.add_argument("--pin", action="store_true", help="keep each rank on one core, also when calibrating")
     parser.add_argument("--report", action="store_true", help="measure nothing, predict what is on file")
