@@ -3,7 +3,7 @@
 Needs torch, a quiet machine and patience (`--settings`, `--cases` and `--launches` make it shorter). It calibrates once
 for 2 and for 4 ranks (`rtp-sim calibrate`; profiles that are there already are used), then measures 24 cases in every
 setting: each launch is a fresh set of processes, a case's time the median over its launches of the launch's median
-step. Before and after every step each rank notes the pace of its core (rtp_sim/executor/pace.py): a virtual machine's
+step. In every step each rank watches the pace of its core (rtp_sim/executor/pace.py): a virtual machine's
 neighbours slow it down for a second or so and show in nothing else. Steps at another pace than the calibration's do
 not count. A launch of which fewer than two steps count, or during which other programs took more than `--foreign` of
 the cores, is made again, up to three times in a row. Every launch is written to DIR/launches.jsonl at once, so that a
@@ -379,7 +379,7 @@ def main() -> int:
     parser.add_argument("--settings", default=",".join(s.key for s in SETTINGS), help="which (%(default)s)")
     parser.add_argument("--cases", type=int, default=24, metavar="N", help="the first N cases (24)")
     parser.add_argument("--launches", type=int, default=5, metavar="N", help="launches of each case (5)")
-    parser.add_argument("--steps", type=int, default=6, metavar="N", help="measured steps of a launch (6)")
+    parser.add_argument("--steps", type=int, default=12, metavar="N", help="measured steps of a launch (12)")
     parser.add_argument("--foreign", type=float, default=0.03, metavar="X", help="most that others may take (0.03)")
     parser.add_argument("--pin", action="store_true", help="keep each rank on one core, also when calibrating")
     parser.add_argument("--report", action="store_true", help="measure nothing, predict what is on file")

@@ -33,7 +33,7 @@ from rtp_sim.executor.environment import (
     sharpen_timers,
 )
 from rtp_sim.executor.launcher import START_UP_S
-from rtp_sim.executor.pace import pace_ns
+from rtp_sim.executor.pace import PaceWatch
 from rtp_sim.executor.progress import Progress
 from rtp_sim.executor.request import RunRequest
 from rtp_sim.executor.rundir import TRACE, Record, RunDirectory
@@ -278,7 +278,9 @@ class Worker:
         from rtp_sim.executor.machine import replica_of
 
         replica, rows = replica_of(self.schedule, self.rank), _loss_parts(self.schedule)
-        unchecked = self.request.check
+        unchecked, watch = self.request.check, PaceWatch()
+        if self.request.device == "cpu":
+            interpreter.around = watch
         profiled_step = self.request.warmup + self.request.steps
         for step in range(profiled_step + self.request.profile_trace):
             self.progress.enter("between steps", step)
@@ -291,11 +293,11 @@ class Worker:
             if step == profiled_step:
                 self._profile(step, machine, interpreter, lambda: start_together(control, clock))
                 continue
-            before_ns = self._pace_ns()
+            watch.begin()
             start_together(control, clock)
             self.progress.enter("step", step)
             times = interpreter.run_step()
-            pace = {"pace_ns": max(before_ns, self._pace_ns())}
+            pace = {"pace_ns": watch.end() if self.request.device == "cpu" else 0}
             # What a rank computes from made-up data is no loss.
             losses = machine.losses() if self.request.only_rank is None else []
             loss = sum(losses) * rows / len(losses) if losses else None
@@ -309,10 +311,6 @@ class Worker:
                 self.progress.enter("saving", step)
                 self.resume.save(machine, control)
                 self.run.write_rank(self.rank, "rank.json", self.record)
-
-    def _pace_ns(self) -> int:
-        """What the core makes of a fixed piece of work at the moment; 0 where a device computes."""
-        return pace_ns() if self.request.device == "cpu" else 0
 
     def _profile(self, step: int, machine: Machine, interpreter: Interpreter, gather: Callable[[], None]) -> None:
         """One more step, under the profiler; its trace and its times are left beside those of the others."""

@@ -25,7 +25,7 @@ from rtp_sim.executor.clocks import now_ns
 from rtp_sim.executor.distributed import HostInterpreter
 from rtp_sim.executor.groups import Groups
 from rtp_sim.executor.machine import Machine
-from rtp_sim.executor.pace import pace_ns, steady, usual_ns
+from rtp_sim.executor.pace import PaceWatch, steady, usual_ns
 from rtp_sim.executor.parameters import initial_parameters
 from rtp_sim.executor.progress import Progress
 from rtp_sim.model.kernels import is_empty
@@ -64,7 +64,8 @@ def run_probe(probe: Probe, rank: int, steps: int, wait: Callable[[], None]) -> 
     found = []
     for step in range(WARM_UP + steps):
         machine.start_step(random_batch(probe.network, probe.training.micro_batch, micros, step=step))
-        before_ns = pace_ns()
+        watch = PaceWatch()
+        watch.begin()
         wait()
         times: dict[tuple[str, str, Dims], list[int]] = {}
         issue: list[int] = []
@@ -73,6 +74,7 @@ def run_probe(probe: Probe, rank: int, steps: int, wait: Callable[[], None]) -> 
                 wait()
                 issue.append(communicate_alone(machine, op, partners))
                 continue
+            watch(op)
             start_ns = now_ns()
             machine.run(op)
             took_ns = now_ns() - start_ns
@@ -80,7 +82,7 @@ def run_probe(probe: Probe, rank: int, steps: int, wait: Callable[[], None]) -> 
             if not is_empty(dims):
                 times.setdefault((op.action.kernel, op.action.dtype, dims), []).append(max(1, took_ns))
         samples = tuple(KernelSample(*key, tuple(ns)) for key, ns in times.items())
-        found.append(ProbeTimes(samples, tuple(issue), max(before_ns, pace_ns())))
+        found.append(ProbeTimes(samples, tuple(issue), watch.end()))
     return found[WARM_UP:]
 
 

@@ -11,6 +11,7 @@ from rtp_sim.executor.allocator import events, held_at_marks, mark
 from rtp_sim.executor.clocks import now_ns, start_together
 from rtp_sim.executor.environment import keep_freed_memory, pin_to_core, require_device
 from rtp_sim.executor.machine import replica_of
+from rtp_sim.executor.pace import pace_ns
 from rtp_sim.executor.twins.trainer import Trainer
 from rtp_sim.executor.worker import Worker
 
@@ -38,7 +39,7 @@ class TwinWorker(Worker):
             batch = self._batch(replica, step)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            before_ns = self._pace_ns()
+            before_ns = pace_ns()
             start_together(control, clock)
             self.progress.enter("step", step)
             start_ns = now_ns()
@@ -58,7 +59,7 @@ class TwinWorker(Worker):
         record = {
             "step": step, "warmup": step < self.request.warmup, "start_ns": start_ns, "end_ns": end_ns,
             "loss": loss if math.isfinite(loss) else None, "bytes_sent": None, "messages": None,
-            "peak_memory_bytes": peak, "memory_by_category": None, "pace_ns": max(before_ns, self._pace_ns()),
+            "peak_memory_bytes": peak, "memory_by_category": None, "pace_ns": (before_ns + pace_ns()) // 2,
         }  # fmt: skip
         self.run.append_step(self.rank, record, np.zeros((2, 0), dtype=np.int64))
 
