@@ -155,6 +155,11 @@ class Machine:
         numel, dtype = self._shape[buffer]
         return torch.zeros(numel, dtype=dtype, device=self.device)
 
+    def _room(self, buffer: str, filled: int) -> torch.Tensor:
+        """A tensor for a buffer of which `filled` elements are written before it is read; the rest are zeros."""
+        numel, dtype = self._shape[buffer]
+        return torch.empty(numel, dtype=dtype, device=self.device) if filled >= numel else self._zeros(buffer)
+
     def losses(self) -> list[float]:
         """The rank's loss of each micro-batch (or pass) of the step; of split tokens its part of it."""
         name = self.network.blocks[-1].layers[-1].output
@@ -339,9 +344,7 @@ class Machine:
             parts = [storage[name] for name in taken]
         covered = sum(part.numel() for part in parts) >= sum(map(self._numel, op.writes))
         for name in fresh:
-            numel, dtype = self._shape[name]
-            new = torch.empty(numel, dtype=dtype, device=self.device) if covered else self._zeros(name)
-            storage.put(name, new)
+            storage.put(name, self._room(name, self._numel(name) if covered else 0))
         begin = 0
         for part in parts:
             spread(storage, op.writes, part, begin)
@@ -429,7 +432,8 @@ class Machine:
         nothing = torch.zeros(0, device=self.device)
         if isinstance(action, Send):
             return [Transfer(peer, peer, laid_out(self.storage, op.reads), nothing)]
-        return [Transfer(peer, peer, nothing, self.storage.put(op.writes[0], self._zeros(op.writes[0])))]
+        into = op.writes[0]
+        return [Transfer(peer, peer, nothing, self.storage.put(into, self._room(into, self._numel(into))))]
 
     def _hop(self, op: Op, shift: Shift, j: int) -> Transfer:
         group, hop = self.schedule.groups[shift.group], shift.hops[j]
@@ -440,7 +444,7 @@ class Machine:
         received = hop.bytes_at(self.schedule.shard_index(source, hop.part)) // itemsize
         send = self.storage[out][:sent]
         if out != into:
-            return Transfer(to, source, send, self.storage.put(into, self._zeros(into))[:received])
+            return Transfer(to, source, send, self.storage.put(into, self._room(into, received))[:received])
         assert shift.chunk_bytes is not None
         chunk = shift.chunk_bytes * send.element_size() // itemsize
         bounce = torch.empty(chunk, dtype=torch.uint8, device=self.device)
