@@ -20,6 +20,7 @@ from rtp_sim.units import parse_bandwidth, parse_time_ns
 
 FORMATS = ("table", "json", "csv")
 DEFAULT_CLUSTER = "dgx-a100-80g"
+EXPORTS = ("run", "megatron", "torchtitan", "deepspeed", "accelerate")
 DEFAULT_STRATEGIES = "ddp,zero1,zero2,fsdp,tp,tp-sp,rtp,rtp-inplace"
 
 
@@ -38,6 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = parser().parse_args(argv)
         # Imported here, so that --help and a mistyped flag answer at once.
+        if arguments.run == "validate" and arguments.decisions:
+            from rtp_sim import commands_decisions
+
+            return commands_decisions.validate_decisions(arguments)
         if arguments.run == "validate" and not arguments.directory:
             from rtp_sim import commands_measured
 
@@ -96,6 +101,7 @@ def parser() -> argparse.ArgumentParser:
     _diff(commands.add_parser("diff", help="a predicted against a measured timeline"))
     _validate(commands.add_parser("validate", help="a measured run against its prediction"))
     _trace(commands.add_parser("trace", help="where the time went in traces of PyTorch's profiler"))
+    _export(commands.add_parser("export", help="a plan as settings of training frameworks, or as a command to run"))
     _run(commands.add_parser("run", help="one strategy on real processes of this machine (extra: torch)"))
     _calibrate(commands.add_parser("calibrate", help="measure this machine and write its cluster profile"))
     _catalogue(commands.add_parser("hardware", help="device and cluster profiles"), "hardware")
@@ -269,10 +275,13 @@ def _plan(p: argparse.ArgumentParser) -> None:
     group.add_argument("--deadline", type=_duration_s, metavar="30d", help="time for these tokens, as 30d or 12h")
     group.add_argument("--budget", type=_amount, metavar="USD", help="money for these tokens")
     group.add_argument("--max-nodes", type=_count, default=128, metavar="N", help="most nodes of a cluster (128)")
-    group.add_argument("--sensitivity", action="store_true", help="what numbers of the profile decide")
     group.add_argument("--break-even", metavar="NUMBER:A,B", help="where A and B are equal, link.ib.bandwidth:rtp,fsdp")
     group.add_argument("--largest", choices=("seq-len", "micro-batch"), help="the largest that fits")
     p.add_argument("--jobs", type=_count, default=2, metavar="N", help="processes (2)")
+    p.add_argument("--sensitivity", action="store_true",
+                   help="search again with every number of the machine 20%% smaller and larger: who wins then?")
+    p.add_argument("--report", metavar="FILE.html", help="write a self-contained report")
+    p.add_argument("--export", metavar="DIR", help="write every plan shown as a command and as frameworks' settings")
     p.add_argument("--format", choices=("table", "json"), default="table")
     p.add_argument("--quiet", action="store_true", help="no progress on stderr")
 
@@ -321,6 +330,10 @@ def _validate(p: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--all", nargs="?", const="", metavar="FOLDER",
         help="all files of published runs in a folder (RTP_SIM_MEASURED, or ../shared/measured)",
+    )  # fmt: skip
+    what.add_argument(
+        "--decisions", nargs="+", metavar="FILE.csv",
+        help="published runs: what the one predicted to be the fastest took, over the best (docs/measured.md)",
     )  # fmt: skip
     group = p.add_argument_group("published runs")
     group.add_argument("--output", metavar="DIR", help="keep estimates there as they come, and go on from them")
@@ -400,6 +413,21 @@ def _run(p: argparse.ArgumentParser) -> None:
     group.add_argument("--prepare", action="store_true", help="only write the run directory, for torchrun")
     group.add_argument("--format", choices=("table", "json"), default="table")
     group.add_argument("--quiet", action="store_true", help="no progress on stderr")
+
+
+def _export(p: argparse.ArgumentParser) -> None:
+    p.set_defaults(run="export")
+    p.epilog = (
+        "A file goes to stdout, notes to stderr. Exit code 1: none of the frameworks asked for can do this (stderr "
+        "says why). docs/exports.md says what is mapped to what."
+    )
+    p.add_argument("--to", required=True, metavar="A,B,...", help=f"{', '.join(EXPORTS)}, or all")
+    _workload(p)
+    _machine(p)
+    p.add_argument("--strategy", required=True, metavar="NAME")
+    _options(p)
+    p.add_argument("-o", "--output", metavar="DIR", help="write the files there (default: print them)")
+    p.add_argument("--format", choices=("table", "json"), default="table")
 
 
 def _calibrate(p: argparse.ArgumentParser) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from rtp_sim.errors import InputError
@@ -18,10 +19,13 @@ from rtp_sim.planner.constraints import Limit, parse_limit
 from rtp_sim.planner.nearest_miss import Miss, nearest_miss
 from rtp_sim.planner.plan import Plan, plan_json
 from rtp_sim.planner.search import Question, Searched, search
+from rtp_sim.planner.sensitivity import Swing, swings
 from rtp_sim.planner.space import DEFAULT_STRATEGIES, EVERY_STRATEGY
-from rtp_sim.planner.what_if import break_even, largest_micro_batch, longest_sequence, sensitivity
+from rtp_sim.planner.what_if import break_even, largest_micro_batch, longest_sequence
 from rtp_sim.planner.workload import Workload
+from rtp_sim.report.diff_tables import print_grid
 from rtp_sim.report.plan_tables import memory_table, offers_table, others_table, plans_table, stages_table
+from rtp_sim.report.sensitivity_tables import sensitivity_grid, sensitivity_json
 from rtp_sim.report.tables import print_table, write_json
 from rtp_sim.text import nearest
 
@@ -31,6 +35,7 @@ TOKENS_PER_STEP = 1 << 22
 
 def plan(a: Namespace) -> int:
     """The best plans for a workload. Exit code 1 if none fits."""
+    _check_outputs(a)
     question = question_of(a)
     if a.tokens is not None:
         return _capacity(a, question)
@@ -38,23 +43,25 @@ def plan(a: Namespace) -> int:
     found = make_plan(searched)
     if not found.shown:
         miss = nearest_miss(searched)
+        _write_files(a, replace(found, notes=(*found.notes, *_miss_words(miss))))
         _print_miss(a, found, miss)
         return 1
+    hangs = list(swings(searched, lambda message: _progress(a, message))) if a.sensitivity else []
     more = _what_if(a, question, searched)
+    _write_files(a, found, hangs)
     if a.format == "json":
-        write_json(plan_json(found) | more)
+        write_json(plan_json(found) | more | ({"sensitivity": sensitivity_json(hangs)} if a.sensitivity else {}))
     else:
         _print_plan(found)
         _print_what_if(more)
+        if a.sensitivity:
+            print_grid(sensitivity_grid(found, hangs))
     return 0
 
 
 def _what_if(a: Namespace, question: Question, searched: Searched) -> dict[str, Any]:
     """The answers to what else was asked, as JSON types."""
     found: dict[str, Any] = {}
-    if a.sensitivity:
-        _progress(a, "sensitivity")
-        found["sensitivity"] = [asdict(swing) for swing in sensitivity(searched)]
     if a.break_even:
         key, *names = a.break_even.split(":")
         pair = names[0].split(",") if len(names) == 1 else []
@@ -70,11 +77,6 @@ def _what_if(a: Namespace, question: Question, searched: Searched) -> dict[str, 
 
 
 def _print_what_if(found: Mapping[str, Any]) -> None:
-    if "sensitivity" in found:
-        print("\nsensitivity: each number of the profile by 20 % less and more, largest effects first")
-        for s in found["sensitivity"]:
-            other = "" if s["same"] else f"; the best plan becomes {s['winner']}"
-            print(f"  {s['key']} x {s['factor']:g}: step {s['change']:+.1%}{other}")
     if "break_even" in found:
         b = found["break_even"]
         if b["at"] is None:
@@ -204,13 +206,43 @@ def _print_miss(a: Namespace, plan: Plan, miss: Miss) -> None:
         })  # fmt: skip
         return
     print("no plan fits")
-    print(f"nearest miss: {miss.candidate}: {miss.reason}" if miss.candidate else f"nearest miss: {miss.reason}")
-    for remedy in miss.remedies:
-        print(f"would fit {remedy}")
-    if not miss.remedies:
-        print("neither a limit lifted nor eight times the nodes makes one fit")
+    for line in _miss_words(miss):
+        print(line)
     print()
     print_table(stages_table(plan.stages))
+
+
+def _miss_words(miss: Miss) -> Iterator[str]:
+    """What came nearest, and what would make it fit."""
+    yield f"nearest miss: {miss.candidate}: {miss.reason}" if miss.candidate else f"nearest miss: {miss.reason}"
+    yield from (f"would fit {remedy}" for remedy in miss.remedies)
+    if not miss.remedies:
+        yield "neither a limit lifted nor eight times the nodes makes one fit"
+
+
+def _check_outputs(a: Namespace) -> None:
+    """InputError for files that cannot be written, before any work is done for them."""
+    if a.report and not Path(a.report).parent.is_dir():
+        raise InputError(f"--report {a.report}: there is no directory {Path(a.report).parent}")
+    if a.report and Path(a.report).is_dir():
+        raise InputError(f"--report {a.report} is a directory; expected a file name")
+    if a.export and Path(a.export).exists() and not Path(a.export).is_dir():
+        raise InputError(f"--export {a.export} is a file; expected a directory")
+
+
+def _write_files(a: Namespace, plan: Plan, hangs: Sequence[Swing] = ()) -> None:
+    """The page and the settings that were asked for."""
+    # Imported here: most searches want neither.
+    if a.report:
+        from rtp_sim.report.plan_html import write_plan_report
+
+        write_plan_report(a.report, plan, sensitivity_grid(plan, hangs) if hangs else None)
+        _progress(a, f"wrote {a.report}")
+    if a.export:
+        from rtp_sim.commands_export import export_plans
+
+        for folder in export_plans(Path(a.export), plan):
+            _progress(a, f"wrote {folder}")
 
 
 def _progress(a: Namespace, message: str) -> None:

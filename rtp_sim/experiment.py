@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rtp_sim.cost.model import ClusterCost
+from rtp_sim.cost.piped import piped_groups
 from rtp_sim.cost.slow import SlowCost, slow_apart
 from rtp_sim.engine.fold import Folds
 from rtp_sim.engine.longest_path import longest_path
@@ -174,7 +175,8 @@ def settle(request: Request, cluster: Cluster | None = None, network: Network | 
                 f"slow GPU {rank} by a factor of {factor:g}: expected a rank from 0 to {cluster.world_size - 1} and a "
                 f"factor of at least {MIN_SLOW}, for example 3=1.3"
             )
-    cost = SlowCost(cluster) if request.slow_gpus else ClusterCost(cluster)
+    made = SlowCost if request.slow_gpus else ClusterCost
+    cost = made(cluster, piped=piped_groups(groups, cluster.topology))
     return Setting(request, network, cluster, layout, training, groups, cost)
 
 

@@ -1,30 +1,20 @@
-"""What if a number were different: where strategies break even, what the decision hangs on, what fits at most."""
+"""What if a number were different: where two strategies break even, and what fits at most."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import exp, log
 
 from rtp_sim.errors import InputError
 from rtp_sim.hardware.profiles import load_cluster, profile_contents
-from rtp_sim.hardware.spec import Cluster
-from rtp_sim.metrics import StepMetrics
-from rtp_sim.planner.plan import Candidate
 from rtp_sim.planner.search import Found, Question, Searched, evaluate, search
-from rtp_sim.schedule.ir import DTYPE_BYTES
 
 STEPS = 12
 """Bisections of a break-even point: each halves the ratio of its ends."""
 
-DEVICE_NUMBERS = (
-    "memory", "memory_bandwidth", "matmul_efficiency", "attention_efficiency", "memory_efficiency", "kernel_floor",
-    "host_issue", "overlap_slowdown",
-)  # fmt: skip
 FRACTIONS = ("efficiency",)
-COMPARED = 3
-"""Partitionings whose order a sensitivity looks at."""
 
 
 # ---- numbers of a profile
@@ -121,76 +111,6 @@ def _best_s(question: Question, strategy: str) -> float:
         raise InputError(f"break-even: {strategy} has no plan that fits on {question.clusters[0].world_size} GPUs of "
                          f"{question.clusters[0].name}")  # fmt: skip
     return searched.best[0].metrics.step_time_s
-
-
-# ---- sensitivity
-
-
-@dataclass(frozen=True, slots=True)
-class Swing:
-    """What becomes of the step time of the best plan, and of the best plan, when one number of the profile is `factor`
-    times what it is."""
-
-    key: str
-    factor: float
-    step_s: float
-    change: float
-    winner: str
-    same: bool
-
-
-def sensitivity(searched: Searched, by: float = 0.2) -> list[Swing]:
-    """Each number of the first machine's profile, `by` more and less: the best of the first few partitionings that the
-    search found, estimated again. Largest effects first."""
-    question = replace(searched.question, clusters=searched.question.clusters[:1])
-    rivals = _rivals(searched)
-    if not rivals:
-        return []
-    before, first = rivals[0][1].step_time_s, rivals[0][0]
-    found = []
-    contents = profile_contents(question.clusters[0].name)
-    for key in _keys(contents, searched):
-        for factor in (1 - by, 1 + by):
-            cluster = with_change(question, key, scaled(number_at(contents, key), factor, key)).clusters[0]
-            times = [(_again(searched, candidate, cluster), k) for k, (candidate, _) in enumerate(rivals)]
-            fitting = [(m.step_time_s, k) for m, k in times if m.fits] or [(m.step_time_s, k) for m, k in times]
-            step_s, winner = min(fitting)
-            name = rivals[winner][0]
-            found.append(Swing(key, factor, step_s, step_s / before - 1, str(name), name == first))
-    return sorted(found, key=lambda s: (s.same, -abs(s.change), s.key, s.factor))
-
-
-def _rivals(searched: Searched) -> list[tuple[Candidate, StepMetrics]]:
-    """The best plan of each of the first few partitionings."""
-    seen: dict[tuple[str, int, int, int], tuple[Candidate, StepMetrics]] = {}
-    ones: list[Found] = [one for one in searched.best if one.site == 0]
-    for one in ones:
-        candidate = searched.sites[0].space.candidate(one.place)
-        key = (candidate.strategy, candidate.inner, candidate.dp, candidate.pp)
-        seen.setdefault(key, (candidate, one.metrics))
-    return list(seen.values())[:COMPARED]
-
-
-def _again(searched: Searched, candidate: Candidate, cluster: Cluster) -> StepMetrics:
-    metrics, _ = evaluate(searched.question.workload, candidate, cluster, searched.network)
-    return metrics
-
-
-def _keys(contents: Mapping[str, object], searched: Searched) -> Iterator[str]:
-    device, cluster = contents["device"], contents["cluster"]
-    assert isinstance(device, dict)
-    assert isinstance(cluster, dict)
-    for name in DEVICE_NUMBERS:
-        if name in device:
-            yield f"device.{name}"
-    cost = searched.sites[0].model.cost
-    dtype = searched.sites[0].model.training.policy.compute_dtype
-    assert dtype in DTYPE_BYTES
-    rate = next((d for d in (dtype, "fp16", "fp32") if d in device.get("peak_flops", {})), None)
-    if rate is not None and cost.peak_flops_per_s(dtype):
-        yield f"device.peak_flops.{rate}"
-    for name in cluster.get("links", {}):
-        yield f"link.{name}.bandwidth"
 
 
 # ---- what fits at most
