@@ -180,6 +180,17 @@ def run_schedule(a: Namespace) -> int:
     return execute(a, prepare(request_of(a, a.strategy)))
 
 
+def export(a: Namespace) -> int:
+    """`rtp-sim export`: the plan as settings of frameworks. Exit code 1 if none of them can do it."""
+    # Imported here: nothing else needs the exporters.
+    from rtp_sim.commands_export import export_plan
+
+    known_strategies([a.strategy])
+    _check_degrees(a)
+    a.cluster = a.cluster or a.default_cluster
+    return export_plan(a, settle(request_of(a, a.strategy)))
+
+
 def hardware_list(a: Namespace) -> int:
     """`rtp-sim hardware list`."""
     _print_names(a, {"clusters": list_clusters(), "devices": list_devices()})

@@ -13,7 +13,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rtp_sim.cost.model import ClusterCost
+from rtp_sim.cost.piped import piped_groups
 from rtp_sim.cost.slow import SlowCost, slow_apart
+from rtp_sim.engine.fold import Folds
 from rtp_sim.engine.longest_path import longest_path
 from rtp_sim.engine.memory import MemoryProfile, memory_profiles
 from rtp_sim.errors import InputError
@@ -173,7 +175,8 @@ def settle(request: Request, cluster: Cluster | None = None, network: Network | 
                 f"slow GPU {rank} by a factor of {factor:g}: expected a rank from 0 to {cluster.world_size - 1} and a "
                 f"factor of at least {MIN_SLOW}, for example 3=1.3"
             )
-    cost = SlowCost(cluster) if request.slow_gpus else ClusterCost(cluster)
+    made = SlowCost if request.slow_gpus else ClusterCost
+    cost = made(cluster, piped=piped_groups(groups, cluster.topology))
     return Setting(request, network, cluster, layout, training, groups, cost)
 
 
@@ -203,15 +206,16 @@ def _microbatches(request: Request, layout: ParallelLayout) -> int:
     return request.global_batch // per_pass
 
 
-def run(prepared: Prepared, engine: str = "simpy", fold: bool = True) -> Result:
-    """Simulates the step: "simpy" with contention, "longest-path" without. `fold=False` simulates every rank."""
+def run(prepared: Prepared, engine: str = "simpy", fold: bool = True, folds: Folds | None = None) -> Result:
+    """Simulates the step: "simpy" with contention, "longest-path" without. `fold=False` simulates every rank; `folds`
+    remembers which ranks behave alike, for steps like this one under the same cost model."""
     schedule, cost = prepared.schedule, prepared.cost
     if engine == "simpy":
         from rtp_sim.engine.simulate import simulate
 
-        timeline = simulate(schedule, cost, fold=fold)
+        timeline = simulate(schedule, cost, fold=fold, folds=folds)
     else:
-        timeline = longest_path(schedule, cost, fold=fold)
+        timeline = longest_path(schedule, cost, fold=fold, folds=folds)
     meta = dict(timeline.meta) | {"cluster": prepared.cluster.name, "model": prepared.network.name}
     timeline = replace(timeline, meta=meta)
     memory = memory_profiles(schedule, timeline.ranks)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import rtp_sim
 from rtp_sim.errors import InputError
 from rtp_sim.hardware.changes import changed
-from rtp_sim.hardware.spec import Cluster, CommunicationParams, Device, HostParams, MeasuredKernel, Number
+from rtp_sim.hardware.spec import Cluster, CommunicationParams, Device, HostParams, MeasuredKernel, Number, Residuals
 from rtp_sim.hardware.topology import Fabric, Topology
 from rtp_sim.hardware.wiring import NodeTemplate
 from rtp_sim.units import parse_bandwidth, parse_flops, parse_time_ns
@@ -221,7 +221,7 @@ def _cluster_from_file(path: Path, nodes: int, gpus: int | None, changes: Mappin
     )
     try:
         topology = Topology(NodeTemplate(wiring_from_file(file)), fabric, nodes, used)
-        communication = communication_params(file.communication)
+        communication = _fitted(communication_params(file.communication), file.calibration)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     return Cluster(
@@ -234,6 +234,7 @@ def _cluster_from_file(path: Path, nodes: int, gpus: int | None, changes: Mappin
         topology=topology,
         notes=tuple(file.notes),
         host=None if file.host is None else HostParams(file.host.cores, file.host.core_time_per_megabyte),
+        residuals=_residuals(file.calibration),
     )
 
 
@@ -249,6 +250,19 @@ def _raw_cluster(path: Path, changes: Mapping[str, Any]) -> tuple[dict[str, Any]
         raise InputError(f"{path}: device: {error}") from None
     changed(raw, device_raw, changes, path)
     return raw, device_path, device_raw
+def _fitted(params: CommunicationParams, fitted: CalibrationFile) -> CommunicationParams:
+    """The communication parameters with those numbers that were fitted on this machine."""
+    given = {
+        "collective_chunk_inter_ns": fitted.collective_chunk_inter,
+        "collective_turn_piped_ns": fitted.collective_turn_piped,
+    }
+    return replace(params, **{name: number for name, number in given.items() if number is not None})
+
+
+def _residuals(fitted: CalibrationFile) -> Residuals | None:
+    if fitted.residual_p10 is None or fitted.residual_p90 is None:
+        return None
+    return Residuals(fitted.residual_p10, fitted.residual_p90)
 
 
 def calibrated(device: Device, fitted: CalibrationFile) -> Device:
@@ -258,7 +272,8 @@ def calibrated(device: Device, fitted: CalibrationFile) -> Device:
         "host_issue": "host_issue_ns",
         "runtime_reserved": "runtime_reserved_bytes",
     }
-    given = {name: getattr(fitted, name) for name in type(fitted).model_fields if name != "link_efficiency"}
+    of_device = {name.removesuffix("_ns").removesuffix("_bytes") for name in Device.__dataclass_fields__}
+    given = {name: getattr(fitted, name) for name in type(fitted).model_fields if name in of_device}
     return replace(device, **{names.get(name, name): number for name, number in given.items() if number is not None})
 
 
