@@ -59,6 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             from rtp_sim import commands_trace
 
             return commands_trace.trace(arguments)
+        if arguments.run == "sweep":
+            from rtp_sim import commands_sweep
+
+            given = list(sys.argv[1:] if argv is None else argv)
+            return commands_sweep.sweep(arguments, lambda more: parser().parse_args([*given, *more]))
         if arguments.run == "hardware_import":
             from rtp_sim import commands_import
 
@@ -89,6 +94,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"rtp-sim {__version__}")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=_Parser)
     _compare(commands.add_parser("compare", help="several strategies for one model on one cluster"))
+    _sweep(commands.add_parser("sweep", help="a grid of experiments: GPUs, bandwidths, micro-batches, anything"))
     _simulate(commands.add_parser("simulate", help="one strategy, with trace and report"))
     _plan(commands.add_parser("plan", help="the best strategy, degrees and micro-batch, and on which machine"))
     _schedule(commands.add_parser("schedule", help="print or save the program of a rank"))
@@ -129,6 +135,14 @@ def _machine(p: argparse.ArgumentParser) -> None:
     group.add_argument("--cluster", metavar="NAME|FILE", help=f"cluster profile ({DEFAULT_CLUSTER})")
     group.add_argument("--gpus", type=_count, metavar="N", help="number of GPUs (default: all of the nodes)")
     group.add_argument("--nodes", type=_count, metavar="N", help="number of nodes (1)")
+    _faults(group)
+
+
+def _faults(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--slow-gpu", type=_slow_gpu, action="append", metavar="R=X",
+                       help="rank R computes X times as long")  # fmt: skip
+    group.add_argument("--degrade-link", type=_degraded_link, action="append", metavar="NAME=X",
+                       help="a link at X of its bandwidth, as 'node0/gpu3->nvswitch=0.5'; * for any text")  # fmt: skip
 
 
 def _options(p: argparse.ArgumentParser) -> None:
@@ -181,6 +195,33 @@ def _compare(p: argparse.ArgumentParser) -> None:
     p.add_argument("--jobs", type=_count, metavar="N", help="worker processes (default: one per core)")
 
 
+def _sweep(p: argparse.ArgumentParser) -> None:
+    p.set_defaults(run="sweep", default_cluster=DEFAULT_CLUSTER)
+    p.epilog = (
+        "NAME is a flag of this command without its dashes, or a number of the profile: link.NAME.FIELD (by name or "
+        "kind), device.FIELD, communication.FIELD. The same command goes on where a sweep into -o DIR was broken off."
+    )
+    _workload(p, per_replica=False)
+    group = p.add_argument_group("machine")
+    group.add_argument("--cluster", metavar="NAME|FILE", help=f"cluster profile ({DEFAULT_CLUSTER})")
+    group.add_argument("--gpus", type=_counts, metavar="A,B,...", help="numbers of GPUs (default: all of one node)")
+    group.add_argument("--nodes", type=_counts, metavar="A,B,...", help="numbers of nodes instead")
+    _faults(group)
+    p.add_argument("--strategies", default=DEFAULT_STRATEGIES, metavar="A,B,...", help=DEFAULT_STRATEGIES)
+    p.add_argument("--vary", action="append", default=[], metavar="NAME=A,B,...",
+                   help="as link.ib.bandwidth=100,200,400Gb/s or micro-batch=1,2,4; may be repeated")  # fmt: skip
+    _options(p)
+    group = p.add_argument_group("engine and output")
+    group.add_argument("--engine", choices=("estimate", "simpy", "longest-path"), default="estimate",
+                       help="estimate: simulate small steps, compose or extrapolate large ones")  # fmt: skip
+    group.add_argument("-o", "--output", metavar="DIR", help="keep results there as they come, and go on from them")
+    group.add_argument("--workers", type=_count, metavar="N", help="processes of this machine (default: one per core)")
+    group.add_argument("--scheduler", metavar="tcp://HOST:PORT", help="a Dask scheduler instead (extra: dask)")
+    group.add_argument("--format", choices=FORMATS, default="table")
+    group.add_argument("--report", metavar="FILE.html", help="write a self-contained report")
+    group.add_argument("--quiet", action="store_true", help="no progress on stderr")
+
+
 def _simulate(p: argparse.ArgumentParser) -> None:
     p.set_defaults(run="simulate")
     p.epilog = "Without --global-batch every replica does one micro-batch."
@@ -190,6 +231,13 @@ def _simulate(p: argparse.ArgumentParser) -> None:
     _options(p)
     _engine(p)
     p.add_argument("--trace", metavar="FILE.json[.gz]", help="write a Chrome trace (opens in Perfetto)")
+    group = p.add_argument_group("jitter")
+    group.add_argument(
+        "--jitter", nargs="?", const="", metavar="NAME=S,...",
+        help="p50 and p95 of the step with noise: compute=0.03,link=0.1,rank=0.01 (the default), straggler=0.001x1.5",
+    )  # fmt: skip
+    group.add_argument("--samples", type=_count, default=200, metavar="N", help="steps that are played (200)")
+    group.add_argument("--seed", type=_whole, default=0, metavar="N", help="of the noise (0)")
 
 
 def _plan(p: argparse.ArgumentParser) -> None:
@@ -473,6 +521,20 @@ def _slow_rank(text: str) -> tuple[int, int]:
     return int(rank), round(_factor(factor) * 1000)
 
 
+def _slow_gpu(text: str) -> tuple[int, float]:
+    rank, equals, factor = text.partition("=")
+    if not (rank.isdigit() and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a rank and a factor such as 3=1.3")
+    return int(rank), _factor(factor)
+
+
+def _degraded_link(text: str) -> tuple[str, float]:
+    name, equals, fraction = text.rpartition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a link and a fraction such as node0/gpu3->nvswitch=0.5")
+    return name, _fraction(fraction)
+
+
 def _count(text: str) -> int:
     try:
         value = int(text)
@@ -481,6 +543,12 @@ def _count(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return value
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
 
 
 def _counts(text: str) -> tuple[int, ...]:

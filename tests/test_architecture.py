@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "engine": BASE | {"timeline", "engine.costs"},
     "metrics": BASE | {"timeline", "engine"},
     "experiment": BASE | {"model", "hardware", "schedule", "timeline", "cost", "engine", "metrics"},
+    "jitter": BASE | {"timeline", "engine", "metrics", "experiment"},
     "compose": BASE
     | {"model", "hardware", "schedule", "timeline", "cost", "engine.costs", "engine", "metrics", "experiment"},
     "planner": BASE
@@ -44,8 +45,10 @@ MAY_IMPORT = {
     | {"link", "stated", "model", "hardware", "schedule", "timeline", "timeline_file", "cost", "engine", "metrics"}
     | {"engine.costs", "experiment", "compose"},
     "validation.traced": BASE | {"timeline", "traces", "validation", "executor.rendezvous"},
-    "report": BASE | {"hardware", "schedule", "timeline", "engine", "metrics", "experiment", "validation", "traces"}
-    | {"planner"},
+    "sweep": BASE | {"model", "hardware", "metrics", "experiment", "compose"},
+    "report": BASE
+    | {"hardware", "schedule", "timeline", "engine", "metrics", "experiment", "validation", "traces"}
+    | {"sweep", "jitter", "planner"},
     "importing": BASE
     | {"hardware", "cost", "executor.calibrate", "executor.calibrate.fit", "executor.calibrate.residuals"},
     "export": BASE | {"model", "hardware", "schedule", "experiment"},
@@ -56,17 +59,18 @@ MAY_IMPORT = {
     "timeline_file": BASE | {"schedule", "timeline"},
     "commands": BASE
     | {"model", "hardware", "schedule", "timeline", "engine", "metrics", "experiment", "compose", "report"}
-    | {"commands_run", "commands_export"},
+    | {"jitter", "commands_run", "commands_export"},
     "commands_run": BASE
     | {"stated", "model", "hardware", "cost", "schedule", "timeline", "experiment", "report", "executor"},
     "commands_validate": BASE
     | {"hardware", "timeline", "timeline_file", "validation", "validation.traced", "report"},
     "commands_measured": BASE | {"validation", "report"},
+    "commands_sweep": BASE | {"hardware", "schedule", "commands", "sweep", "report"},
     "commands_decisions": BASE | {"validation", "report", "commands_measured"},
     "cli": {
         "", "errors", "units", "model",
         "commands", "commands_validate", "commands_calibrate", "commands_import", "commands_trace",
-        "commands_measured", "commands_decisions", "commands_plan",
+        "commands_measured", "commands_sweep", "commands_decisions", "commands_plan",
     },
     "executor": BASE
     | {"link", "stated", "model", "schedule", "timeline", "timeline_file", "executor.rendezvous", "traces"},
@@ -107,8 +111,11 @@ CONFINED = {
         "rtp_sim.validation.measured",
         "rtp_sim.validation.runs",
     },
-    "rich": {"rtp_sim.commands", "rtp_sim.commands_run", "rtp_sim.report.tables", "rtp_sim.report.diff_tables",
-             "rtp_sim.report.plan_tables"},
+    "rich": {
+        "rtp_sim.commands", "rtp_sim.commands_run", "rtp_sim.report.tables", "rtp_sim.report.diff_tables",
+        "rtp_sim.report.sweep_tables", "rtp_sim.report.plan_tables",
+    },
+    "distributed": {"rtp_sim.sweep.schedulers"},
     "matplotlib": {"rtp_sim.report.plots"},
 }
 NO_LIBRARIES = ("rtp_sim.schedule.ir", "rtp_sim.schedule.serialize", "rtp_sim.schedule.text")

@@ -1,9 +1,9 @@
 """`Activations`: what a micro-batch keeps for its backward on one rank, read off short programs of the real strategies.
 
 A program with one and one with two transformer blocks say what a block keeps, what comes before the first, and how
-much more the head, or the backward of a block, needs at its worst moment. Counted is what the ops of the compute
-stream hold, on the rank with the smallest shards, for one sequence: larger micro-batches hold at least as many times
-that.
+much more the head, or the backward of a block, needs at its worst moment. What is kept is held until the last op of
+any stream that reads it; at the worst moment counts what ops of the compute stream hold. Sizes are those of the rank
+with the smallest shards, for one sequence: larger micro-batches hold at least as many times that.
 """
 
 from __future__ import annotations
@@ -53,15 +53,18 @@ class Activations:
             whole = self._read(network, way, n, recompute)
             return Kept(0, 0, whole[1], 0)
         if blocks == 1:
-            kept, head, back = self._read(network, way, n, recompute)
+            kept, head, back, _ = self._read(network, way, n, recompute)
             return Kept(kept, 0, head, back)
         one = self._read(shortened(network, 1), way, n, recompute)
         two = self._read(shortened(network, 2), way, n, recompute)
         each = two[0] - one[0]
-        return Kept(one[0] - each, each, two[1], two[2])
+        # What only messages read in a block's backward may be gone at its worst moment.
+        messages = two[3] - one[3]
+        return Kept(one[0] - each, each, two[1], max(0, two[2] - messages))
 
-    def _read(self, network: Network, way: str, n: int, recompute: str) -> tuple[int, int, int]:
-        """(kept behind the head, head's peak beyond it, last block's peak beyond it)."""
+    def _read(self, network: Network, way: str, n: int, recompute: str) -> tuple[int, int, int, int]:
+        """(kept behind the head, head's peak beyond it, last block's peak beyond it, what of the first only messages
+        read)."""
         training = TrainingSpec(1, network.seq, precision=self.precision, recompute=recompute)
         groups = {"tp": Group("tp", (n,), (tuple(range(n)),))} if n > 1 else {}
         step = Step(way, network, training, groups, Options())
@@ -76,14 +79,17 @@ class Activations:
         }
         head = [i for i, k in block_of.items() if k > last] or list(block_of)
         begin, end = min(head), max(head)
-        spans = list(_spans(program, n - 1))
+        spans, longer = list(_spans(program, messages=False)), _spans(program, messages=True)
         kept = sum(size for first, stop, size in spans if first < begin and stop > end)
+        more = sum(size for first, stop, size in longer if first < begin and stop > end) - kept
         backward = [i for i, k in block_of.items() if k == last and i > end]
-        return kept, _most(spans, range(begin, end + 1)) - kept, max(0, _most(spans, backward) - kept)
+        head_bytes, backward_bytes = _most(spans, range(begin, end + 1)) - kept, _most(spans, backward) - kept
+        return kept + more, head_bytes, max(0, backward_bytes), more
 
 
-def _spans(program: Program, shard: int) -> Iterable[tuple[int, int, int]]:
-    """(first op, last op, bytes) of everything counted, among the ops of the compute stream."""
+def _spans(program: Program, messages: bool) -> Iterable[tuple[int, int, int]]:
+    """(first op, last op, bytes) of everything counted: first among the ops of the compute stream, last among these or,
+    with `messages`, among all."""
     compute = {op.index for op in program.ops if isinstance(op.action, Compute)}
     for version in live_intervals(program):
         buffer = program.buffers[version.buffer]
@@ -95,7 +101,8 @@ def _spans(program: Program, shard: int) -> Iterable[tuple[int, int, int]]:
         sizes = buffer.numel if isinstance(buffer.numel, tuple) else None
         index = 0 if sizes is None else min(range(len(sizes)), key=sizes.__getitem__)
         first = -1 if version.writer is None else min(touched)
-        yield first, max(touched, default=len(program.ops) if version.kept else first), buffer.size_bytes(index)
+        last = max(version.users if messages else touched, default=len(program.ops) if version.kept else first)
+        yield first, last, buffer.size_bytes(index)
 
 
 def _most(spans: list[tuple[int, int, int]], places: Iterable[int]) -> int:

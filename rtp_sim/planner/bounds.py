@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from rtp_sim.engine.fold import Folds
 from rtp_sim.hardware.spec import Cluster
 from rtp_sim.model.network import Network, unfused
 from rtp_sim.model.training import TrainingSpec
@@ -35,12 +36,13 @@ NS = 1e9
 @dataclass(frozen=True, slots=True)
 class EndOfStep:
     """What follows the backward pass, in ns: the reduction of gradients (which may begin during it), the optimizer,
-    the gathering of new weights, copies into buckets."""
+    the gathering of new weights, copies into buckets, and adding reduced shards to those of earlier micro-batches."""
 
     reduce_ns: float
     update_ns: float
     gather_ns: float
     copies_ns: float
+    adds_ns: float
 
 
 class Model:
@@ -57,6 +59,7 @@ class Model:
         self.sizes = Sizes(network, expanded)
         self.activations = Activations(network, expanded, training.precision)
         self.slowdown = self.times.slowdown
+        self.folds = Folds()
         self._ends: dict[object, EndOfStep] = {}
 
     def end_of_step(self, way: str, inner: int, of: tuple[int, ...] | None, dp: int, stride: int, sync: str,
@@ -74,8 +77,8 @@ class Model:
         filled = buckets(blocks, policy.gradient_bytes)
         total = sum(size * count for size, count in filled.items())
         if n == 1:
-            return EndOfStep(0.0, self.update(total), 0.0, 0.0)
-        price, reduce, gather, share = self.prices.collective, 0.0, 0.0, 0
+            return EndOfStep(0.0, self.update(total), 0.0, 0.0, 0.0)
+        price, reduce, gather, adds, share = self.prices.collective, 0.0, 0.0, 0.0, 0
         for size, count in filled.items():
             padded = -(-size // n) * n
             if sync == "ddp":
@@ -83,10 +86,11 @@ class Model:
             else:
                 reduce += count * price("reduce_scatter", group, padded * policy.gradient_bytes)
                 gather += count * price("all_gather", group, padded * policy.weight_bytes)
+                adds += count * self.kernel("add", policy.gradient_dtype, numel=padded // n)
                 share += count * (padded // n)
         copied = self.kernel("copy", policy.gradient_dtype, numel=total) if copies else 0.0
         return EndOfStep(reduce, self.update(total if sync == "ddp" else share), gather,
-                         copied * (2 if sync == "ddp" else 1))  # fmt: skip
+                         copied * (2 if sync == "ddp" else 1), adds)  # fmt: skip
 
     def update(self, numel: int) -> float:
         """Time of the optimizer over `numel` parameters."""
@@ -149,25 +153,30 @@ def _plain(space: Space, model: Model, name: str) -> tuple[Floats, Floats]:
 
     def passes(inner: int, sequence: int, ring: int, mb: int, recompute: int) -> list[float]:
         way = way_of(name, bool(sequence), RINGS[ring])
-        total: list[float] = model.times.table(way, inner, mb, RECOMPUTE_NAMES[recompute]).sum(axis=0).tolist()
+        total: list[float] = model.times.table(way, inner, mb, RECOMPUTE_NAMES[recompute], True).sum(axis=0).tolist()
         return total
 
     def ends(inner: int, dp: int, sequence: int, ring: int, sync: int) -> tuple[float, ...]:
         way = way_of(name, bool(sequence), RINGS[ring])
         mode = name if name in SYNCS else SYNCS[sync]
         found = model.end_of_step(way, inner, None, dp, inner, mode, name in SYNCS)
-        return found.reduce_ns, found.update_ns, found.gather_ns, found.copies_ns
+        return found.reduce_ns, found.update_ns, found.gather_ns, found.copies_ns, found.adds_ns
 
     f, b, _, kernels_f, kernels_b, issue_f, issue_b, messages = lookup(
         (space.inner, space.sequence, space.ring, space.micro_batch, space.recompute), passes
     )
-    reduce, update, gather, copies = lookup((space.inner, space.dp, space.sequence, space.ring, space.sync), ends)
+    reduce, update, gather, copies, adds = lookup((space.inner, space.dp, space.sequence, space.ring, space.sync), ends)
     m = space.micro_batches
     every = space.sync == SYNCS.index("zero2") if name not in SYNCS else np.full(len(space), name == "zero2")
     rounds = np.where(every, m, 1)
     # A reduction begins once the forward before it is through.
-    behind = np.where(every, f + m * reduce, m * f + (m - 1) * b + reduce)
-    lower = np.maximum(np.maximum(m * (f + b) + copies, behind), m * (issue_f + issue_b)) + update + gather
+    behind = m * f + (m - 1) * b + reduce
+    # From the second micro-batch on kernels wait for every reduction, to add its shard to the earlier ones; they may be
+    # waiting for other messages at the same time.
+    exposed = m * np.maximum(f + b - kernels_f - kernels_b, 0.0)
+    waiting = np.where(every, np.maximum((m - 1) * (reduce + adds) - exposed, 0.0), 0.0)
+    kernels = m * (f + b) + rounds * copies + waiting
+    lower = np.maximum(np.maximum(kernels, behind + waiting), m * (issue_f + issue_b)) + update + gather
     upper = m * ((kernels_f + kernels_b) * model.slowdown + messages) + rounds * (reduce + copies) + update + gather
     return lower, np.maximum(lower, upper)
 
@@ -182,19 +191,23 @@ def _gathering(space: Space, model: Model) -> tuple[Floats, Floats]:
         n, across = (inner, dp) if inner > 1 else (dp, 1)
         return _fsdp_micro(model, n, across, inner, mb, RECOMPUTE_NAMES[recompute])
 
-    f, b, kernels, messages, across, update, issue = lookup(
+    f, b, again, kernels, messages, across, update, issue = lookup(
         (space.inner, space.dp, space.micro_batch, space.recompute), of
     )
     m = space.micro_batches
-    lower = np.maximum(np.maximum(m * (f + b), m * f + (m - 1) * b + across), m * issue) + update
+    # The first micro-batch leaves its gradient shards in place; later ones wait for theirs, to add them.
+    before = m * f + np.where(m > 1, b + (m - 2) * again, 0.0)
+    lower = np.maximum(np.maximum(m * f + b + (m - 1) * again, before + across), m * issue) + update
     upper = m * (kernels * model.slowdown + messages) + across + update
     return lower, np.maximum(lower, upper)
 
 
 def _fsdp_micro(model: Model, n: int, replicas: int, stride: int, mb: int, recompute: str) -> tuple[float, ...]:
-    """Forward, backward, kernels, messages of a micro-batch; then the reduction across replicas, the optimizer, and the
-    host's time per micro-batch. See schedule/strategies/fsdp.py for the order of gathers and reductions."""
-    policy, price, group = model.training.policy, model.prices.collective, model.prices.neighbours(n)
+    """Forward, backward, backward of a later micro-batch, kernels, messages of a micro-batch; then the reduction across
+    replicas, the optimizer, and the host's time per micro-batch. See schedule/strategies/fsdp.py for the order of
+    gathers and reductions."""
+    policy, price = model.training.policy, model.prices.collective
+    together = model.prices.worst
     blocks, sizes = model.times.blocks("whole", 1, mb, recompute), model.sizes.blocks("whole", 1)
     tied = any(s.shared for s in sizes)
     owner = [k if not _root(model.network, k) or not tied else -1 for k in range(len(sizes))]
@@ -202,8 +215,8 @@ def _fsdp_micro(model: Model, n: int, replicas: int, stride: int, mb: int, recom
     for k, s in zip(owner, sizes, strict=True):
         numel[k] = numel.get(k, 0) + s.owned
     shard = {k: -(-v // n) for k, v in numel.items()}
-    gather_of = {k: price("all_gather", group, s * n * policy.weight_bytes) for k, s in shard.items()}
-    reduce_of = {k: price("reduce_scatter", group, s * n * policy.gradient_bytes) for k, s in shard.items()}
+    gather_of = {k: together("all_gather", n, s * n * policy.weight_bytes) for k, s in shard.items()}
+    reduce_of = {k: together("reduce_scatter", n, s * n * policy.gradient_bytes) for k, s in shard.items()}
 
     def first(order: Sequence[int], costs: dict[int, float]) -> list[float]:
         seen: set[int] = set()
@@ -216,14 +229,21 @@ def _fsdp_micro(model: Model, n: int, replicas: int, stride: int, mb: int, recom
     last = len(f) - 1
     beside = model.times.beside
     forward = ahead[0] + sum(beside(f[i], ahead[i + 1]) for i in range(last)) + f[last]
-    backward = back[0] + sum(
+    # The first gather of the backward runs beside the loss, which needs no weights.
+    exposed = max(0.0, back[0] - model.times.weightless_ns(mb))
+    backward = exposed + sum(
         beside(b[i], back[i + 1] + (scatter[i - 1] if i else 0.0)) for i in range(last)
     ) + b[last] + scatter[last]  # fmt: skip
+    adds = {k: model.kernel("add", policy.gradient_dtype, numel=s) if n > 1 and s else 0.0 for k, s in shard.items()}
+    added = sum(first(owner, adds))
+    beside_adds = model.times.adds_ns(mb)[::-1]
+    waited = sum(max(0.0, x - y) for x, y in zip(scatter, beside_adds, strict=True))
+    later = exposed + sum(beside(b[i], back[i + 1]) for i in range(last)) + b[last] + waited + added
     across_group = model.prices.strided(replicas, stride)
     across = sum(price("all_reduce", across_group, s * policy.gradient_bytes) for s in shard.values())
     issue = sum(x.forward_issue_ns + x.backward_issue_ns for x in blocks)
     messages = sum(ahead) + sum(back) + sum(scatter)
-    return forward, backward, sum(f) + sum(b), messages, across, model.update(sum(shard.values())), issue
+    return forward, backward, later, sum(f) + sum(b), messages, across, model.update(sum(shard.values())), issue
 
 
 def _root(network: Network, k: int) -> bool:

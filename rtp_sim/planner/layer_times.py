@@ -8,7 +8,7 @@ is waited for; what can hide behind a kernel is left out. Every time here is a l
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -80,27 +80,49 @@ class LayerTimes:
         self._tables: dict[object, npt.NDArray[np.float64]] = {}
         self._keys = {f: [self._block_key(b, f) for b in n.blocks] for f, n in self.networks.items()}
         self.kernels = cache(self._kernels)
+        self._price: Callable[[str, int, int], float] = self._first
 
-    def table(self, way: str, n: int, micro_batch: int, recompute: str) -> npt.NDArray[np.float64]:
+    def _first(self, kind: str, n: int, size_bytes: int) -> float:
+        return self.prices.collective(kind, self.prices.neighbours(n), size_bytes)
+
+    def table(self, way: str, n: int, micro_batch: int, recompute: str, worst: bool = False
+              ) -> npt.NDArray[np.float64]:  # fmt: skip
         """`blocks` as an array (blocks, fields of Pass)."""
-        key = (way, n, micro_batch, recompute)
+        key = (way, n, micro_batch, recompute, worst and not self.prices.aligned(n))
         if key not in self._tables:
             rows = [[getattr(x, name) for name in Pass.__slots__] for x in self.blocks(*key)]
             self._tables[key] = np.array(rows, dtype=np.float64)
         return self._tables[key]
 
-    def blocks(self, way: str, n: int, micro_batch: int, recompute: str) -> list[Pass]:
-        """The times of every block, in order, split by `way` over n ranks."""
+    def blocks(self, way: str, n: int, micro_batch: int, recompute: str, worst: bool = False) -> list[Pass]:
+        """The times of every block, in order, split by `way` over n ranks: the first n, or with `worst` those whose
+        collectives take longest."""
+        self._price = self.prices.worst if worst else self._first
         unfused = way.startswith("rtp")
         adds = self._adds[unfused]
         found = []
         for block, alike in zip(self.networks[unfused].blocks, self._keys[unfused], strict=True):
             again = recompute == "full" and block.recomputable
-            key = (way, n, micro_batch, again, recompute == "selective", alike, unfused)
+            key = (way, n, micro_batch, again, recompute == "selective", alike, unfused, worst)
             if key not in self._blocks:
                 self._blocks[key] = self._block(block.layers, adds[block.name], way, n, micro_batch, again, recompute)
             found.append(self._blocks[key])
         return found
+
+    def weightless_ns(self, micro_batch: int) -> float:
+        """What the backward does, with whole layers, before it first needs weights: that of the loss."""
+        network, total = self.networks[False], 0.0
+        for layer in reversed(network.blocks[-1].layers):
+            if layer.op.numel():
+                break
+            total += self.kernels(layer.op, Extent(micro_batch, network.seq), Split(), self._asked(layer)).backward_ns
+        return total
+
+    def adds_ns(self, micro_batch: int) -> list[float]:
+        """Of every whole block, the additions of gradients of one tensor: some follow its last weight gradient."""
+        network = self.networks[False]
+        extent = Extent(micro_batch, network.seq)
+        return [self._merged_ns(self._adds[False][block.name], extent, "whole", 1) for block in network.blocks]
 
     def _block_key(self, block: Block, unfused: bool) -> int:
         """The first block that takes as long as this one, by its number."""
@@ -118,6 +140,11 @@ class LayerTimes:
         total = Pass()
         for layer in layers:
             total = total.plus(self._layer(layer, extent, way, n, again, recompute == "selective"))
+        if again and way == "sp":
+            # The output gradient is gathered beside what is recomputed last.
+            last = max((k for k, x in enumerate(layers) if self._tensor_kind(x, False)), default=len(layers))
+            beside = sum(self._layer(x, extent, way, n, False, False).forward_ns for x in layers[last + 1 :])
+            total = total.plus(Pass(backward_ns=-beside, recompute_ns=-beside))
         merged = self._merged_ns(adds, extent, way, n)
         issue = self._issue_ns * len(adds)
         return total.plus(Pass(backward_ns=merged, backward_kernels_ns=merged, backward_issue_ns=issue))
@@ -135,8 +162,7 @@ class LayerTimes:
         base = self._plain(self.kernels(layer.op, extent, split, self._asked(layer)), again, selective)
         if not kind or isinstance(layer.op, CrossEntropy):
             return base
-        tail_ns = self.kernels(layer.op, extent, split, self._asked(layer)).tail_ns
-        forward, backward, all_ns = self._around(layer, kind, extent, way, n, tail_ns)
+        forward, backward, all_ns = self._around(layer, kind, extent, way, n, base.backward_ns, split)
         more = forward if again else 0.0
         return base.plus(Pass(forward, backward + more, more, communication_ns=all_ns + more))
 
@@ -149,17 +175,19 @@ class LayerTimes:
 
     # ---- tensor parallelism
 
-    def _around(self, layer: Layer, kind: str, extent: Extent, way: str, n: int, tail_ns: float
+    def _around(self, layer: Layer, kind: str, extent: Extent, way: str, n: int, kernels_ns: float, split: Split
                 ) -> tuple[float, float, float]:  # fmt: skip
-        """What collectives around a split layer add to its forward and its backward, and their sum."""
-        group = self.prices.neighbours(n)
+        """What collectives around a split layer add to its forward and its backward, and their sum. The reduction of
+        an input gradient runs beside the weight gradient that follows, the gathering of the saved input beside the
+        kernels before that, which both slow."""
+        tail_ns = self.kernels(layer.op, extent, split, self._asked(layer)).tail_ns
         reads_whole = kind in ("heads", "ffn") or isinstance(layer.op, Linear)
         writes_partial = kind in ("heads", "ffn") or isinstance(layer.op, Embedding)
         inputs = [t for t in layer.inputs if t not in self._inputs]
         forward = backward = all_ns = 0.0
 
         def price(what: str, tensor: str) -> float:
-            return self.prices.collective(what, group, self._bytes(tensor, extent))
+            return self._price(what, n, self._bytes(tensor, extent))
 
         if way == "sp":
             before = sum(price("all_gather", t) for t in inputs) if reads_whole else 0.0
@@ -167,12 +195,13 @@ class LayerTimes:
             forward = before + after
             back = price("all_gather", layer.output) if writes_partial else 0.0
             scatter = price("reduce_scatter", inputs[0]) if len(inputs) == 1 and reads_whole else 0.0
-            backward = back + max(0.0, scatter - tail_ns)
+            again = min(before, kernels_ns - tail_ns) * (1 - 1 / self.slowdown)
+            backward = back + self.beside(tail_ns, scatter) - tail_ns + max(0.0, again)
             all_ns = forward + back + scatter + before
         else:
             forward = price("all_reduce", layer.output) if writes_partial else 0.0
             reduce = price("all_reduce", inputs[0]) if len(inputs) == 1 else 0.0
-            backward = max(0.0, reduce - tail_ns)
+            backward = self.beside(tail_ns, reduce) - tail_ns
             all_ns = forward + reduce
         return forward, backward, all_ns
 
@@ -209,11 +238,12 @@ class LayerTimes:
         home = self.prices.hops(n, way, gradients, chunk, reverse=True)
         if chunk is not None:
             f, b = forward + sum(there), backward + sum(back) + sum(home)
-            r = forward + sum(back) + max(back)
+            r = forward + sum(back) + min(back)
         else:
             f = max(forward, least_forward + sum(self.beside(least_forward, hop) for hop in there))
             b = max(backward, least_backward + sum(self.beside(least_backward, hop) for hop in back)) + sum(home)
-            r = max(forward, sum(self.beside(least_forward, hop) for hop in (*back, min(back))))
+            # The last hop, back to where the pass began, may run beside the layers that follow.
+            r = max(forward, least_forward + sum(self.beside(least_forward, hop) for hop in back))
         count_f, count_b = n * min(first.forward_count, last.forward_count), n * min(
             first.backward_count, last.backward_count
         )  # fmt: skip

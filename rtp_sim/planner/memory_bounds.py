@@ -122,27 +122,41 @@ def _stage(space: Space, model: Model, name: str, stages: Stages, stage: int) ->
 
     (held,) = lookup((space.inner, space.sequence), sizes).astype(np.int64)
     first, each, head, backward = lookup((space.inner, space.sequence, space.recompute), kept).astype(np.int64)
-    m, mb, p, v = space.micro_batches, space.micro_batch, stages.count, stages.chunks
-    ahead = _ahead(name, p, stage, v)
-    pieces = np.minimum(m * v, ahead + 1)
-    acting = mb * (pieces * min(counts) * each + np.maximum(head, backward))
-    if stage == 0 and v == 1:
-        acting += mb * pieces * first
+    m, mb, p = space.micro_batches, space.micro_batch, stages.count
+    # From the third round of p micro-batches on nothing is new.
+    few = np.minimum(m, 3 * p)
+    found = lookup((few,), lambda micros: _under_way(name, p, stage, micros, counts)).astype(np.int64)
+    # Which chunk is at work when most is held is not looked at: with several, only what every backward needs counts.
+    extra = mb * (np.maximum(head, backward) if stages.chunks == 1 else backward)
+    early, late = (
+        np.where(blocks > 0, mb * (blocks * each + (firsts * first if stage == 0 else 0)) + extra, 0)
+        for blocks, firsts in (found[:2], found[2:])
+    )
     weights, gradients = held * policy.weight_bytes, held * policy.gradient_bytes
     optimizer = np.where((space.sync > 0) & (space.dp > 1), held // space.dp, held) * state_bytes
     nothing = np.zeros_like(weights)
-    # Once more micro-batches come than are under way, gradients are there when the activations are at their most.
-    at_peak = np.where(m * v > ahead + v, gradients, 0)
     return _worse(
-        np.stack([weights, at_peak, optimizer, acting, nothing]),
-        np.stack([weights, gradients, optimizer, nothing, nothing]),
+        np.stack([weights, nothing, optimizer, early, nothing]),
+        np.stack([weights, gradients, optimizer, late, nothing]),
     )
 
 
-def _ahead(name: str, p: int, stage: int, v: int) -> int:
-    """Forwards (of chunks) that a stage does before its first backward's forward; 0 where the order says no more."""
-    if name in ("1f1b", "zb-h1"):
-        return p - stage - 1
-    if name == "interleaved":
-        return 2 * (p - stage - 1) + (v - 1) * p
-    return 0
+def _under_way(name: str, p: int, stage: int, micros: int, counts: list[int]) -> tuple[int, int, int, int]:
+    """The most blocks whose activations a stage holds at once, and how many of these passes are of its first chunk; the
+    same once every chunk has had a backward, when all gradients are there (0 where it never has)."""
+    early, late = (0, 0), (0, 0)
+    chunks, begun, all_begun = [0] * len(counts), set[int](), False
+    for action in PIPELINES[name].order(p, stage, micros, len(counts)):
+        if action.kind == "F":
+            chunks[action.chunk] += 1
+            held = sum(n * c for n, c in zip(chunks, counts, strict=True))
+            early = max(early, (held, chunks[0]))
+            late = max(late, (held, chunks[0])) if all_begun else late
+            continue
+        # A backward works on activations that are held until it ends, or until its weight gradients are there.
+        held = sum(n * c for n, c in zip(chunks, counts, strict=True))
+        late = max(late, (held, chunks[0])) if all_begun else late
+        begun.add(action.chunk)
+        all_begun = len(begun) == len(counts)
+        chunks[action.chunk] -= action.kind in "BW"
+    return (*early, *late)

@@ -20,10 +20,13 @@ import numpy as np
 
 from rtp_sim.model.layers import Extent
 from rtp_sim.planner.bounds import Floats, Model, distinct, lookup, way_of
+from rtp_sim.planner.layer_times import Pass
 from rtp_sim.planner.space import RECOMPUTE_NAMES, SYNCS, Ints, Space
 from rtp_sim.schedule.layout import ORDERS
 from rtp_sim.schedule.pipeline_order import PIPELINES
 from rtp_sim.schedule.stages import Stages, cut
+
+AGAIN = Pass.__slots__.index("recompute_ns")
 
 ORDERED = ("gpipe", "1f1b", "interleaved")
 """Pipelines whose stages end with the backward of the last micro-batch's earliest layers."""
@@ -34,7 +37,8 @@ def pipeline_bounds(space: Space, model: Model, name: str) -> tuple[Floats, Floa
     lower, upper = np.zeros(len(space)), np.zeros(len(space))
     shape = PIPELINES[name]
     first, passes = distinct((space.inner, space.sequence, space.micro_batch, space.recompute))
-    tables = np.stack([_table(space, model, name, i) for i in first.tolist()])
+    tables = np.stack([_table(space, model, name, i, False) for i in first.tolist()])
+    worst = np.stack([_table(space, model, name, i, True) for i in first.tolist()])
     cuts, where = distinct((space.pp, space.vpp))
     for number, i in enumerate(cuts.tolist()):
         mine = np.flatnonzero(where == number)
@@ -42,14 +46,21 @@ def pipeline_bounds(space: Space, model: Model, name: str) -> tuple[Floats, Floa
         starts = np.cumsum([0, *(len(piece) for piece in stages.pieces)])[:-1]
         # (fields of Pass, pieces, candidates)
         values = np.add.reduceat(tables, starts, axis=1)[passes[mine]].transpose(2, 1, 0)
+        # What is recomputed of a piece's last block needs no gradient: the stage does it while it waits for one.
+        values[AGAIN] = tables[:, np.append(starts[1:], tables.shape[1]) - 1, AGAIN][passes[mine]].T
         lower[mine], upper[mine] = _cut_alike(space.take(mine), model, name, stages, values)
+        # Some stage has the tensor-parallel group whose collectives take longest.
+        slow = np.add.reduceat(worst, starts, axis=1)[passes[mine]][:, :, :2].sum(axis=2).T
+        least = np.min([sum(slow[q] for q in range(len(slow)) if stages.stage_of(q) == s) for s in range(stages.count)],
+                       axis=0)  # fmt: skip
+        lower[mine] = np.maximum(lower[mine], space.micro_batches[mine] * least)
     return lower, upper
 
 
-def _table(space: Space, model: Model, name: str, i: int) -> Floats:
+def _table(space: Space, model: Model, name: str, i: int, worst: bool) -> Floats:
     way = way_of(name, bool(space.sequence[i]), "auto")
     inner, mb, recompute = int(space.inner[i]), int(space.micro_batch[i]), RECOMPUTE_NAMES[space.recompute[i]]
-    return model.times.table(way, inner, mb, recompute)
+    return model.times.table(way, inner, mb, recompute, worst)
 
 
 def _cut_alike(space: Space, model: Model, name: str, stages: Stages, values: Floats) -> tuple[Floats, Floats]:
@@ -57,7 +68,7 @@ def _cut_alike(space: Space, model: Model, name: str, stages: Stages, values: Fl
     f, b, again, kernels_f, kernels_b, issue_f, issue_b, messages = values
     ahead, back = _messages(space, model, stages)
     m = space.micro_batches
-    before = _ends_of_stage_zero(m, f, b, again, ahead, back, stages, name)
+    before = _ends_of_stage_zero(m, f, b, again, ahead, back, stages, name, model.slowdown)
     reduce, update, gather = _end_of_step(space, model, stages, name)
     # Reductions of stage 0 begin in its last backward, where it has one piece.
     overlap = b[0] if stages.chunks == 1 else before - f[0]
@@ -73,17 +84,19 @@ def _cut_alike(space: Space, model: Model, name: str, stages: Stages, values: Fl
 
 
 def _ends_of_stage_zero(m: Ints, f: Floats, b: Floats, again: Floats, ahead: Floats, back: Floats, stages: Stages,
-                        name: str) -> Floats:  # fmt: skip
+                        name: str, slowdown: float) -> Floats:  # fmt: skip
     """The earliest end of stage 0's last backward, or of any stage's kernels where the order says no more."""
     p, v, nothing = stages.count, stages.chunks, np.zeros((1, f.shape[1]))
+    sent = _beside_sends(f, b, ahead, back, slowdown)
     own = np.zeros((p, f.shape[1]))
     for q in range(len(stages.pieces)):
-        own[stages.stage_of(q)] += f[q] + b[q]
+        own[stages.stage_of(q)] += f[q] + b[q] + sent[q]
+    # Nothing may run beside the very last message of a stage.
+    own -= np.maximum(ahead.max(axis=0, initial=0.0), back.max(axis=0, initial=0.0)) / np.maximum(m, 1)
     arrive = np.concatenate([nothing, np.cumsum(f[: p - 1] + ahead[: p - 1], axis=0)])
     if name not in ORDERED:
         best: Floats = (arrive + m * own).max(axis=0)
         return best
-    # What is recomputed needs no gradient: a stage does it while it waits for one.
     waits = b - again
     leave = np.concatenate([nothing, np.cumsum(waits[: p - 1] + back[: p - 1], axis=0)])
     best = (arrive + m * own + leave).max(axis=0)
@@ -91,12 +104,23 @@ def _ends_of_stage_zero(m: Ints, f: Floats, b: Floats, again: Floats, ahead: Flo
     if name != "gpipe":
         lasts = [c * p + p - 1 for c in range(v)]
         # Of the last stage, what comes neither before its first backward nor after the last micro-batch's.
-        inner = (m - p) * (f[lasts[:-1]] + b[lasts[:-1]]).sum(axis=0) + (m - 1) * (f[lasts[-1]] + b[lasts[-1]])
+        busy = f + b + sent
+        inner = (m - p) * busy[lasts[:-1]].sum(axis=0) + (m - 1) * busy[lasts[-1]]
         best = np.maximum(best, there + np.maximum(inner, 0.0) + home)
     if name == "1f1b":
         rounds, rest = np.divmod(m - 1, p)
         best = np.maximum(best, rest * f[0] + (rounds + 1) * (there + home))
     return best
+
+
+def _beside_sends(f: Floats, b: Floats, ahead: Floats, back: Floats, slowdown: float) -> Floats:
+    """What a piece's messages cost its stage per micro-batch: while one is under way, kernels advance at 1 / slowdown,
+    or wait. Both count only where no message can still be under way when the next one leaves."""
+    there, home = np.zeros_like(f), np.zeros_like(b)
+    there[:-1], home[1:] = ahead, back
+    short = np.minimum(f.min(axis=0), b.min(axis=0)) >= np.maximum(there.max(axis=0), home.max(axis=0))
+    found: Floats = np.where(short, there + home, np.maximum(there, home)) * (1 - 1 / slowdown)
+    return found
 
 
 def _messages(space: Space, model: Model, stages: Stages) -> tuple[Floats, Floats]:

@@ -24,7 +24,27 @@ class Prices:
         self.collective = cache(self._collective)
         self.hops = cache(self._hops)
         self.strided = cache(self._strided)
+        self.groups = cache(self._groups)
         self.stage_hops = cache(self._stage_hops)
+
+    def worst(self, kind: str, n: int, size_bytes: int) -> float:
+        """The collective on the slowest of the groups of n neighbours: where n does not divide the ranks of a node some
+        lie on two."""
+        return max(self.collective(kind, group, size_bytes) for group in self.groups(n))
+
+    def _groups(self, n: int) -> tuple[Ranks, ...]:
+        """One group of n neighbours for each way to lie on the nodes, in ring order; the first n ranks come first."""
+        per_node, found = self.topology.gpus_per_node, dict[int, Ranks]()
+        for first in range(0, self.topology.world_size - n + 1, n):
+            if first % per_node not in found:
+                found[first % per_node] = self.topology.ring(tuple(range(first, first + n)))
+            elif first >= per_node * n:
+                break
+        return tuple(found.values())
+
+    def aligned(self, n: int) -> bool:
+        """Whether all groups of n neighbours lie alike."""
+        return len(self.groups(n)) == 1
 
     def neighbours(self, n: int) -> Ranks:
         """The first n ranks in ring order."""
@@ -55,14 +75,15 @@ class Prices:
 
     def _hops(self, n: int, way: str, size_bytes: int, chunk_bytes: int | None, reverse: bool = False
               ) -> tuple[float, ...]:  # fmt: skip
-        """The n - 1 hops of a rotation over the first n ranks ("rtp+flat": around one ring), each on its slowest edge,
-        where every rank's shards pass."""
+        """The n - 1 hops of a rotation over n neighbours ("rtp+flat": around one ring), each on its slowest edge, where
+        every rank's shards pass."""
         if not size_bytes:
             return (0.0,) * (n - 1)
         ring, per_node = self.neighbours(n), self.topology.gpus_per_node
+        rings = self.groups(n)
         two_level = n > per_node > 1 and n % per_node == 0 and not way.endswith("+flat")
         if not two_level:
-            slowest = self._slowest(ring, size_bytes, chunk_bytes, reverse)
+            slowest = max(self._slowest(one, size_bytes, chunk_bytes, reverse) for one in rings)
             return (slowest,) * (n - 1)
         inner = self._slowest(ring[:per_node], size_bytes, chunk_bytes, reverse)
         outer = self.message(0, per_node, size_bytes, chunk_bytes)
