@@ -185,10 +185,10 @@ def export(a: Namespace) -> int:
     # Imported here: nothing else needs the exporters.
     from rtp_sim.commands_export import export_plan
 
-    _known_strategies([a.strategy])
+    known_strategies([a.strategy])
     _check_degrees(a)
     a.cluster = a.cluster or a.default_cluster
-    return export_plan(a, settle(_request(a, a.strategy)))
+    return export_plan(a, settle(request_of(a, a.strategy)))
 
 
 def hardware_list(a: Namespace) -> int:

@@ -86,12 +86,12 @@ def words(text: str) -> dict[str, list[str]]:
 @pytest.mark.parametrize("request_", REQUESTS, ids=lambda r: r.strategy)
 def test_commands_parse_back_to_the_request(request_: Request):
     a = parser().parse_args(shlex.split(simulate_command(request_))[1:])
-    assert commands._request(a, a.strategy) == request_
+    assert commands.request_of(a, a.strategy) == request_
     setting = settle(request_)
     line = made(request_, "run").text.splitlines()[0]
     a = parser().parse_args(shlex.split(line)[1:])
     a.cluster, a.gpus, a.nodes = "", None, None
-    assert commands._request(a, a.strategy) == replace(request_, cluster="", gpus=None, nodes=None)
+    assert commands.request_of(a, a.strategy) == replace(request_, cluster="", gpus=None, nodes=None)
     assert (a.nproc_per_node, a.as_nodes) == (setting.cluster.world_size, setting.cluster.nodes)
     assert a.prepare == (setting.cluster.nodes > 1)
 
@@ -112,7 +112,7 @@ def test_every_option_has_a_flag_or_is_named():
                 workload_flags(request)
         else:
             a = parser().parse_args(shlex.split(simulate_command(request))[1:])
-            assert commands._request(a, "ddp").options == request.options
+            assert commands.request_of(a, "ddp").options == request.options
 
 
 def test_an_exported_command_is_accepted_by_the_executor(run: Any, tmp_path: Path):

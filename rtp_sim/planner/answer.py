@@ -20,7 +20,7 @@ GIB = 1 << 30
 def make_plan(searched: Searched) -> Plan:
     """The plan of a search that found something to show; `shown` is empty where nothing fits."""
     question = searched.question
-    shown = [_row(searched, one, rank=k + 1) for k, one in enumerate(searched.best[: question.top])]
+    shown = [row_of(searched, one, rank=k + 1) for k, one in enumerate(searched.best[: question.top])]
     shown = [replace(row, tie=row.rank != 1 and tied(row.interval_s, shown[0].interval_s)) for row in shown]
     front = [searched.best[i] for i in front_of([point_of(searched, one) for one in searched.best])]
     front.sort(key=lambda one: (point_of(searched, one), one.site, one.place))
@@ -32,7 +32,7 @@ def make_plan(searched: Searched) -> Plan:
         candidates=sum(len(site.allowed) for site in searched.sites),
         stages=_stages(searched, len(shown)),
         shown=tuple(shown),
-        front=tuple(_row(searched, one, rank=_rank(searched, one)) for one in front) if question.front else (),
+        front=tuple(row_of(searched, one, rank=_rank(searched, one)) for one in front) if question.front else (),
         others=tuple(_others(searched, {row.candidate.strategy for row in shown})),
         notes=tuple(_notes(searched)),
     )
@@ -54,7 +54,8 @@ def _rank(searched: Searched, one: Found) -> int | None:
     return place + 1 if place < searched.question.top else None
 
 
-def _row(searched: Searched, one: Found, rank: int | None = None, reason: str = "") -> Row:
+def row_of(searched: Searched, one: Found, rank: int | None = None, reason: str = "") -> Row:
+    """An estimated candidate as a row."""
     site, metrics = searched.sites[one.site], one.metrics
     tokens = searched.question.workload.global_batch * searched.network.seq
     return Row(
@@ -119,7 +120,7 @@ def _best_of(searched: Searched, name: str) -> Row | None:
     tried = [one for one in searched.found if searched.sites[one.site].space.strategy[one.place] == number]
     good = [one for one in searched.best if one in tried]
     if good:
-        return _row(searched, good[0], _rank(searched, good[0]), _beaten(searched, good[0].metrics.step_time_s, ""))
+        return row_of(searched, good[0], _rank(searched, good[0]), _beaten(searched, good[0].metrics.step_time_s, ""))
     waiting = [at for at in searched.waiting if searched.sites[at[0]].space.strategy[at[1]] == number]
     if waiting:
         number_of, place = waiting[0]
@@ -129,7 +130,7 @@ def _best_of(searched: Searched, name: str) -> Row | None:
     if tried:
         one = min(tried, key=lambda one: (one.metrics.peak_memory_bytes, one.site, one.place))
         reason = _too_slow(searched, one.metrics.step_time_s, "") if one.fits else too_large(searched, one)
-        return _row(searched, one, None, reason)
+        return row_of(searched, one, None, reason)
     return _smallest_of(searched, number)
 
 

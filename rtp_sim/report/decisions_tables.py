@@ -187,6 +187,6 @@ def _side(name: str, what: str, o: Outcome) -> tuple[str, ...]:
     if e is None or measured is None:
         return (name, what, plan_of(o), format_seconds(measured), *(MISSING,) * 6)
     shares = (format_percent(part / e.step_s) for part in (e.compute_s, e.exposed_s, e.bubble_s))
-    fits = f"{e.peak_bytes / 2**30:.1f} of {e.capacity_bytes / 2**30:.1f} GiB"
+    fits = f"{(o.peak_bytes or 0) / 2**30:.1f} of {e.capacity_bytes / 2**30:.1f} GiB"
     error = f"{100 * (e.step_s / measured - 1):+.1f} %"
     return (name, what, plan_of(o), format_seconds(measured), format_seconds(e.step_s), error, *shares, fits)
