@@ -245,7 +245,7 @@ def _plan(p: argparse.ArgumentParser) -> None:
     p.epilog = "Axes of --where: tp rtp fsdp dp pp vpp micro-batch micro-batches gpus strategy recompute order dp-sync."
     group = p.add_argument_group("model and training")
     group.add_argument("--model", required=True, metavar="NAME|FILE", help="preset, config.json or layer-list file")
-    group.add_argument("--global-batch", type=_count, metavar="N", help="sequences per step (with --tokens: 4 Mi tokens)")
+    group.add_argument("--global-batch", type=_count, metavar="N", help="sequences per step (of --tokens: 4 Mi tokens)")
     group.add_argument("--seq-len", type=_count, metavar="N", help="tokens per sequence (1024, or what the model has)")
     _numbers(group)
     group = p.add_argument_group("machines")
@@ -279,7 +279,7 @@ def _plan(p: argparse.ArgumentParser) -> None:
     group.add_argument("--largest", choices=("seq-len", "micro-batch"), help="the largest that fits")
     p.add_argument("--jobs", type=_count, default=2, metavar="N", help="processes (2)")
     p.add_argument("--sensitivity", action="store_true",
-                   help="search again with every number of the machine 20%% smaller and larger: does the winner change?")
+                   help="search again with every number of the machine 20%% less and more: does the winner change?")
     p.add_argument("--report", metavar="FILE.html", help="write a self-contained report")
     p.add_argument("--export", metavar="DIR", help="write every plan shown as a command and as frameworks' settings")
     p.add_argument("--format", choices=("table", "json"), default="table")

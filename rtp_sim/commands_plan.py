@@ -66,7 +66,7 @@ def _what_if(a: Namespace, question: Question, searched: Searched) -> dict[str, 
         key, *names = a.break_even.split(":")
         pair = names[0].split(",") if len(names) == 1 else []
         if len(pair) != 2:
-            raise InputError(f"--break-even {a.break_even}: expected NUMBER:A,B, for example link.ib.bandwidth:rtp,fsdp")
+            raise InputError(f"--break-even {a.break_even}: expected NUMBER:A,B, as in link.ib.bandwidth:rtp,fsdp")
         _progress(a, f"break-even of {' and '.join(_strategies(names[0]))}")
         found["break_even"] = asdict(break_even(question, key, *pair))
     if a.largest:

@@ -91,8 +91,8 @@ def _notes(searched: Searched) -> list[str]:
         unfinished = f"; {left} more candidates may belong to it, {MOST} were tried" if left else ""
         found.append(f"Pareto front of time, memory and cost: {close}{unfinished}")
     if searched.violated:
-        found.append(f"{searched.violated} of {len(searched.found)} estimates are below their bounds: the order of what "
-                     f"is shown may not be that of an exhaustive search")  # fmt: skip
+        found.append(f"{searched.violated} of {len(searched.found)} estimates are below their bounds: the order of "
+                     f"what is shown may not be that of an exhaustive search")  # fmt: skip
     extrapolated = any(one.how != "simulated" for one in searched.best[: searched.question.top])
     if extrapolated:
         found.append("how each plan was estimated is in the JSON output: pipelines are composed of stretches, other "
@@ -126,7 +126,7 @@ def _best_of(searched: Searched, name: str) -> Row | None:
         number_of, place = waiting[0]
         site = searched.sites[number_of]
         reason = _beaten(searched, float(site.lower_s[place]), "at least ")
-        return _bounded(searched, site, place, "bounds", None, reason)
+        return _bounded(site, place, "bounds", None, reason)
     if tried:
         one = min(tried, key=lambda one: (one.metrics.peak_memory_bytes, one.site, one.place))
         reason = _too_slow(searched, one.metrics.step_time_s, "") if one.fits else too_large(searched, one)
@@ -148,13 +148,14 @@ def _smallest_of(searched: Searched, number: int) -> Row | None:
         return None
     site, place = searched.sites[least[1]], least[2]
     if site.fits[place]:
-        return _bounded(searched, site, place, "bounds", None, _too_slow(searched, float(site.lower_s[place]), "at least "))
+        reason = _too_slow(searched, float(site.lower_s[place]), "at least ")
+        return _bounded(site, place, "bounds", None, reason)
     categories = site.bounds(place).memory_by_category
     reason = needs(least[0], site.machine.allowed_bytes, categories, "at least ")
-    return _bounded(searched, site, place, "memory", False, reason)
+    return _bounded(site, place, "memory", False, reason)
 
 
-def _bounded(searched: Searched, site: Site, place: int, stage: str, feasible: bool | None, reason: str) -> Row:
+def _bounded(site: Site, place: int, stage: str, feasible: bool | None, reason: str) -> Row:
     bounds = site.bounds(place)
     return Row(site.space.candidate(place), stage, feasible, reason, bounds, None, "", None)
 

@@ -14,9 +14,9 @@ from typing import Any
 from rtp_sim.errors import InputError
 from rtp_sim.hardware.profiles import load_cluster
 from rtp_sim.hardware.spec import Cluster
+from rtp_sim.planner.answer import row_of
 from rtp_sim.planner.money import SECONDS_PER_HOUR, kilowatts, usd_per_second
 from rtp_sim.planner.plan import Row, row_json
-from rtp_sim.planner.answer import row_of
 from rtp_sim.planner.search import Question, search
 
 HALVINGS = 3
@@ -110,8 +110,9 @@ def _on(question: Question, cluster: Cluster, need: Need) -> Offer:
     if not searched.best:
         return Offer(*size, None, None, None, None, _why_not(need, bool(site.fits.any())))
     row = row_of(searched, searched.best[0], rank=1)
-    assert row.metrics is not None and row.metrics.tokens_per_s
-    seconds = need.tokens / row.metrics.tokens_per_s
+    # The step is the global batch, so it takes a known number of steps.
+    steps = need.tokens / (question.workload.global_batch * searched.network.seq)
+    seconds = steps * searched.best[0].metrics.step_time_s
     rate, power = usd_per_second(site.machine), kilowatts(site.machine)
     usd = None if rate is None else rate * seconds
     kwh = None if power is None else power * seconds / SECONDS_PER_HOUR

@@ -76,7 +76,7 @@ def _least_over(searched: Searched) -> tuple[Candidate | None, str]:
     return best[1], best[2]
 
 
-def _smallest_places(memory: np.ndarray) -> list[int]:  # type: ignore[type-arg]
+def _smallest_places(memory: np.ndarray) -> list[int]:
     return [int(p) for p in np.argsort(memory.sum(axis=0), kind="stable")[:TRIED]]
 
 

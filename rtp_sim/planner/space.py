@@ -64,8 +64,8 @@ class Space:
 
     def take(self, which: npt.NDArray[np.bool_] | Ints) -> Space:
         """The candidates that a mask or a list of places picks."""
-        columns = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Space(**{k: v[which] if isinstance(v, np.ndarray) else v for k, v in columns.items()})
+        columns = (getattr(self, f.name)[which] for f in fields(self)[3:])
+        return Space(self.cluster, self.nodes, self.gpus, *columns)
 
     def candidate(self, i: int) -> Candidate:
         """One candidate by its place."""
@@ -102,8 +102,8 @@ def make_space(
     ways = [RECOMPUTE.index(r) for r in _ways_to_recompute(network)]
     rows = [(k, mb, m, w) for k, r in enumerate(replicas.tolist()) for mb, m in batches[r] for w in ways]
     table = np.array(rows, dtype=np.int64).reshape(-1, 4)
-    columns = layouts[table[:, 0]].T
-    return Space(cluster, nodes, gpus, *columns, table[:, 1], table[:, 2], table[:, 3])
+    columns = [*layouts[table[:, 0]].T, *table[:, 1:].T]
+    return Space(cluster, nodes, gpus, *columns)
 
 
 def divisors(n: int) -> list[int]:

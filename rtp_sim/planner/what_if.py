@@ -67,8 +67,8 @@ def with_change(question: Question, key: str, value: object) -> Question:
 
 @dataclass(frozen=True, slots=True)
 class BreakEven:
-    """Where `below` stops and `above` starts to be the faster strategy as a number grows; `at` is None if one of them is
-    faster over the whole range from `low` to `high`, and is then `below`."""
+    """Where `below` stops and `above` starts to be the faster strategy as a number grows; `at` is None if one of them
+    is faster over the whole range from `low` to `high`, and is then `below`."""
 
     key: str
     below: str
@@ -79,8 +79,8 @@ class BreakEven:
 
 
 def break_even(question: Question, key: str, one: str, other: str, factor: float = 8.0) -> BreakEven:
-    """The value of a profile's number at which the better of two strategies changes, from 1 / factor of the profile's to
-    `factor` times it. Each strategy runs as its best plan at each value. InputError where one of them never fits."""
+    """The value of a profile's number at which the better of two strategies changes, from 1 / factor of the profile's
+    to `factor` times it. Each strategy runs as its best plan at each value. InputError where one of them never fits."""
     contents = profile_contents(question.clusters[0].name)
     value = number_at(contents, key)
 
@@ -118,7 +118,7 @@ def _best_s(question: Question, strategy: str) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Largest:
-    """The largest value of `what` for which a plan fits, with it; `next_value` no longer does (None: not looked for)."""
+    """The largest value of `what` for which a plan fits; `next_value` no longer does (None: not looked for)."""
 
     what: str
     value: int
@@ -133,7 +133,7 @@ def longest_sequence(question: Question, step: int = 256) -> Largest | None:
     def fits(value: int) -> Found | None:
         return _fitting(replace(question, workload=replace(question.workload, seq_len=value)))
 
-    return _largest("seq-len", fits, step, question)
+    return _largest("seq-len", fits, step)
 
 
 def _fitting(question: Question) -> Found | None:
@@ -145,7 +145,7 @@ def _fitting(question: Question) -> Found | None:
     return searched.best[0] if searched.best else None
 
 
-def _largest(what: str, fits: Callable[[int], Found | None], step: int, question: Question) -> Largest | None:
+def _largest(what: str, fits: Callable[[int], Found | None], step: int) -> Largest | None:
     best, size = fits(step), 1
     if best is None:
         return None
@@ -162,7 +162,8 @@ def _largest(what: str, fits: Callable[[int], Found | None], step: int, question
         low, high = (middle, high) if more is not None else (low, middle)
         found = (middle, more) if more is not None else found
     metrics = found[1].metrics
-    return Largest(what, found[0] * step, f"{metrics.strategy} {metrics.layout}", metrics.peak_memory_bytes, high * step)
+    plan = f"{metrics.strategy} {metrics.layout}"
+    return Largest(what, found[0] * step, plan, metrics.peak_memory_bytes, high * step)
 
 
 def largest_micro_batch(searched: Searched) -> Largest | None:
