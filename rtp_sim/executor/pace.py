@@ -18,7 +18,7 @@ ROUNDS, TURNS = 3, 2500
 INTERVAL_NS = 15_000_000
 """How long a step goes on between two readings: they cost it less than 0.2 %."""
 USUAL_QUANTILE = 0.1
-TOLERANCE = 0.12
+TOLERANCE = 0.15
 """How much slower than usual a core may be and still count as steady."""
 
 
