@@ -2,8 +2,8 @@
 
 A virtual machine's cores may be threads of shared ones. Its host moves them about: two of them on one core, or one
 beside a neighbour's, take up to 1.8 times as long for everything, for seconds or minutes, and the system's own figures
-show nothing of it. An interpreter's loop feels that the most, products on the vector units less. CPU time is taken, so that other processes of
-this machine that take turns on the core do not count. Standard library only.
+show nothing of it. An interpreter's loop feels that the most, products on the vector units less. CPU time is taken, so
+that other processes of this machine that take turns on the core do not count. Standard library only.
 """
 
 from __future__ import annotations
