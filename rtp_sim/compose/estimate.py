@@ -13,6 +13,8 @@ from typing import Any
 from rtp_sim.compose.lockstep import Lockstep, in_lockstep
 from rtp_sim.compose.memory import StageMemory
 from rtp_sim.compose.pipeline import StageResult, compose_pipeline
+from rtp_sim.engine.fold import Folds
+from rtp_sim.errors import InputError
 from rtp_sim.experiment import Request, Setting, built, run, settle, usable_memory_bytes
 from rtp_sim.hardware.spec import Cluster
 from rtp_sim.metrics import NS_PER_S, StepMetrics
@@ -41,13 +43,18 @@ class Estimate:
 
 
 def estimate(
-    request: Request | Setting, cluster: Cluster | None = None, network: Network | None = None, engine: str = "simpy"
-) -> Estimate:
+    request: Request | Setting, cluster: Cluster | None = None, network: Network | None = None, engine: str = "simpy",
+    folds: Folds | None = None,
+) -> Estimate:  # fmt: skip
     """The metrics of a request, or of one that is looked up already; `engine` is one of `experiment.ENGINES` or
-    "lockstep" (lockstep.py). InputError as `experiment.prepare`."""
+    "lockstep" (lockstep.py). InputError as `experiment.prepare`. `folds` spares estimates of one cost model after each
+    other what they have in common."""
     setting = request if isinstance(request, Setting) else settle(request, cluster, network)
     if setting.request.strategy in PIPELINES:
-        stages = compose_pipeline(setting, slowdown=engine != "longest-path")
+        if setting.request.slow_gpus:
+            raise InputError("slow GPUs: a composed pipeline takes all ranks of a stage to be equal; expected --engine "
+                             "simpy or longest-path with them")  # fmt: skip
+        stages = compose_pipeline(setting, slowdown=engine != "longest-path", folds=folds)
         waited_s = last_stage(stages).host_ns / NS_PER_S
         return Estimate(_of_stages(setting, stages), True, "composed", waited_s, tuple(s.memory for s in stages))
     blocks = len(repeated(setting.network))
@@ -55,9 +62,9 @@ def estimate(
     few_blocks = FEW_BLOCKS if blocks > FEW_BLOCKS[1] + 2 and not setting.request.options.eval_passes else (blocks,)
     few_micros = FEW_MICROS if micros > FEW_MICROS[1] else (micros,)
     if few_blocks == (blocks,) and few_micros == (micros,):
-        whole = _run(setting, engine)
+        whole = _run(setting, engine, folds)
         return Estimate(whole.metrics, False, "simulated", whole.host_s, _memory(whole, whole.metrics))
-    rows = [[_simulated(setting, b, m, engine) for m in few_micros] for b in few_blocks]
+    rows = [[_simulated(setting, b, m, engine, folds) for m in few_micros] for b in few_blocks]
     metrics = _over_both([[run.metrics for run in row] for row in rows], few_blocks, blocks, few_micros, micros)
     host = [[run.host_s for run in row if run.host_s is not None] for row in rows]
     host_s = None
@@ -80,16 +87,16 @@ def _and(numbers: tuple[int, ...]) -> str:
 # ---- fewer of what repeats
 
 
-def _run(setting: Setting, engine: str) -> Lockstep:
+def _run(setting: Setting, engine: str, folds: Folds | None) -> Lockstep:
     if engine == "lockstep":
         return in_lockstep(setting)
-    return Lockstep(run(built(setting), engine).metrics, None, None)
+    return Lockstep(run(built(setting), engine, folds=folds).metrics, None, None)
 
 
-def _simulated(setting: Setting, blocks: int, micros: int, engine: str) -> Lockstep:
+def _simulated(setting: Setting, blocks: int, micros: int, engine: str, folds: Folds | None) -> Lockstep:
     training = replace(setting.training, num_microbatches=micros)
     smaller = replace(setting, network=shortened(setting.network, blocks), training=training)
-    return _run(smaller, engine)
+    return _run(smaller, engine, folds)
 
 
 def repeated(network: Network) -> tuple[Block, ...]:

@@ -14,6 +14,7 @@ from rtp_sim.compose.prices import Prices, priced
 from rtp_sim.compose.stretch import Stretch, stretch
 from rtp_sim.compose.walk import Progress, Turn, meet, walk
 from rtp_sim.engine.costs import CostModel
+from rtp_sim.engine.fold import Folds
 from rtp_sim.experiment import Setting
 from rtp_sim.metrics import op_traffic
 from rtp_sim.schedule.ir import Collective, Compute, Group, Op, Program, Recv, Schedule, Send
@@ -53,7 +54,8 @@ class _Short:
 
 
 def compose_pipeline(
-    setting: Setting, cost: CostModel | None = None, *, shared: bool = True, slowdown: bool = True
+    setting: Setting, cost: CostModel | None = None, *, shared: bool = True, slowdown: bool = True,
+    folds: Folds | None = None,
 ) -> list[StageResult]:
     """The stages of the pipeline step that `setting` describes.
 
@@ -67,7 +69,7 @@ def compose_pipeline(
     orders = _orders(setting, stages)
     short = _short(setting, stages, orders)
     prices = priced(short.schedule, cost, [stage_of_rank(setting.layout, r) for r in range(setting.layout.world_size)],
-                    shared)  # fmt: skip
+                    shared, folds)  # fmt: skip
     made: dict[object, dict[Label, Stretch]] = {}
     tables = []
     for s in range(stages.count):
