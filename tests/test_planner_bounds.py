@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-
 from planner_helpers import evaluate, question, search, small_model
+
 from rtp_sim.planner.search import Searched
 
 NEARLY = 1 - 1e-9

@@ -270,6 +270,8 @@ def calibrated(device: Device, fitted: CalibrationFile) -> Device:
     names = {
         "kernel_floor": "kernel_floor_ns",
         "host_issue": "host_issue_ns",
+        "host_issue_backward": "host_issue_backward_ns",
+        "message_issue": "message_issue_ns",
         "runtime_reserved": "runtime_reserved_bytes",
     }
     of_device = {name.removesuffix("_ns").removesuffix("_bytes") for name in Device.__dataclass_fields__}
