@@ -1,11 +1,12 @@
 """The executor's step beside torch's own, on two ranks of this machine: python benchmarks/twins.py [--profile P.toml].
 
 For each model and each of ddp, fsdp and tp: launches of the executor and of the twin in turn (A B A B), so that a slow
-minute of the machine touches both; of each launch the median step, and of the launches the median and the spread. Then
-rotation against the executor's own fsdp, with what the simulator says of the two on the profile. What other programs
-took of the cores meanwhile is measured and printed: above a few percent the figures are worth little.
+minute of the machine touches both; of each launch the median of the steps at the usual pace of the cores
+(rtp_sim/executor/pace.py), and of the launches the median and the spread. Ranks are pinned. Then rotation against the
+executor's own fsdp, with what the simulator says of the two on the profile. What other programs took of the cores
+meanwhile is measured and printed: above a few percent the figures are worth little.
 
-    --launches 5  --steps 10  --models gpt2-tiny,wide  --strategies ddp,fsdp,tp,rtp    to do a part
+    --launches 5  --steps 30  --models gpt2-tiny,wide  --strategies ddp,fsdp,tp,rtp    to do a part
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rtp_sim.executor.calibrate.host import busy_core_s
+from rtp_sim.executor.pace import steady, usual_ns
 from rtp_sim.experiment import Request, prepare
 from rtp_sim.experiment import run as simulate
 
@@ -52,8 +54,21 @@ class Contender:
         return f"{self.strategy}{' twin' if self.twin else ''}"
 
 
-def launch(contender: Contender, model: str, steps: int) -> float:
-    """Median step of one launch, in seconds."""
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """Times of the measured steps of one launch, in seconds, and the pace of the slowest core in each."""
+
+    times_s: tuple[float, ...]
+    pace_ns: tuple[int, ...]
+
+    def median_s(self, usual: int) -> float | None:
+        """Of the steps at the usual pace; None if there are none."""
+        found = [t for t, pace in zip(self.times_s, self.pace_ns, strict=True) if steady(pace, usual)]
+        return statistics.median(found) if found else None
+
+
+def launch(contender: Contender, model: str, steps: int) -> Launch:
+    """The steps of one launch."""
     seq, batch = WORKLOAD[contender.model]
     sequences = batch * RANKS
     if contender.strategy == "tp":
@@ -63,22 +78,26 @@ def launch(contender: Contender, model: str, steps: int) -> float:
         words = [
             "run", "--model", model, "--strategy", contender.strategy, "--nproc-per-node", RANKS, "--precision", "fp32",
             "--seq-len", seq, "--micro-batch", batch, "--steps", steps, "--warmup", 3, "--quiet", "--format", "json",
-            "-o", f"{path}/run", *(["--twin"] if contender.twin else []),
+            "--pin", "-o", f"{path}/run", *(["--twin"] if contender.twin else []),
         ]  # fmt: skip
         command = [sys.executable, "-m", "rtp_sim", *map(str, words)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)
-    return float(json.loads(done.stdout)["median_step_time_ns"]) / 1e9
+    result = json.loads(done.stdout)
+    times = tuple(t / 1e9 for t in result["step_times_ns"])
+    return Launch(times, tuple(result["pace_ns"][-len(times) :]))
 
 
 def in_turn(contenders: list[Contender], model: str, launches: int, steps: int) -> dict[Contender, list[float]]:
-    """Launches of all, one of each at a time."""
-    found: dict[Contender, list[float]] = {c: [] for c in contenders}
+    """Medians of launches of all, one of each at a time; of all steps where none was at the usual pace."""
+    found: dict[Contender, list[Launch]] = {c: [] for c in contenders}
     for _ in range(launches):
         for contender in contenders:
             found[contender].append(launch(contender, model, steps))
-    return found
+    usual = usual_ns([pace for mine in found.values() for one in mine for pace in one.pace_ns])
+    medians = {c: [m for one in mine if (m := one.median_s(usual)) is not None] for c, mine in found.items()}
+    return {c: medians[c] or [statistics.median(one.times_s) for one in found[c]] for c in contenders}
 
 
 def pairs(model: str, strategies: list[str]) -> Iterator[list[Contender]]:
@@ -101,7 +120,7 @@ def main() -> None:
     """The table, a line per pair."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--launches", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--models", default="gpt2-tiny,wide")
     parser.add_argument("--strategies", default="ddp,fsdp,tp,rtp")
     parser.add_argument("--profile", help="a profile of this machine (rtp-sim calibrate), for what the simulator says")

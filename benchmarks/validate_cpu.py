@@ -3,11 +3,12 @@
 Needs torch, a quiet machine and patience (`--settings`, `--cases` and `--launches` make it shorter). It calibrates once
 for 2 and for 4 ranks (`rtp-sim calibrate`; profiles that are there already are used), then measures 24 cases in every
 setting: each launch is a fresh set of processes, a case's time the median over its launches of the launch's median
-step. A launch does not count and is made again, up to three times, while other programs took more than `--foreign` of
-the cores, or while the cores were slower or faster by more than `--pace` than while calibrating (a virtual machine's
-neighbours show in nothing else). Every launch is written to DIR/launches.jsonl at once, so a benchmark that was
-interrupted goes on where it was, and `--report` predicts again without measuring, with the program as it is now.
-Nothing is fitted to these cases.
+step. In every step each rank watches the pace of its core (rtp_sim/executor/pace.py): a virtual machine's
+neighbours slow it down for a second or so and show in nothing else. Steps at another pace than the calibration's do
+not count. A launch of which fewer than two steps count, or during which other programs took more than `--foreign` of
+the cores, is made again, up to three times in a row. Every launch is written to DIR/launches.jsonl at once, so that a
+benchmark that was interrupted goes on where it was, and `--report` predicts again without measuring, with the program
+as it is now. Nothing is fitted to these cases.
 
 Writes DIR/validation.md and DIR/validation.json. Exit code 1 if a setting misses its bar.
 """
@@ -17,21 +18,22 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-
-import numpy as np
+from typing import NoReturn
 
 from rtp_sim.cost.stated import StatedCost, priced
 from rtp_sim.engine.simulate import simulate
+from rtp_sim.executor import distributed, machine, shm, worker  # noqa: F401 - forked ranks find torch imported
 from rtp_sim.executor.collect import collect
-from rtp_sim.executor.launcher import launch
+from rtp_sim.executor.launcher import HOST, LAUNCHER_PID, free_port
+from rtp_sim.executor.pace import steady
 from rtp_sim.executor.request import RunRequest
 from rtp_sim.executor.rundir import RunDirectory
 from rtp_sim.experiment import Prepared, Request, prepare
@@ -43,11 +45,12 @@ from rtp_sim.stated import StatedTimes
 from rtp_sim.validation.predict import Conditions, predict
 
 LINK = Link(200_000, 10**9)
-STATED_PROFILE, STATED_STEP_NS = "dgx-a100-80g", 500_000_000
+STATED_PROFILE, STATED_STEP_NS = "dgx-a100-80g", 300_000_000
 """Ranks that sleep take what this profile predicts, stretched to a step of about this long."""
 RETRIES = 3
-YARD_NUMEL, YARD_TIMES = 1 << 18, 30
-"""Exponentials of the yardstick, and how often they are taken: some 50 ms."""
+STATED_STEPS = 3
+FEWEST_STEPS = 2
+PATIENCE_S = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +98,7 @@ class Case:
 
 
 STRATEGIES = ("ddp", "zero1", "zero2", "fsdp", "tp", "tp-sp", "rtp", "rtp-inplace")
-SIZES = ((320, 3, 5, 96), (448, 3, 4, 128), (704, 2, 2, 96), (256, 4, 12, 64), (576, 2, 5, 72), (384, 4, 2, 208))
+SIZES = ((320, 3, 3, 96), (448, 2, 3, 112), (704, 2, 1, 96), (256, 4, 6, 64), (576, 2, 2, 72), (384, 3, 1, 208))
 """(hidden, layers, micro-batch, sequence); 8 heads each. Every strategy meets three of them."""
 
 
@@ -145,9 +148,9 @@ def job(setting: Setting, case: Case) -> Job:
 
 def run_request(a: argparse.Namespace, job: Job) -> RunRequest:
     """The executor's side of the job."""
-    own = RunRequest(job.prepared.network, job.prepared.training, steps=a.steps, warmup=2, pin=a.pin)
+    own = RunRequest(job.prepared.network, job.prepared.training, steps=a.steps, warmup=1, pin=a.pin)
     if job.times is not None:
-        return replace(own, stated=True, pin=False)
+        return replace(own, stated=True, pin=False, steps=min(a.steps, STATED_STEPS), warmup=1)
     if job.setting.transport != "emulated":
         return replace(own, transport=job.setting.transport)
     latency_ns, bandwidth = LINK.latency_ns, LINK.bandwidth_bytes_per_s
@@ -159,14 +162,15 @@ def run_request(a: argparse.Namespace, job: Job) -> RunRequest:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One launch: its median step, what other programs took of the cores meanwhile, and how much slower than while
-    calibrating the cores were (`pace`): on a shared host others slow them down without being seen here."""
+    """One launch: the median of the steps at the usual pace (of all, if there are none), how many these were of how
+    many, and what other programs took of the cores meanwhile."""
 
     setting: str
     case: str
     median_ns: int
+    steady: int
+    steps: int
     foreign: float
-    pace: float
     counts: bool
 
 
@@ -174,34 +178,55 @@ def measure(a: argparse.Namespace, job: Job) -> Launch:
     """Runs the job once on fresh processes."""
     run, request = RunDirectory(a.output / "run"), run_request(a, job)
     run.prepare(job.prepared.schedule, request, job.times)
-    reference_ns = None if job.times is not None else yardstick_of(calibrated(a, job.setting))
-    before_ns = yardstick_ns() if reference_ns else 0
+    usual_ns = 0 if job.times is not None else usual_pace_ns(calibrated(a, job.setting))
     busy_s, own_s, start_s = _busy_core_s(), _own_core_s(), time.monotonic()
-    launch(run, job.prepared.schedule, request, None, lambda _: None)
+    run_ranks(run, job.setting.ranks)
     took_s = time.monotonic() - start_s
     others_s = (_busy_core_s() - busy_s) - (_own_core_s() - own_s)
     foreign = max(0.0, others_s / took_s / (os.cpu_count() or 1))
-    pace = (before_ns + yardstick_ns()) / 2 / reference_ns - 1 if reference_ns else 0.0
     result = collect(run, job.prepared.schedule, request)
-    counts = foreign <= a.foreign and abs(pace) <= a.pace
-    return Launch(job.setting.name, job.case.name, result["median_step_time_ns"], foreign, pace, counts)
+    times, paces = result["step_times_ns"], result["pace_ns"][request.warmup :]
+    usual = [t for t, pace in zip(times, paces, strict=True) if steady(pace, usual_ns)]
+    counts = foreign <= a.foreign and len(usual) >= min(FEWEST_STEPS, len(times))
+    median_ns = int(statistics.median(usual or times))
+    return Launch(job.setting.name, job.case.name, median_ns, len(usual), len(times), foreign, counts)
 
 
-def yardstick_ns() -> int:
-    """Median time of a fixed computation on every core at once."""
-    numbers = np.linspace(0, 1, YARD_NUMEL)
+def run_ranks(run: RunDirectory, ranks: int) -> None:
+    """A fresh process per rank, forked from this one: that torch is there already saves most of a launch's time."""
+    port, children = free_port(), []
+    for rank in range(ranks):
+        child = os.fork()
+        if not child:
+            _be_rank(run, rank, ranks, port)
+        children.append(child)
+    deadline_s = time.monotonic() + PATIENCE_S
+    try:
+        while children:
+            found, status = os.waitpid(-1, os.WNOHANG)
+            if found in children:
+                children.remove(found)
+                if status:
+                    raise SystemExit(f"a rank failed: see {run.path}/ranks/*/log.txt")
+            elif time.monotonic() > deadline_s:
+                raise SystemExit(f"the ranks took longer than {PATIENCE_S} s: see {run.path}/ranks/*/log.txt")
+            else:
+                time.sleep(0.01)
+    finally:
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
 
-    def exponentials(_: int) -> list[int]:
-        found = []
-        for _ in range(YARD_TIMES):
-            start_ns = time.perf_counter_ns()
-            np.exp(numbers)
-            found.append(time.perf_counter_ns() - start_ns)
-        return found
 
-    cores = os.cpu_count() or 1
-    with ThreadPoolExecutor(cores) as pool:
-        return int(statistics.median(ns for times in pool.map(exponentials, range(cores)) for ns in times))
+def _be_rank(run: RunDirectory, rank: int, ranks: int, port: int) -> NoReturn:
+    """In the child: what the launcher sets up, then the worker."""
+    words = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port, LAUNCHER_PID: os.getppid()}
+    os.environ.update({key: str(value) for key, value in words.items()} | {"MASTER_ADDR": HOST})
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    log = os.open(run.of_rank(rank, "log.txt"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os._exit(worker.main([str(run.path)]))
 
 
 def _busy_core_s() -> float:
@@ -225,14 +250,13 @@ def measure_all(a: argparse.Namespace, jobs: Sequence[Job], log: Path) -> None:
             key = (job.setting.name, job.case.name)
             if done.get(key, 0) > number:
                 continue
-            for attempt in range(RETRIES + 1):
+            for _ in range(RETRIES + 1):
                 found = measure(a, job)
-                # If the machine never becomes quiet, the last attempt counts, and the report says how busy it was.
-                found = replace(found, counts=found.counts or attempt == RETRIES)
                 with log.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(asdict(found)) + "\n")
+                again = "" if found.counts else ", again"
                 say(f"{job.setting.name}, launch {number + 1}: {job.case.name}: {found.median_ns / 1e6:.1f} ms, others "
-                    f"{found.foreign:.0%}, pace {found.pace:+.0%}{'' if found.counts else ', again'}")  # fmt: skip
+                    f"{found.foreign:.0%}, {found.steady}/{found.steps} steps{again}")  # fmt: skip
                 if found.counts:
                     break
 
@@ -255,20 +279,14 @@ def calibrated(a: argparse.Namespace, setting: Setting) -> Path:
         say(f"calibrating for {setting.ranks} ranks over {transport}")
         command = [sys.executable, "-m", "rtp_sim", "calibrate", "-o", str(path), "--nproc", str(setting.ranks)]
         command += ["--transport", transport, "--quiet", *(["--pin"] if a.pin else [])]
-        for _ in range(RETRIES):
-            before_ns = yardstick_ns()
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-            after_ns = yardstick_ns()
-            if abs(after_ns / before_ns - 1) <= a.pace:
-                break
-            say(f"the cores' pace changed by {after_ns / before_ns - 1:+.0%} meanwhile: calibrating again")
-        path.with_suffix(".yardstick").write_text(str((before_ns + after_ns) // 2), encoding="ascii")
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return path
 
 
-def yardstick_of(profile: Path) -> int:
-    """What the yardstick took while the profile was made."""
-    return int(profile.with_suffix(".yardstick").read_text(encoding="ascii"))
+def usual_pace_ns(profile: Path) -> int:
+    """The cores' usual pace while the profile was made."""
+    text = profile.with_suffix(".calibration.json").read_text(encoding="utf-8")
+    return int(json.loads(text)["facts"]["pace_ns"])
 
 
 def say(text: str) -> None:
@@ -280,7 +298,8 @@ def say(text: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A case: times in ms, the error of the prediction and the run-to-run coefficient of variation as fractions."""
+    """A case: times in ms, the error of the prediction, the run-to-run coefficient of variation, how many steps were at
+    the usual pace and what others took at most of the cores, as fractions."""
 
     setting: str
     case: str
@@ -289,8 +308,8 @@ class Row:
     error: float
     cv: float
     launches: int
+    steady: float
     foreign: float
-    pace: float
 
 
 def rows(a: argparse.Namespace, jobs: Sequence[Job], log: Path) -> list[Row]:
@@ -310,7 +329,8 @@ def rows(a: argparse.Namespace, jobs: Sequence[Job], log: Path) -> list[Row]:
         cv = statistics.stdev(times) / statistics.fmean(times) if len(times) > 1 else 0.0
         found.append(Row(
             job.setting.name, job.case.name, predicted_ns / 1e6, measured_ns / 1e6, predicted_ns / measured_ns - 1, cv,
-            len(times), max(one.foreign for one in mine), max((one.pace for one in mine), key=abs),
+            len(times), sum(one.steady for one in mine) / sum(one.steps for one in mine),
+            max(one.foreign for one in mine),
         ))  # fmt: skip
     return found
 
@@ -330,11 +350,11 @@ def markdown(found: Sequence[Row]) -> Iterator[str]:
         mine = [row for row in found if row.setting == setting.name]
         if mine:
             yield from ("", f"**{setting.name}**", "")
-            yield "| case | predicted | measured | error | CV | launches | others | pace |"
+            yield "| case | predicted | measured | error | CV | launches | steps at the usual pace | others |"
             yield "|---|---|---|---|---|---|---|---|"
             for row in mine:
                 yield (f"| {row.case} | {row.predicted_ms:.1f} ms | {row.measured_ms:.1f} ms | {row.error:+.1%} | "
-                       f"{row.cv:.1%} | {row.launches} | {row.foreign:.0%} | {row.pace:+.0%} |")  # fmt: skip
+                       f"{row.cv:.1%} | {row.launches} | {row.steady:.0%} | {row.foreign:.0%} |")  # fmt: skip
 
 
 def mean_error(found: Sequence[Row]) -> float:
@@ -359,9 +379,8 @@ def main() -> int:
     parser.add_argument("--settings", default=",".join(s.key for s in SETTINGS), help="which (%(default)s)")
     parser.add_argument("--cases", type=int, default=24, metavar="N", help="the first N cases (24)")
     parser.add_argument("--launches", type=int, default=5, metavar="N", help="launches of each case (5)")
-    parser.add_argument("--steps", type=int, default=3, metavar="N", help="measured steps of a launch (3)")
+    parser.add_argument("--steps", type=int, default=12, metavar="N", help="measured steps of a launch (12)")
     parser.add_argument("--foreign", type=float, default=0.03, metavar="X", help="most that others may take (0.03)")
-    parser.add_argument("--pace", type=float, default=0.05, metavar="X", help="most that the cores' pace may differ")
     parser.add_argument("--pin", action="store_true", help="keep each rank on one core, also when calibrating")
     parser.add_argument("--report", action="store_true", help="measure nothing, predict what is on file")
     a = parser.parse_args()

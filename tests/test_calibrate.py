@@ -316,6 +316,47 @@ def test_a_transfer_counts_from_the_last_rank_that_was_ready() -> None:
     assert sample.times_ns == (40, 60)
 
 
+def test_transfers_beside_a_slow_core_count_only_where_there_are_no_others() -> None:
+    pytest.importorskip("torch")
+    from rtp_sim.executor.calibrate.transfers import RankTimes, combined
+
+    start, usual = (0,) * 8, (100,) * 8
+    first = RankTimes("shift", 64, start, (40, 41, 42, 43, 90, 45, 46, 47), 0, (*usual[:4], 170, *usual[:3]))
+    second = RankTimes("shift", 64, start, (40, 41, 42, 99, 44, 45, 46, 47), 0, (*usual[:3], 150, 100, 110, 100, 100))
+    disturbed = RankTimes("shift", 128, (0,), (70,), 0, (160,))
+    quiet = RankTimes("shift", 128, (0,), (60,), 0, usual[:1])
+    small, large = combined([[first, disturbed], [second, quiet]], shared_clock=True)
+    # The fourth and the fifth had a rank that was slow; 10 % off is as usual. The only one of 128 bytes stays.
+    assert small.times_ns == (40, 41, 42, 45, 46, 47)
+    assert large.times_ns == (70,)
+
+
+def test_kernels_in_slow_steps_count_only_where_no_other_step_has_them() -> None:
+    pytest.importorskip("torch")
+    from rtp_sim.executor.calibrate.probe import ProbeTimes, gathered
+
+    def step(pace_ns: int, took_ns: int, issue_ns: int, kernel: str = "add") -> ProbeTimes:
+        return ProbeTimes((KernelSample(kernel, "fp32", (("numel", 8),), (took_ns,)),), (issue_ns,), pace_ns)
+
+    steps = [step(70, 5, 1), step(115, 9, 2), step(72, 6, 3), step(120, 30, 4, "gelu"), step(71, 7, 5)]
+    samples, issue = gathered(steps)
+    assert {s.kernel: s.times_ns for s in samples} == {"add": (5, 6, 7), "gelu": (30,)}
+    assert issue == [1, 3, 5]
+
+
+def test_the_usual_pace_is_that_of_the_undisturbed_core() -> None:
+    from rtp_sim.executor.pace import pace_ns, steady, usual_ns
+
+    # 20 readings, half of them slow: the third smallest is still an undisturbed one.
+    readings = [100 + i for i in range(10)] + [150 + i for i in range(10)]
+    assert usual_ns(readings) == 102
+    assert usual_ns([]) == 0
+    assert steady(114, 102)
+    assert not steady(115, 102)
+    assert steady(10**9, 0)
+    assert pace_ns() > 0
+
+
 def test_a_quick_calibration_of_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("torch")
     profile = tmp_path / "here.toml"

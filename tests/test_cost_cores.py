@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from cost_helpers import loopback, switched
 from engine_helpers import one_ring
 
 from rtp_sim.cost.cores import CORE_NS_PER_KILOBYTE
-from rtp_sim.cost.model import ClusterCost
+from rtp_sim.cost.model import ClusterCost, handled_bytes
 from rtp_sim.engine.simulate import simulate
 from rtp_sim.hardware.profiles import load_cluster
-from rtp_sim.schedule.ir import Compute, Hop, Op, Program, Shift
+from rtp_sim.hardware.spec import MeasuredKernel
+from rtp_sim.schedule.ir import Collective, Compute, Hop, Op, Program, Shift
 
 WORK = (("numel", 10**7),)
 
@@ -90,3 +93,32 @@ def test_the_local_profile_has_two_cores() -> None:
     assert cost.link_capacity(pool[0]) == 2 * pool[1] * 10**9
     # 5.26 GB/s of messages at most: the 5.6 GB/s that were measured over loopback, from the other side.
     assert cost.link_capacity(pool[0]) / CORE_NS_PER_KILOBYTE == pytest.approx(5.6e9, rel=0.07)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reads", "writes", "handled"),
+    [
+        ("all_reduce", ("bucket",), ("bucket",), 0),  # moves where it lies
+        ("all_reduce", ("g0", "g1"), ("g0", "g1"), 2000),  # laid end to end, then cut up
+        ("reduce_scatter", ("g0", "g1"), ("share",), 1000),  # laid end to end
+        ("reduce_scatter", ("g",), ("share",), 0),
+        ("all_gather", ("share",), ("whole",), 0),  # what arrives becomes the buffer
+        ("all_gather", ("w0", "w1"), ("w0", "w1"), 1000),  # new weights into the old ones' places
+        ("all_gather", ("share",), ("a", "b"), 1000),
+        ("all_gather", ("w",), ("w",), 1000),
+    ],
+)
+def test_the_host_copies_what_lies_in_several_buffers(
+    kind: str, reads: tuple[str, ...], writes: tuple[str, ...], handled: int
+) -> None:
+    assert handled_bytes(Op(0, "c", "dp", Collective(kind, "dp", 1000, "fp32"), reads, writes)) == handled  # type: ignore[arg-type]
+
+
+def test_handling_costs_the_host_of_a_cpu_a_copy() -> None:
+    op = Op(0, "c", "dp", Collective("all_gather", "dp", 10**6, "fp32"), ("w0", "w1"), ("w0", "w1"))
+    cluster = loopback(2)
+    plain = ClusterCost(cluster).host_issue_ns(op)
+    # 0.05 ns per byte read or written: a copy of 1 MB is 2 MB of both.
+    line = MeasuredKernel(10_000, 0.0, 0.05, cluster.device.host_issue_ns)
+    measured = replace(cluster, device=replace(cluster.device, kernels={("copy", "fp32"): line}))
+    assert ClusterCost(measured).host_issue_ns(op) == plain + 100_000

@@ -10,8 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from rtp_sim.compose.lockstep import in_lockstep
+from rtp_sim.compose.lockstep import Lockstep, in_lockstep
+from rtp_sim.compose.memory import StageMemory
 from rtp_sim.compose.pipeline import StageResult, compose_pipeline
+from rtp_sim.engine.fold import Folds
+from rtp_sim.errors import InputError
 from rtp_sim.experiment import Request, Setting, built, run, settle, usable_memory_bytes
 from rtp_sim.hardware.spec import Cluster
 from rtp_sim.metrics import NS_PER_S, StepMetrics
@@ -29,38 +32,52 @@ FEW_MICROS = (2, 3)
 class Estimate:
     """`how` says what the metrics rest on: "simulated", "composed", or what was simulated instead. Of a composed step
     the share of measured prices is not known, and messages between stages count as bubble, not as communication.
-    `host_s` is how long kernels waited for nothing but the host to issue them; None from the events."""
+    `host_s` is how long kernels waited for nothing but the host to issue them; None from the events. `memory` is that
+    of each stage, of which there is one without a pipeline."""
 
     metrics: StepMetrics
     extrapolated: bool
     how: str
     host_s: float | None = None
+    memory: tuple[StageMemory, ...] = ()
 
 
 def estimate(
-    request: Request | Setting, cluster: Cluster | None = None, network: Network | None = None, engine: str = "simpy"
-) -> Estimate:
+    request: Request | Setting, cluster: Cluster | None = None, network: Network | None = None, engine: str = "simpy",
+    folds: Folds | None = None,
+) -> Estimate:  # fmt: skip
     """The metrics of a request, or of one that is looked up already; `engine` is one of `experiment.ENGINES` or
-    "lockstep" (lockstep.py). InputError as `experiment.prepare`."""
+    "lockstep" (lockstep.py). InputError as `experiment.prepare`. `folds` spares estimates of one cost model after each
+    other what they have in common."""
     setting = request if isinstance(request, Setting) else settle(request, cluster, network)
     if setting.request.strategy in PIPELINES:
-        stages = compose_pipeline(setting, slowdown=engine != "longest-path")
-        return Estimate(_of_stages(setting, stages), True, "composed", last_stage(stages).host_ns / NS_PER_S)
+        if setting.request.slow_gpus:
+            raise InputError("slow GPUs: a composed pipeline takes all ranks of a stage to be equal; expected --engine "
+                             "simpy or longest-path with them")  # fmt: skip
+        stages = compose_pipeline(setting, slowdown=engine != "longest-path", folds=folds)
+        waited_s = last_stage(stages).host_ns / NS_PER_S
+        return Estimate(_of_stages(setting, stages), True, "composed", waited_s, tuple(s.memory for s in stages))
     blocks = len(repeated(setting.network))
     micros = setting.training.num_microbatches
     few_blocks = FEW_BLOCKS if blocks > FEW_BLOCKS[1] + 2 and not setting.request.options.eval_passes else (blocks,)
     few_micros = FEW_MICROS if micros > FEW_MICROS[1] else (micros,)
     if few_blocks == (blocks,) and few_micros == (micros,):
-        metrics, host_s = _run(setting, engine)
-        return Estimate(metrics, False, "simulated", host_s)
-    rows = [[_simulated(setting, b, m, engine) for m in few_micros] for b in few_blocks]
-    metrics = _over_both([[metrics for metrics, _ in row] for row in rows], few_blocks, blocks, few_micros, micros)
-    host = [[host_s for _, host_s in row if host_s is not None] for row in rows]
+        whole = _run(setting, engine, folds)
+        return Estimate(whole.metrics, False, "simulated", whole.host_s, _memory(whole, whole.metrics))
+    rows = [[_simulated(setting, b, m, engine, folds) for m in few_micros] for b in few_blocks]
+    metrics = _over_both([[run.metrics for run in row] for row in rows], few_blocks, blocks, few_micros, micros)
+    host = [[run.host_s for run in row if run.host_s is not None] for row in rows]
     host_s = None
     if all(host):
         host_s = max(0.0, _line(few_blocks, [_line(few_micros, row, micros) for row in host], blocks))
     how = f"simulated with {_and(few_blocks)} blocks, {_and(few_micros)} micro-batches"
-    return Estimate(_with_rates(setting, metrics), True, how, host_s)
+    return Estimate(_with_rates(setting, metrics), True, how, host_s, _memory(rows[-1][-1], metrics))
+
+
+def _memory(largest: Lockstep, metrics: StepMetrics) -> tuple[StageMemory]:
+    """The peak of the whole step, with the moment of the largest that was simulated."""
+    moment = largest.memory or StageMemory({})
+    return (replace(moment, held=metrics.memory_by_category),)
 
 
 def _and(numbers: tuple[int, ...]) -> str:
@@ -70,16 +87,16 @@ def _and(numbers: tuple[int, ...]) -> str:
 # ---- fewer of what repeats
 
 
-def _run(setting: Setting, engine: str) -> tuple[StepMetrics, float | None]:
+def _run(setting: Setting, engine: str, folds: Folds | None) -> Lockstep:
     if engine == "lockstep":
         return in_lockstep(setting)
-    return run(built(setting), engine).metrics, None
+    return Lockstep(run(built(setting), engine, folds=folds).metrics, None, None)
 
 
-def _simulated(setting: Setting, blocks: int, micros: int, engine: str) -> tuple[StepMetrics, float | None]:
+def _simulated(setting: Setting, blocks: int, micros: int, engine: str, folds: Folds | None) -> Lockstep:
     training = replace(setting.training, num_microbatches=micros)
     smaller = replace(setting, network=shortened(setting.network, blocks), training=training)
-    return _run(smaller, engine)
+    return _run(smaller, engine, folds)
 
 
 def repeated(network: Network) -> tuple[Block, ...]:
@@ -169,11 +186,11 @@ def _of_stages(setting: Setting, stages: list[StageResult]) -> StepMetrics:
     step_ns = last.end_ns
     # What a stretch leaves exposed at rest may find the kernels of another to hide behind.
     exposed_ns = min(last.exposed_ns, step_ns - last.compute_ns)
-    highest = max(stages, key=lambda stage: stage.peak_bytes)
+    highest = max((stage.memory for stage in stages), key=lambda memory: memory.total_bytes)
     metrics = StepMetrics(
         strategy=setting.request.strategy, layout=str(setting.layout), step_time_s=step_ns / NS_PER_S,
-        tokens_per_s=None, tokens_per_s_per_gpu=None, mfu=None, peak_memory_bytes=highest.peak_bytes,
-        memory_by_category=dict(highest.peak_by_category), fits=False, compute_time_s=last.compute_ns / NS_PER_S,
+        tokens_per_s=None, tokens_per_s_per_gpu=None, mfu=None, peak_memory_bytes=highest.total_bytes,
+        memory_by_category=dict(highest.held), fits=False, compute_time_s=last.compute_ns / NS_PER_S,
         exposed_communication_s=exposed_ns / NS_PER_S,
         overlapped_communication_s=max(0, last.communication_ns - exposed_ns) / NS_PER_S,
         bubble_s=max(0, step_ns - last.compute_ns - exposed_ns) / NS_PER_S,

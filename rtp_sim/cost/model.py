@@ -18,6 +18,18 @@ BACKWARD = (".bwd", ".dgrad", ".wgrad", "accumulate")
 """How the names of kernels end that autograd launches by itself, without a framework's Python."""
 
 
+def handled_bytes(op: Op) -> int:
+    """Bytes that the executor's host copies for a collective (rtp_sim/executor/parcels.py): of several buffers those
+    that it sends as one, and those that arrive as one. Shares of one rank are left out."""
+    action = op.action
+    assert isinstance(action, Collective)
+    kept = [name for name in op.writes if name in op.reads]
+    taken = len(op.reads) - len(kept) or len(op.reads)
+    handled = action.size_bytes if taken > 1 and action.kind in ("all_reduce", "reduce_scatter") else 0
+    arrives = len(op.writes) > 1 or (kept and action.kind == "all_gather")
+    return handled + (action.size_bytes if arrives and action.kind != "reduce_scatter" else 0)
+
+
 class ClusterCost:
     """Implements engine.costs.CostModel for `cluster`. `host_cores` replaces the number of cores that the ranks of one
     host share; it counts only where ranks are on CPUs. `host` gives what a framework spends to issue ops,
@@ -62,7 +74,7 @@ class ClusterCost:
 
     def host_issue_ns(self, op: Op) -> int:
         """Host time to issue one op: cutting out and putting in place what communication moves may take longer."""
-        issue_ns = self.host.issue_ns(op, self._usual_issue_ns(op))
+        issue_ns = self.host.issue_ns(op, self._usual_issue_ns(op) + self._handling_ns(op))
         turn = self.cluster.communication.collective_turn_piped_ns
         if turn is not None and isinstance(op.action, Collective) and op.action.group in self.piped:
             return issue_ns + round(turn.value * self.piped[op.action.group])
@@ -72,6 +84,14 @@ class ClusterCost:
         if isinstance(op.action, Compute):
             return self._backward_issue_ns if op.action.kernel.endswith(BACKWARD) else self._issue_ns
         return self._message_issue_ns if isinstance(op.action, Send | Recv) else self._communication_issue_ns
+
+    def _handling_ns(self, op: Op) -> int:
+        """On a CPU, whose host itself lays buffers end to end for a collective and cuts up what arrives: as long as
+        copies of as many bytes."""
+        line = self.cluster.device.kernels.get(("copy", "fp32"))
+        if self._cores is None or line is None or not isinstance(op.action, Collective):
+            return 0
+        return round(2 * handled_bytes(op) * line.ns_per_byte)
 
     def link_capacity(self, link: int) -> int:
         """Bytes/s of a wire; of a pool of cores, cores x weight x 1e9."""

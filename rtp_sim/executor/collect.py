@@ -114,6 +114,7 @@ def _result(
         "warmup_step_times_ns": list(durations_ns[: request.warmup]),
         "median_step_time_ns": int(statistics.median_low(measured)) if measured else None,
         "step_time_cv": statistics.stdev(measured) / statistics.fmean(measured) if len(measured) > 1 else None,
+        "pace_ns": [max(mine[k].get("pace_ns", 0) for mine in steps) for k in range(finished)],
         "loss": losses,
         **{key: [steps[0][k].get(key) for k in range(finished)] for key in ("grad_norm", "loss_scale", "skipped")},
         "twin": TWINS[schedule.name] if request.twin else None,

@@ -80,6 +80,7 @@ class HostInterpreter:
         self._tags = transfer_tags(schedule)
         self._waits = ordered_after(self._program)
         self._data = touched_after(self._program)
+        self._needed = [waits | data for waits, data in zip(self._waits, self._data, strict=True)]
         self._awaited = awaited_at_once(self._program, self._waits, self._data)
         streams = dict.fromkeys(op.stream for op in self._program.ops if communicates(op))
         self._lanes = {stream: Lane(i, stream, progress) for i, stream in enumerate(streams)}
@@ -100,7 +101,7 @@ class HostInterpreter:
                 self._communicate(op, board)
                 self._settle(board, (op.index,) if op.blocks_host else ())
             else:
-                self._settle(board, self._waits[op.index] | self._data[op.index])
+                self._settle(board, self._needed[op.index])
                 board.times[0, op.index] = now_ns()
                 with self.around(op):
                     self._machine.run(op)
@@ -125,6 +126,8 @@ class HostInterpreter:
 
     def _settle(self, board: Board, needed: Collection[int]) -> None:
         """Waits for these communication ops; puts into place what they, and others done meanwhile, have brought."""
+        if not self._unfinished:
+            return
         board.wait(needed)
         for i in [i for i in self._unfinished if i in needed or board.done[i].is_set()]:
             self._unfinished.pop(i).finish()

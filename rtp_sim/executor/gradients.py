@@ -181,6 +181,11 @@ class GradientWatch:
         self.skipped = self.scaler is not None and bool(known[1] > 0)
         self.left_out += self.skipped
 
+    @property
+    def changes_gradients(self) -> bool:
+        """Whether `multiplied` makes other gradients than it is given."""
+        return self._factor is not None
+
     def multiplied(self, gradients: torch.Tensor) -> torch.Tensor:
         """The gradients as the optimizer sees them: clipped and unscaled, in at least fp32 (fp16 would lose what is
         small again)."""

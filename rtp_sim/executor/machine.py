@@ -7,7 +7,7 @@ move, and what runs at the same time, is the interpreter's business; what is com
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -20,7 +20,7 @@ from rtp_sim.executor.exchange import Parcel, Transfer
 from rtp_sim.executor.gradients import Counted, GradientWatch, counted
 from rtp_sim.executor.kernels import KERNELS
 from rtp_sim.executor.launch import Columns, Launch, Made, Result, Route
-from rtp_sim.executor.optimizer import DEFAULTS, Hyper, State, new_state, update
+from rtp_sim.executor.optimizer import DEFAULTS, Hyper, State, Update, new_state, update_all
 from rtp_sim.executor.packing import placed
 from rtp_sim.executor.parameters import (
     Parameters,
@@ -155,6 +155,11 @@ class Machine:
         numel, dtype = self._shape[buffer]
         return torch.zeros(numel, dtype=dtype, device=self.device)
 
+    def _room(self, buffer: str, filled: int) -> torch.Tensor:
+        """A tensor for a buffer of which `filled` elements are written before it is read; the rest are zeros."""
+        numel, dtype = self._shape[buffer]
+        return torch.empty(numel, dtype=dtype, device=self.device) if filled >= numel else self._zeros(buffer)
+
     def losses(self) -> list[float]:
         """The rank's loss of each micro-batch (or pass) of the step; of split tokens its part of it."""
         name = self.network.blocks[-1].layers[-1].output
@@ -261,8 +266,15 @@ class Machine:
         replica = replica_of(self.schedule, self.rank)
         return mask_seed(self.seed, self.step, replica, plan.micro, plan.site, plan.shard)
 
-    def _parameters(self, buffer: str, plan: Plan) -> dict[str, torch.Tensor]:
+    def _parameters(self, buffer: str, plan: Plan) -> Mapping[str, torch.Tensor]:
         """Views of the layer's parameters (of the shard that lies there now) in a flat buffer."""
+        known = self.storage.views(buffer)
+        found = known.get(plan.op)
+        if found is None:
+            found = known[plan.op] = self._placed(buffer, plan)
+        return found
+
+    def _placed(self, buffer: str, plan: Plan) -> Mapping[str, torch.Tensor]:
         layer, flat = plan.roles.layer, self.storage[buffer]
         offset = self._offsets.get((buffer, layer.weight_name))
         if offset is None:
@@ -322,15 +334,21 @@ class Machine:
 
     def _copy(self, op: Op) -> None:
         """What the op reads, end to end, to what it writes, end to end; to a buffer for a slice only this rank's."""
-        flat = laid_out(self.storage, sources(op))
-        for name in op.writes:
-            if name not in op.reads:
-                self.storage.put(name, self._zeros(name))
-        target = self.program.buffers[op.writes[0]]
+        taken, storage, target = sources(op), self.storage, self.program.buffers[op.writes[0]]
+        fresh = [name for name in op.writes if name not in op.reads]
         if target.slice_of and not any(self.program.buffers[name].slice_of for name in op.reads):
             numel = self._numel(target.name)
-            flat = flat[slice_place(self.schedule, self.rank, target.slice_of).index * numel :][:numel]
-        spread(self.storage, op.writes, flat)
+            index = slice_place(self.schedule, self.rank, target.slice_of).index
+            parts = [laid_out(storage, taken)[index * numel :][:numel]]
+        else:
+            parts = [storage[name] for name in taken]
+        covered = sum(part.numel() for part in parts) >= sum(map(self._numel, op.writes))
+        for name in fresh:
+            storage.put(name, self._room(name, self._numel(name) if covered else 0))
+        begin = 0
+        for part in parts:
+            spread(storage, op.writes, part, begin)
+            begin += part.numel()
 
     def _counted(self) -> list[Counted]:
         """The gradients that the rank counts in the norm: those that its optimizer steps update with."""
@@ -352,17 +370,25 @@ class Machine:
 
     def _optimize(self, op: Op) -> None:
         self.watch.judge(op, self.storage)
-        for work in self._works_of(op):
-            if self.keep_gradients:
-                self.gradients.append(self._gradient_share(work))
-            if self.watch.skipped:
-                continue
-            state = self.states[work.state.name]
-            for start, weights in work.weights.views(self.storage):
-                gradients = work.gradients.part(self.storage, start, start + weights.numel())
-                part = state.part(start, start + weights.numel())
-                gradients = self.watch.multiplied(gradients)
-                update(self.training.optimizer, self.hyper, self.updates, weights, gradients, part)
+        works = self._works_of(op)
+        if self.keep_gradients:
+            self.gradients += [self._gradient_share(work) for work in works]
+        if self.watch.skipped:
+            return
+        if self.watch.changes_gradients:
+            # Clipped gradients are copies: one work's at a time.
+            for work in works:
+                update_all(self.training.optimizer, self.hyper, self.updates, self._parts_of(work))
+        else:
+            parts = (part for work in works for part in self._parts_of(work))
+            update_all(self.training.optimizer, self.hyper, self.updates, parts)
+
+    def _parts_of(self, work: OptimizerWork) -> Iterator[Update]:
+        """Weights, gradients and state of a share, buffer by buffer."""
+        state = self.states[work.state.name]
+        for start, weights in work.weights.views(self.storage):
+            gradients = work.gradients.part(self.storage, start, start + weights.numel())
+            yield weights, self.watch.multiplied(gradients), state.part(start, start + weights.numel())
 
     def _gradient_share(self, work: OptimizerWork) -> Share:
         """A copy of the gradients of one share, with the places of its parameters in the sequence."""
@@ -406,7 +432,8 @@ class Machine:
         nothing = torch.zeros(0, device=self.device)
         if isinstance(action, Send):
             return [Transfer(peer, peer, laid_out(self.storage, op.reads), nothing)]
-        return [Transfer(peer, peer, nothing, self.storage.put(op.writes[0], self._zeros(op.writes[0])))]
+        into = op.writes[0]
+        return [Transfer(peer, peer, nothing, self.storage.put(into, self._room(into, self._numel(into))))]
 
     def _hop(self, op: Op, shift: Shift, j: int) -> Transfer:
         group, hop = self.schedule.groups[shift.group], shift.hops[j]
@@ -417,7 +444,7 @@ class Machine:
         received = hop.bytes_at(self.schedule.shard_index(source, hop.part)) // itemsize
         send = self.storage[out][:sent]
         if out != into:
-            return Transfer(to, source, send, self.storage.put(into, self._zeros(into))[:received])
+            return Transfer(to, source, send, self.storage.put(into, self._room(into, received))[:received])
         assert shift.chunk_bytes is not None
         chunk = shift.chunk_bytes * send.element_size() // itemsize
         bounce = torch.empty(chunk, dtype=torch.uint8, device=self.device)

@@ -7,6 +7,7 @@ they are: the schedule's reductions are sums, and the loss was scaled to the mea
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,13 +66,35 @@ def new_state(training: TrainingSpec, weights: torch.Tensor, float_dtype: torch.
     return State(weights.to(torch_dtype(policy.master_dtype, float_dtype), copy=True), moments)
 
 
+Update = tuple[torch.Tensor, torch.Tensor, State]
+"""Flat weights, their gradients and the state that belongs to them."""
+
+
+def update_all(kind: str, hyper: Hyper, step: int, updates: Iterable[Update]) -> None:
+    """`update` of each. Where nothing needs another dtype, torch does them in one call at the end; gradients that must
+    be converted are there one after another, never all at once."""
+    together: dict[torch.dtype, list[Update]] = {}
+    for weights, gradients, state in updates:
+        w = weights if state.master is None else state.master
+        if state.master is None and _fuses(kind, w, state) and gradients.dtype == w.dtype:
+            together.setdefault(w.dtype, []).append((weights, gradients, state))
+        else:
+            update(kind, hyper, step, weights, gradients, state)
+    for same in together.values():
+        _fused_adam(kind, hyper, step, [(w, g, state.moments) for w, g, state in same])
+
+
+def _fuses(kind: str, w: torch.Tensor, state: State) -> bool:
+    return kind in ("adam", "adamw") and w.dtype in FUSED and state.moments[0].dtype == w.dtype
+
+
 def update(kind: str, hyper: Hyper, step: int, weights: torch.Tensor, gradients: torch.Tensor, state: State) -> None:
     """Step number `step` (from 1) on flat weights, in place. `kind` is a word of TrainingSpec.optimizer."""
     w = weights if state.master is None else state.master
     work = state.moments[0].dtype if state.moments else w.dtype
     g = gradients.to(work)
-    if kind in ("adam", "adamw") and w.dtype == work and w.dtype in FUSED:
-        _fused_adam(kind, hyper, step, w, g, state.moments)
+    if _fuses(kind, w, state):
+        _fused_adam(kind, hyper, step, [(w, g, state.moments)])
     elif kind in ("adam", "adamw"):
         if kind == "adamw":
             w.mul_(1 - hyper.lr * hyper.weight_decay)
@@ -92,13 +115,14 @@ def update(kind: str, hyper: Hyper, step: int, weights: torch.Tensor, gradients:
 
 
 def _fused_adam(
-    kind: str, hyper: Hyper, step: int, w: torch.Tensor, g: torch.Tensor, moments: tuple[torch.Tensor, ...]
+    kind: str, hyper: Hyper, step: int, parts: Sequence[tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]]
 ) -> None:
-    """One pass over weights, gradients and moments, as torch.optim does it with `fused=True`."""
+    """One pass over weights, gradients and moments of each part, as torch.optim does it with `fused=True`."""
     fused = torch._fused_adamw_ if kind == "adamw" else torch._fused_adam_
-    first, second = moments
-    steps = torch.tensor(float(step), device=w.device)
+    weights, gradients = [w for w, _, _ in parts], [g for _, g, _ in parts]
+    first, second = [m[0] for _, _, m in parts], [m[1] for _, _, m in parts]
+    steps = [torch.tensor(float(step), device=weights[0].device)] * len(parts)
     fused(
-        [w], [g], [first], [second], [], [steps], lr=hyper.lr, beta1=hyper.betas[0], beta2=hyper.betas[1],
+        weights, gradients, first, second, [], steps, lr=hyper.lr, beta1=hyper.betas[0], beta2=hyper.betas[1],
         weight_decay=hyper.weight_decay if kind == "adamw" else 0.0, eps=hyper.eps, amsgrad=False, maximize=False,
     )  # fmt: skip

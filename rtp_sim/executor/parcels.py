@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from rtp_sim.executor.exchange import Parcel
-from rtp_sim.executor.shares import local_numel
+from rtp_sim.executor.shares import Stretch, local_numel
 from rtp_sim.executor.storage import Storage
 from rtp_sim.schedule.ir import DTYPE_BYTES, Buffer, Collective, Op, Program, Schedule, shifted
 
@@ -103,7 +103,7 @@ def _gather(wire: Wire, op: Op, action: Collective, taken: tuple[str, ...], tota
     if taken == op.writes:
         # The new weights of this rank's slice, out of buffers that hold all of them.
         start = wire.position(action.group) * most
-        own_part = laid_out(wire.storage, taken, most * len(shares))[start : start + most]
+        own_part = Stretch(taken, start, start + most).part(wire.storage, 0, most)
     else:
         own_part = laid_out(wire.storage, taken, own)
     send = torch.cat([own_part, own_part.new_zeros(most - own_part.numel())]) if own_part.numel() < most else own_part

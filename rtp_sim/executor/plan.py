@@ -14,10 +14,11 @@ from rtp_sim.schedule.ir import Compute, Op, Schedule, Site
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Roles of the operands; the shard that the launch works on, its number and the kernel's sizes; `micro` is the
-    micro-batch as buffers name it ("m0"). `parameters` says where in a flat buffer each of the layer's parameters
-    lies, counted from where those of the layer begin."""
+    """Number of the op and roles of its operands; the shard that the launch works on, its number and the kernel's
+    sizes; `micro` is the micro-batch as buffers name it ("m0"). `parameters` says where in a flat buffer each of the
+    layer's parameters lies, counted from where those of the layer begin."""
 
+    op: int
     site: Site
     roles: Operands
     split: Split
@@ -39,4 +40,4 @@ def make_plan(op: Op, schedule: Schedule, rank: int, network: Network, layers: M
     roles = operands(op, network, layers)
     # Rows are shares of the tokens: parameters are whole then.
     places = layout(roles.layer.op, WHOLE if split.kind == "rows" else split)
-    return Plan(action.site, roles, split, shard, dict(action.dims_at(shard)), micro, places)
+    return Plan(op.index, action.site, roles, split, shard, dict(action.dims_at(shard)), micro, places)

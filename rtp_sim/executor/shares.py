@@ -38,6 +38,8 @@ class Stretch:
         """Elements [start, stop) of the stretch: a view where they lie in one buffer, else a copy."""
         inner = Stretch(self.buffers, self.start + start, self.start + stop)
         found = [view for _, view in inner.views(storage)]
+        if not found:
+            return storage[self.buffers[0]][:0]
         return found[0] if len(found) == 1 else torch.cat(found)
 
 

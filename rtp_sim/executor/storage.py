@@ -29,6 +29,10 @@ def last_uses(program: Program) -> dict[int, tuple[str, ...]]:
     return {index: tuple(names) for index, names in found.items()}
 
 
+Views = Mapping[str, torch.Tensor]
+"""Parts of a flat tensor by name."""
+
+
 class Storage(Mapping[str, torch.Tensor]):
     """Flat tensors by buffer name. `bytes_by_category` is what they hold now, `peak_bytes` the most since `reset_peak`,
     `peak_by_category` what they held then."""
@@ -36,6 +40,7 @@ class Storage(Mapping[str, torch.Tensor]):
     def __init__(self, program: Program) -> None:
         self._category = {name: b.category for name, b in program.buffers.items()}
         self._tensors: dict[str, torch.Tensor] = {}
+        self._views: dict[str, dict[int, Views]] = {}
         self._total_bytes = 0
         self.bytes_by_category: dict[str, int] = {}
         self.peak_bytes = 0
@@ -68,7 +73,12 @@ class Storage(Mapping[str, torch.Tensor]):
         """Frees the buffer, if there is one."""
         flat = self._tensors.pop(name, None)
         if flat is not None:
+            self._views.pop(name, None)
             self.add_bytes(self._category[name], -flat.nbytes)
+
+    def views(self, name: str) -> dict[int, Views]:
+        """Views of the buffer that are wanted again in every step, by a number of the caller's; they go with it."""
+        return self._views.setdefault(name, {})
 
     def reset_peak(self) -> None:
         """Starts counting the peak again, from what is held now."""

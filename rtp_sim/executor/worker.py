@@ -33,6 +33,7 @@ from rtp_sim.executor.environment import (
     sharpen_timers,
 )
 from rtp_sim.executor.launcher import START_UP_S
+from rtp_sim.executor.pace import PaceWatch
 from rtp_sim.executor.progress import Progress
 from rtp_sim.executor.request import RunRequest
 from rtp_sim.executor.rundir import TRACE, Record, RunDirectory
@@ -277,7 +278,9 @@ class Worker:
         from rtp_sim.executor.machine import replica_of
 
         replica, rows = replica_of(self.schedule, self.rank), _loss_parts(self.schedule)
-        unchecked = self.request.check
+        unchecked, watch = self.request.check, PaceWatch()
+        if self.request.device == "cpu":
+            interpreter.around = watch
         profiled_step = self.request.warmup + self.request.steps
         for step in range(profiled_step + self.request.profile_trace):
             self.progress.enter("between steps", step)
@@ -290,13 +293,15 @@ class Worker:
             if step == profiled_step:
                 self._profile(step, machine, interpreter, lambda: start_together(control, clock))
                 continue
+            watch.begin()
             start_together(control, clock)
             self.progress.enter("step", step)
             times = interpreter.run_step()
+            pace = {"pace_ns": watch.end() if self.request.device == "cpu" else 0}
             # What a rank computes from made-up data is no loss.
             losses = machine.losses() if self.request.only_rank is None else []
             loss = sum(losses) * rows / len(losses) if losses else None
-            self.run.append_step(self.rank, self._step_record(step, times, loss, scale, machine), times.ops)
+            self.run.append_step(self.rank, self._step_record(step, times, loss, scale, machine) | pace, times.ops)
             if checked:
                 self.progress.enter("checking")
                 self.record["check"] = self._check(machine, loss, control)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from rtp_sim.compose.estimate import estimate
+from rtp_sim.compose.memory import StageMemory
 from rtp_sim.cost.model import ClusterCost
 from rtp_sim.cost.piped import piped_groups
 from rtp_sim.experiment import Request, Setting, usable_memory_bytes
@@ -20,7 +21,8 @@ from rtp_sim.validation.interpret import Experiment
 @dataclass(frozen=True, slots=True)
 class Estimate:
     """What the model thinks happens in a step. compute + exposed + bubble is the step; `host_s` is how long
-    kernels waited for nothing but the host to issue them. Memory is the peak of the worst rank, by category."""
+    kernels waited for nothing but the host to issue them. Memory is what tensors hold at the peak of each stage (one
+    without a pipeline)."""
 
     step_s: float
     compute_s: float
@@ -28,14 +30,23 @@ class Estimate:
     overlapped_s: float
     bubble_s: float
     host_s: float
-    peak_bytes: int
-    memory_by_category: Mapping[str, int]
+    stages: tuple[StageMemory, ...]
     capacity_bytes: int
 
     @property
-    def fits(self) -> bool:
-        """Whether the peak is within what the device has for tensors."""
-        return self.peak_bytes <= self.capacity_bytes
+    def fullest(self) -> StageMemory:
+        """The stage that holds most."""
+        return max(self.stages, key=lambda stage: stage.total_bytes)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that tensors of a rank hold."""
+        return self.fullest.total_bytes
+
+    @property
+    def memory_by_category(self) -> Mapping[str, int]:
+        """The same by category."""
+        return self.fullest.held
 
 
 @lru_cache(maxsize=256)
@@ -51,7 +62,7 @@ def evaluate(experiment: Experiment, cluster: Cluster | None = None) -> Estimate
     m = found.metrics
     return Estimate(
         m.step_time_s, m.compute_time_s, m.exposed_communication_s, m.overlapped_communication_s, m.bubble_s,
-        found.host_s or 0.0, m.peak_memory_bytes, dict(m.memory_by_category),
+        found.host_s or 0.0, found.memory,
         usable_memory_bytes(cluster or cluster_of(experiment.cluster, experiment.gpus)),
     )  # fmt: skip
 

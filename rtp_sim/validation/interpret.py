@@ -21,6 +21,7 @@ from rtp_sim.schedule.options import Options
 from rtp_sim.text import nearest
 from rtp_sim.validation.frameworks import FRAMEWORKS, Habits
 from rtp_sim.validation.measured import Row, RowFile
+from rtp_sim.validation.reading import Reading, reading_of
 
 HALF_KERNEL_HEADS = 8
 """torch's fused attention kernels want head sizes that are multiples of 8; others take the materialised path."""
@@ -62,6 +63,8 @@ class Experiment:
     torch_loss: bool
     upcast_loss: bool
     separate_gate: bool
+    stacked_kv: bool
+    dropout_kept: bool
     strategy: str
     inner: int
     pp: int
@@ -86,6 +89,9 @@ class Experiment:
         """The layer with what the framework keeps for the backward pass."""
         if isinstance(op, Attention) and self.torch_attention:
             return replace(op, context_copy=True, scaled_copies=op.implementation == "materialised")
+        if isinstance(op, Attention):
+            flash = op.implementation == "flash"
+            return replace(op, stacked_kv=self.stacked_kv and flash, dropout_kept=self.dropout_kept and not flash)
         if isinstance(op, CrossEntropy) and self.torch_loss:
             return replace(op, unfused=True)
         if isinstance(op, CrossEntropy) and self.upcast_loss:
@@ -97,10 +103,11 @@ class Experiment:
 
 @dataclass(frozen=True, slots=True)
 class Interpretation:
-    """An experiment and the decisions behind it, in words."""
+    """An experiment, the decisions behind it in words, and how the source counts memory."""
 
     experiment: Experiment
     assumptions: tuple[str, ...]
+    reading: Reading
 
 
 def interpret(row: Row) -> Interpretation:
@@ -128,18 +135,19 @@ def interpret(row: Row) -> Interpretation:
         ddp_bucket_bytes=habits.dp_bucket_bytes, fsdp_unit=habits.fsdp_unit, fsdp_prefetch=habits.fsdp_prefetch,
         dp_sync=_dp_sync(cells, said.append), dp_overlap=habits.dp_overlap, dp_copy=habits.dp_copy,
         gradient_buffer=habits.gradient_buffer or (strategy.startswith("rtp") and habits.rotation_keeps_gradients),
-        fsdp_split_gradients=habits.fsdp_split_gradients, gradient_local=habits.gradient_local,
+        fsdp_split_gradients=habits.fsdp_split_gradients,
+        gradient_local=habits.gradient_local and training.policy.gradient_dtype != training.policy.weight_dtype,
         tp_keep_gathered=habits.tp_keep_gathered, optimizer_scratch=habits.optimizer_scratch, rtp_ring="flat",
         sequence_parallel=bool(cells.sequence_parallel) and cells.tp > 1, vpp=_chunks(cells, strategy, said.append),
         pp_balance=habits.pp_balance, pp_overlap=habits.pp_overlap, pp_scatter_gather=habits.pp_scatter_gather,
     )  # fmt: skip
     experiment = Experiment(
         cells.cluster, 1 if strategy == "single" else cells.gpus, model, cells.seq_len, attention, every,
-        habits.torch_attention,
-        habits.torch_loss, habits.upcast_loss, habits.separate_gate, strategy, inner, cells.pp,
-        training, options, HostCosts(habits.op_ns, habits.hop_ns, habits.collective_ns),
+        habits.torch_attention, habits.torch_loss, habits.upcast_loss, habits.separate_gate, habits.stacked_kv,
+        habits.dropout_kept, strategy, inner, cells.pp, training, options,
+        HostCosts(habits.op_ns, habits.hop_ns, habits.collective_ns, habits.host_waits),
     )  # fmt: skip
-    return Interpretation(experiment, tuple(said))
+    return Interpretation(experiment, tuple(said), reading_of(cells, habits))
 
 
 def _at(row: Row, column: str, message: str) -> str:

@@ -25,6 +25,7 @@ from rtp_sim.executor.clocks import now_ns
 from rtp_sim.executor.distributed import HostInterpreter
 from rtp_sim.executor.groups import Groups
 from rtp_sim.executor.machine import Machine
+from rtp_sim.executor.pace import PaceWatch, steady, usual_ns
 from rtp_sim.executor.parameters import initial_parameters
 from rtp_sim.executor.progress import Progress
 from rtp_sim.model.kernels import is_empty
@@ -46,35 +47,49 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class ProbeTimes:
-    """`samples` of the kernels, and the host's time for each communication op."""
+    """One step: `samples` of the kernels, the host's time for each communication op, the core's pace (pace.py)."""
 
     samples: tuple[KernelSample, ...]
     communication_ns: tuple[int, ...]
+    pace_ns: int
 
 
-def run_probe(probe: Probe, rank: int, steps: int, wait: Callable[[], None]) -> ProbeTimes:
-    """Times of `steps` steps of the rank's program on a CPU; `wait` before each, so that all ranks compute at once."""
+def run_probe(probe: Probe, rank: int, steps: int, wait: Callable[[], None]) -> list[ProbeTimes]:
+    """Times of `steps` steps of the rank's program on a CPU; `wait` before each, so that all ranks compute at once, and
+    before each communication, where ranks meet in a run, too: what follows it they do at the same time, and kernels
+    bound by memory take longer then."""
     machine = _machine(probe, rank, torch.device("cpu"))
     partners = StandIn(machine, copies=False)
     micros = int(probe.schedule.meta.get("num_microbatches") or probe.training.num_microbatches)
-    times: dict[tuple[str, str, Dims], list[int]] = {}
-    issue: list[int] = []
+    found = []
     for step in range(WARM_UP + steps):
         machine.start_step(random_batch(probe.network, probe.training.micro_batch, micros, step=step))
+        watch = PaceWatch()
+        watch.begin()
         wait()
+        times: dict[tuple[str, str, Dims], list[int]] = {}
+        issue: list[int] = []
         for op in machine.program.ops:
-            start_ns = now_ns()
             if not isinstance(op.action, Compute):
-                took_ns = communicate_alone(machine, op, partners)
-                if step >= WARM_UP:
-                    issue.append(took_ns)
+                wait()
+                issue.append(communicate_alone(machine, op, partners))
                 continue
+            watch(op)
+            start_ns = now_ns()
             machine.run(op)
             took_ns = now_ns() - start_ns
             dims = op.action.dims_at(probe.schedule.shard_index(rank, op.action.part))
-            if step >= WARM_UP and not is_empty(dims):
+            if not is_empty(dims):
                 times.setdefault((op.action.kernel, op.action.dtype, dims), []).append(max(1, took_ns))
-    return ProbeTimes(tuple(KernelSample(*key, tuple(ns)) for key, ns in times.items()), tuple(issue))
+        samples = tuple(KernelSample(*key, tuple(ns)) for key, ns in times.items())
+        found.append(ProbeTimes(samples, tuple(issue), watch.end()))
+    return found[WARM_UP:]
+
+
+def waits(probe: Probe, rank: int, steps: int) -> int:
+    """How often `run_probe` waits."""
+    meetings = sum(not isinstance(op.action, Compute) for op in probe.schedule.program(rank).ops)
+    return (WARM_UP + steps) * (1 + meetings)
 
 
 def communicate_alone(machine: Machine, op: Op, partners: StandIn) -> int:
@@ -121,9 +136,18 @@ def _machine(probe: Probe, rank: int, device: torch.device) -> Machine:
 
 
 def gathered(results: Sequence[ProbeTimes]) -> tuple[list[KernelSample], list[int]]:
-    """The samples of several probes, one per kernel and size, and all communication times."""
+    """The samples of several steps, one per kernel and size, and all communication times. Of steps during which the
+    core was slower than usual those samples count that no other step has."""
+    usual = usual_ns([result.pace_ns for result in results])
     times: dict[tuple[str, str, Dims], list[int]] = {}
-    for sample in (sample for result in results for sample in result.samples):
-        times.setdefault((sample.kernel, sample.dtype, sample.dims), []).extend(sample.times_ns)
-    samples = [KernelSample(*key, tuple(ns)) for key, ns in times.items()]
-    return samples, [ns for result in results for ns in result.communication_ns]
+    issue: list[int] = []
+    for result in (r for r in results if steady(r.pace_ns, usual)):
+        issue += result.communication_ns
+        for sample in result.samples:
+            times.setdefault((sample.kernel, sample.dtype, sample.dims), []).extend(sample.times_ns)
+    known = set(times)
+    for sample in (s for r in results if not steady(r.pace_ns, usual) for s in r.samples):
+        key = (sample.kernel, sample.dtype, sample.dims)
+        if key not in known:
+            times.setdefault(key, []).extend(sample.times_ns)
+    return [KernelSample(*key, tuple(ns)) for key, ns in times.items()], issue

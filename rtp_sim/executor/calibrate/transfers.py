@@ -23,6 +23,7 @@ from rtp_sim.executor.calibrate.samples import SHIFT, STEPS, TransferSample
 from rtp_sim.executor.clocks import now_ns
 from rtp_sim.executor.exchange import Parcel, Transfer
 from rtp_sim.executor.lanes import Board, Job, Lane
+from rtp_sim.executor.pace import pace_ns, steady, usual_ns
 from rtp_sim.executor.progress import Progress
 from rtp_sim.executor.transport import Traffic, Transport
 from rtp_sim.schedule.ir import Buffer, Collective, Group, Hop, Op, Program, Schedule, Shift
@@ -38,13 +39,15 @@ ELEMENT_BYTES = 4
 
 @dataclass(frozen=True, slots=True)
 class RankTimes:
-    """One rank's side of the repetitions of one transfer: when it was ready, when done, and the CPU time it took."""
+    """One rank's side of the repetitions of one transfer: when it was ready, when done, and the CPU time they took;
+    on CPUs also the core's pace before each (pace.py)."""
 
     kind: str
     size_bytes: int
     ready_ns: tuple[int, ...]
     done_ns: tuple[int, ...]
     cpu_ns: int
+    pace_ns: tuple[int, ...] = ()
 
 
 def repetitions(size_bytes: int, quick: bool) -> int:
@@ -53,8 +56,8 @@ def repetitions(size_bytes: int, quick: bool) -> int:
     return max(most // 3, min(most, (64 << 20) // max(1, size_bytes)))
 
 
-Measure = Callable[[str, int, int], tuple["list[int]", "list[int]", int]]
-"""(kind, elements, repetitions) -> when this rank was ready each time, when done, and the CPU time of all of it."""
+Measure = Callable[[str, int, int], RankTimes]
+"""(kind, elements, repetitions) -> this rank's side of them."""
 
 
 def measure(times_of: Measure, ranks: int, quick: bool, say: Callable[[str], None]) -> list[RankTimes]:
@@ -63,9 +66,9 @@ def measure(times_of: Measure, ranks: int, quick: bool, say: Callable[[str], Non
     for kind in KINDS:
         for numel in sizes_of(ranks, quick):
             size_bytes = numel * ELEMENT_BYTES
-            ready, done, cpu_ns = times_of(kind, numel, repetitions(size_bytes, quick))
-            results.append(RankTimes(kind, size_bytes, tuple(ready), tuple(done), cpu_ns))
-            took = sorted(b - a for a, b in zip(ready, done, strict=True))
+            mine = times_of(kind, numel, repetitions(size_bytes, quick))
+            results.append(mine)
+            took = sorted(b - a for a, b in zip(mine.ready_ns, mine.done_ns, strict=True))
             say(f"{kind} {size_bytes} B: {took[len(took) // 2] / 1e3:,.0f} us on this rank")
     return results
 
@@ -83,6 +86,7 @@ def joined(passes: Sequence[Sequence[RankTimes]]) -> list[RankTimes]:
             ready_ns=tuple(t for times in same for t in times.ready_ns),
             done_ns=tuple(t for times in same for t in times.done_ns),
             cpu_ns=sum(times.cpu_ns for times in same),
+            pace_ns=tuple(t for times in same for t in times.pace_ns),
         )
         for same in zip(*passes, strict=True)
     ]
@@ -90,7 +94,9 @@ def joined(passes: Sequence[Sequence[RankTimes]]) -> list[RankTimes]:
 
 def combined(ranks: Sequence[Sequence[RankTimes]], shared_clock: bool) -> list[TransferSample]:
     """One sample per transfer from what every rank saw. Without a shared clock (times on devices) the rank that came
-    last saw the transfer alone: the shortest time counts."""
+    last saw the transfer alone: the shortest time counts. Repetitions during which a rank's core was slower than usual
+    are left out, if others are there."""
+    usual = usual_ns([pace for sides in ranks for side in sides for pace in side.pace_ns])
     samples = []
     for sides in zip(*ranks, strict=True):
         if shared_clock:
@@ -101,7 +107,9 @@ def combined(ranks: Sequence[Sequence[RankTimes]], shared_clock: bool) -> list[T
             took = [[b - a for a, b in zip(side.ready_ns, side.done_ns, strict=True)] for side in sides]
             times = [max(1, min(each)) for each in zip(*took, strict=True)]
         cpu_ns = round(sum(side.cpu_ns for side in sides) / len(times))
-        samples.append(TransferSample(sides[0].kind, len(sides), sides[0].size_bytes, tuple(times), cpu_ns))
+        paces = list(zip(*(side.pace_ns for side in sides), strict=True)) or [()] * len(times)
+        quiet = [t for t, pace in zip(times, paces, strict=True) if all(steady(p, usual) for p in pace)]
+        samples.append(TransferSample(sides[0].kind, len(sides), sides[0].size_bytes, tuple(quiet or times), cpu_ns))
     return samples
 
 
@@ -144,14 +152,15 @@ class LaneTimes:
         self._lane = Lane(0, "link", Progress(folder / f"progress{rank}"))
         self._work = _between(torch.device("cpu"))
 
-    def __call__(self, kind: str, numel: int, count: int) -> tuple[list[int], list[int], int]:
+    def __call__(self, kind: str, numel: int, count: int) -> RankTimes:
         """See `Measure`."""
         op, buffers = self._ops[name_of(kind, numel)], max(2, min(MOST_BUFFERS, COLD_BYTES // (numel * ELEMENT_BYTES)))
         moves = [self._move(op, kind, numel) for _ in range(buffers)]
         for move in moves:
             move()
-        ready, done, cpu_ns = [], [], 0
+        ready, done, pace, cpu_ns = [], [], [], 0
         for i in range(count):
+            pace.append(pace_ns())
             self._work()
             board = Board(np.zeros((2, op.index + 1), dtype=np.int64), {op.index: threading.Event()})
             cpu = time.process_time_ns()
@@ -160,7 +169,7 @@ class LaneTimes:
             board.wait((op.index,))
             done.append(now_ns())
             cpu_ns += time.process_time_ns() - cpu
-        return ready, done, cpu_ns
+        return RankTimes(kind, numel * ELEMENT_BYTES, tuple(ready), tuple(done), cpu_ns, tuple(pace))
 
     def _move(self, op: Op, kind: str, numel: int) -> Callable[[], Traffic]:
         n, rank, transport = self._n, self._rank, self._transport
@@ -184,7 +193,7 @@ class DeviceTimes:
     def __init__(self, device: torch.device) -> None:
         self._device, self._work = device, _between(device)
 
-    def __call__(self, kind: str, numel: int, count: int) -> tuple[list[int], list[int], int]:
+    def __call__(self, kind: str, numel: int, count: int) -> RankTimes:
         """See `Measure`; every time counts from 0."""
         buffers = max(2, min(MOST_BUFFERS, COLD_BYTES // (numel * ELEMENT_BYTES)))
         runs = [transfer(kind, numel, self._device) for _ in range(buffers)]
@@ -196,7 +205,7 @@ class DeviceTimes:
             elapsed_ns = between_events(runs[i % buffers])
             torch.cuda.synchronize(self._device)
             done.append(elapsed_ns())
-        return [0] * count, done, 0
+        return RankTimes(kind, numel * ELEMENT_BYTES, (0,) * count, tuple(done), 0)
 
 
 def transfer(kind: str, numel: int, device: torch.device) -> Run:

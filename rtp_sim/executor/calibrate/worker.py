@@ -17,10 +17,11 @@ import torch.distributed as dist
 from rtp_sim.errors import InputError
 from rtp_sim.executor.calibrate import host, kernels, transfers
 from rtp_sim.executor.calibrate.launch import Rank, host_cores, run_ranks
-from rtp_sim.executor.calibrate.probe import WARM_UP, Probe, ProbeTimes, gathered, issue_times, run_probe
+from rtp_sim.executor.calibrate.probe import Probe, ProbeTimes, gathered, issue_times, run_probe, waits
 from rtp_sim.executor.calibrate.samples import Facts, HostSample, KernelSample, Measurements
 from rtp_sim.executor.environment import calm_gloo_threads, keep_freed_memory, sharpen_timers
 from rtp_sim.executor.groups import make_control, make_groups
+from rtp_sim.executor.pace import usual_ns
 from rtp_sim.executor.shm import SharedMemoryTransport
 from rtp_sim.executor.transport import Transport
 from rtp_sim.schedule.ir import Dims
@@ -104,6 +105,7 @@ def rank_job(rank: Rank, argument: tuple[Plan, str]) -> _Result:
     computes = device.type == "cuda" or rank.rank < rank.cores
     steps: list[KernelSample] = []
     communication: list[int] = []
+    probed: list[ProbeTimes] = []
     measured: list[KernelSample] = []
     issue: list[int] = []
     if computes:
@@ -112,9 +114,10 @@ def rank_job(rank: Rank, argument: tuple[Plan, str]) -> _Result:
         budget_s = 0.06 if plan.quick else (0.6 if device.type == "cuda" else 0.25) / passes
         measured = list(merged([kernels.measure(cases, device, budget_s, rank.wait, say) for _ in range(passes)]))
         issue = issue_times(plan.issue, device, 8 if plan.quick else 30) if plan.issue else [0]
-        steps, communication = gathered(_probed(plan, rank, say))
+        probed = _probed(plan, rank, say)
+        steps, communication = gathered(probed)
     else:
-        for _ in range(passes * (1 + len(kernels.cpu_cases(plan.quick))) + _waits(plan)):
+        for _ in range(passes * (1 + len(kernels.cpu_cases(plan.quick))) + _waits(plan, rank.rank)):
             rank.wait()
     rank.wait()
     moved: list[transfers.RankTimes] = []
@@ -128,7 +131,7 @@ def rank_job(rank: Rank, argument: tuple[Plan, str]) -> _Result:
         tuple(issue), host.memory_bytes(device, plan.ranks), reserved, host.compute_units(device), tuple(alone),
         tuple(beside), tuple(communication),
     )  # fmt: skip
-    facts = dict(host.facts(device, plan.pin))
+    facts = dict(host.facts(device, plan.pin)) | {"pace_ns": usual_ns([step.pace_ns for step in probed])}
     if device.type == "cpu" and plan.ranks > 1:
         facts["backend"] = plan.transport
     rank.wait()
@@ -158,7 +161,7 @@ def _probed(plan: Plan, rank: Rank, say: Say) -> list[ProbeTimes]:
     for turn in range(_turns(plan)):
         for i, probe in enumerate(plan.probes):
             say(f"training steps, pass {turn + 1}: {i + 1} of {len(plan.probes)} ({probe.schedule.name})")
-            found.append(run_probe(probe, rank.rank, PROBE_STEPS, rank.wait))
+            found += run_probe(probe, rank.rank, PROBE_STEPS, rank.wait)
     return found
 
 
@@ -166,9 +169,9 @@ def _turns(plan: Plan) -> int:
     return 1 if plan.quick else 2
 
 
-def _waits(plan: Plan) -> int:
+def _waits(plan: Plan, rank: int) -> int:
     """How often a rank waits for the others in `_probed`."""
-    return _turns(plan) * len(plan.probes) * (WARM_UP + PROBE_STEPS)
+    return _turns(plan) * sum(waits(probe, rank, PROBE_STEPS) for probe in plan.probes)
 
 
 def merged(ranks: Sequence[Sequence[KernelSample]]) -> tuple[KernelSample, ...]:

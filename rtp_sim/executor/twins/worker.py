@@ -11,6 +11,7 @@ from rtp_sim.executor.allocator import events, held_at_marks, mark
 from rtp_sim.executor.clocks import now_ns, start_together
 from rtp_sim.executor.environment import keep_freed_memory, pin_to_core, require_device
 from rtp_sim.executor.machine import replica_of
+from rtp_sim.executor.pace import pace_ns
 from rtp_sim.executor.twins.trainer import Trainer
 from rtp_sim.executor.worker import Worker
 
@@ -38,13 +39,14 @@ class TwinWorker(Worker):
             batch = self._batch(replica, step)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
+            before_ns = pace_ns()
             start_together(control, clock)
             self.progress.enter("step", step)
             start_ns = now_ns()
             loss = trainer.step(batch)
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            self._leave(step, start_ns, now_ns(), float(loss), device)
+            self._leave(step, start_ns, now_ns(), float(loss), device, before_ns)
         self.progress.enter("checking")
         if device.type == "cpu":
             del trainer
@@ -52,12 +54,12 @@ class TwinWorker(Worker):
         self.run.write_rank(self.rank, "rank.json", record)
         self._finish(control)
 
-    def _leave(self, step: int, start_ns: int, end_ns: int, loss: float, device: torch.device) -> None:
+    def _leave(self, step: int, start_ns: int, end_ns: int, loss: float, device: torch.device, before_ns: int) -> None:
         peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
         record = {
             "step": step, "warmup": step < self.request.warmup, "start_ns": start_ns, "end_ns": end_ns,
             "loss": loss if math.isfinite(loss) else None, "bytes_sent": None, "messages": None,
-            "peak_memory_bytes": peak, "memory_by_category": None,
+            "peak_memory_bytes": peak, "memory_by_category": None, "pace_ns": (before_ns + pace_ns()) // 2,
         }  # fmt: skip
         self.run.append_step(self.rank, record, np.zeros((2, 0), dtype=np.int64))
 
