@@ -252,7 +252,7 @@ def _raw_cluster(path: Path, changes: Mapping[str, Any]) -> tuple[dict[str, Any]
     return raw, device_path, device_raw
 def _fitted(params: CommunicationParams, fitted: CalibrationFile) -> CommunicationParams:
     """The communication parameters with those numbers that were fitted on this machine."""
-    given = {
+    given: dict[str, Any] = {
         "collective_chunk_inter_ns": fitted.collective_chunk_inter,
         "collective_turn_piped_ns": fitted.collective_turn_piped,
     }
