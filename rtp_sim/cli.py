@@ -245,7 +245,7 @@ def _plan(p: argparse.ArgumentParser) -> None:
     p.epilog = "Axes of --where: tp rtp fsdp dp pp vpp micro-batch micro-batches gpus strategy recompute order dp-sync."
     group = p.add_argument_group("model and training")
     group.add_argument("--model", required=True, metavar="NAME|FILE", help="preset, config.json or layer-list file")
-    group.add_argument("--global-batch", type=_count, required=True, metavar="N", help="sequences per step")
+    group.add_argument("--global-batch", type=_count, metavar="N", help="sequences per step (of --tokens: 4 Mi tokens)")
     group.add_argument("--seq-len", type=_count, metavar="N", help="tokens per sequence (1024, or what the model has)")
     _numbers(group)
     group = p.add_argument_group("machines")
@@ -270,9 +270,16 @@ def _plan(p: argparse.ArgumentParser) -> None:
                        help="a limit on an axis or a product of axes, as tp*pp<=16; --max-tp N is tp<=N")  # fmt: skip
     group.add_argument("--memory-headroom", type=_percent, default=0.0, metavar="10%%", help="memory to keep free (0)")
     group.add_argument("--min-tokens-per-s", type=_factor, metavar="X", help="leave out what is slower")
+    group = p.add_argument_group("the whole run, and what if")
+    group.add_argument("--tokens", type=_amount, metavar="T", help="tokens to train, as 1e12: which machine, how many")
+    group.add_argument("--deadline", type=_duration_s, metavar="30d", help="time for these tokens, as 30d or 12h")
+    group.add_argument("--budget", type=_amount, metavar="USD", help="money for these tokens")
+    group.add_argument("--max-nodes", type=_count, default=128, metavar="N", help="most nodes of a cluster (128)")
+    group.add_argument("--break-even", metavar="NUMBER:A,B", help="where A and B are equal, link.ib.bandwidth:rtp,fsdp")
+    group.add_argument("--largest", choices=("seq-len", "micro-batch"), help="the largest that fits")
     p.add_argument("--jobs", type=_count, default=2, metavar="N", help="processes (2)")
     p.add_argument("--sensitivity", action="store_true",
-                   help="search again with every number of the machine 20%% smaller and larger: does the winner change?")
+                   help="search again with every number of the machine 20%% smaller and larger: who wins then?")
     p.add_argument("--report", metavar="FILE.html", help="write a self-contained report")
     p.add_argument("--export", metavar="DIR", help="write every plan shown as a command and as frameworks' settings")
     p.add_argument("--format", choices=("table", "json"), default="table")
@@ -403,6 +410,8 @@ def _run(p: argparse.ArgumentParser) -> None:
     group.add_argument("--load", metavar="DIR", help="go on from the newest state there, of any layout")
     group.add_argument("--profile-trace", action="store_true", help="one more step under PyTorch's profiler")
     group.add_argument("-o", "--output", required=True, metavar="DIR", help="run directory")
+    group.add_argument("--schedule", metavar="FILE",
+                       help="run this one, of schedule --format text or json, perhaps edited by hand")
     group.add_argument("--prepare", action="store_true", help="only write the run directory, for torchrun")
     group.add_argument("--format", choices=("table", "json"), default="table")
     group.add_argument("--quiet", action="store_true", help="no progress on stderr")
@@ -471,6 +480,28 @@ def _fraction(text: str) -> float:
         value = math.nan
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a fraction of 1 such as 0.15")
+    return value
+
+
+def _amount(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an amount above 0 such as 2e6")
+    return value
+
+
+def _duration_s(text: str) -> float:
+    """ "30d", "12h": seconds."""
+    unit = {"d": 86400.0, "h": 3600.0}.get(text[-1:], 0.0)
+    try:
+        value = float(text[:-1]) * unit
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time in days or hours such as 30d")
     return value
 
 

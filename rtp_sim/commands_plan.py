@@ -5,22 +5,25 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from rtp_sim.errors import InputError
 from rtp_sim.hardware.profiles import load_cluster
 from rtp_sim.hardware.spec import Cluster
 from rtp_sim.planner.answer import make_plan
+from rtp_sim.planner.capacity import CAPACITY_SCHEMA, Need, offer_json, offers
 from rtp_sim.planner.constraints import Limit, parse_limit
 from rtp_sim.planner.nearest_miss import Miss, nearest_miss
 from rtp_sim.planner.plan import Plan, plan_json
-from rtp_sim.planner.search import Question, search
+from rtp_sim.planner.search import Question, Searched, search
 from rtp_sim.planner.sensitivity import Swing, swings
 from rtp_sim.planner.space import DEFAULT_STRATEGIES, EVERY_STRATEGY
-from rtp_sim.planner.workload import Workload
+from rtp_sim.planner.what_if import break_even, largest_micro_batch, longest_sequence
+from rtp_sim.planner.workload import Workload, default_batch
 from rtp_sim.report.diff_tables import print_grid
-from rtp_sim.report.plan_tables import memory_table, others_table, plans_table, stages_table
+from rtp_sim.report.plan_tables import memory_table, offers_table, others_table, plans_table, stages_table
 from rtp_sim.report.sensitivity_tables import sensitivity_grid, sensitivity_json
 from rtp_sim.report.tables import print_table, write_json
 from rtp_sim.text import nearest
@@ -30,6 +33,8 @@ def plan(a: Namespace) -> int:
     """The best plans for a workload. Exit code 1 if none fits."""
     _check_outputs(a)
     question = question_of(a)
+    if a.tokens is not None:
+        return _capacity(a, question)
     searched = search(question, lambda message: _progress(a, message))
     found = make_plan(searched)
     if not found.shown:
@@ -38,20 +43,73 @@ def plan(a: Namespace) -> int:
         _print_miss(a, found, miss)
         return 1
     hangs = list(swings(searched, lambda message: _progress(a, message))) if a.sensitivity else []
+    more = _what_if(a, question, searched)
     _write_files(a, found, hangs)
     if a.format == "json":
-        write_json(plan_json(found) | ({"sensitivity": sensitivity_json(hangs)} if a.sensitivity else {}))
+        write_json(plan_json(found) | more | ({"sensitivity": sensitivity_json(hangs)} if a.sensitivity else {}))
     else:
         _print_plan(found)
+        _print_what_if(more)
         if a.sensitivity:
             print_grid(sensitivity_grid(found, hangs))
     return 0
 
 
+def _what_if(a: Namespace, question: Question, searched: Searched) -> dict[str, Any]:
+    """The answers to what else was asked, as JSON types."""
+    found: dict[str, Any] = {}
+    if a.break_even:
+        key, *names = a.break_even.split(":")
+        pair = names[0].split(",") if len(names) == 1 else []
+        if len(pair) != 2:
+            raise InputError(f"--break-even {a.break_even}: expected NUMBER:A,B, as in link.ib.bandwidth:rtp,fsdp")
+        _progress(a, f"break-even of {' and '.join(_strategies(names[0]))}")
+        found["break_even"] = asdict(break_even(question, key, *pair))
+    if a.largest:
+        _progress(a, f"largest {a.largest}")
+        largest = longest_sequence(question) if a.largest == "seq-len" else largest_micro_batch(searched)
+        found["largest"] = None if largest is None else asdict(largest)
+    return found
+
+
+def _print_what_if(found: Mapping[str, Any]) -> None:
+    if "break_even" in found:
+        b = found["break_even"]
+        if b["at"] is None:
+            print(f"\nbreak-even: {b['below']} is the faster of the two from {b['low']} to {b['high']} of {b['key']}")
+        else:
+            print(f"\nbreak-even: above {b['at']} of {b['key']} {b['above']} beats {b['below']} here")
+    if found.get("largest"):
+        g = found["largest"]
+        print(f"\nlargest {g['what']} that fits: {g['value']} ({g['plan']}, {g['memory_bytes'] / (1 << 30):.1f} GiB)")
+
+
+def _capacity(a: Namespace, question: Question) -> int:
+    """Which machine, how many, how long, for how much. Exit code 1 if no cluster can."""
+    need = Need(a.tokens, a.deadline, a.budget)
+    names = [c.name for c in question.clusters]
+    found = offers(question, list(dict.fromkeys(names)), need, a.max_nodes)
+    if a.format == "json":
+        write_json({
+            "schema": CAPACITY_SCHEMA, "workload": asdict(question.workload), "need": asdict(need),
+            "offers": [offer_json(offer) for offer in found],
+        })  # fmt: skip
+    else:
+        print_table(offers_table(found))
+        print(f"note: {need.tokens:g} tokens in steps of {question.workload.global_batch} sequences; no restarts, no "
+              f"evaluation, all GPUs busy all the time")  # fmt: skip
+    return 0 if any(not offer.why for offer in found) else 1
+
+
 def question_of(a: Namespace) -> Question:
     """What the flags ask. InputError for what makes no sense."""
+    batch = a.global_batch
+    if batch is None:
+        if a.tokens is None:
+            raise InputError("--global-batch is missing: expected the sequences of a step, for example 512")
+        batch = default_batch(a.seq_len)
     workload = Workload(
-        model=a.model, global_batch=a.global_batch, seq_len=a.seq_len, precision=a.precision, optimizer=a.optimizer,
+        model=a.model, global_batch=batch, seq_len=a.seq_len, precision=a.precision, optimizer=a.optimizer,
         attention=a.attention, clip_norm=a.clip_norm, loss_scale=a.loss_scale, dropout=a.dropout,
     )  # fmt: skip
     return Question(

@@ -6,13 +6,12 @@ import random
 
 import numpy as np
 import pytest
-
 from planner_helpers import small_model
+
 from rtp_sim.errors import InputError
 from rtp_sim.experiment import prepare
 from rtp_sim.hardware.profiles import load_cluster
-from rtp_sim.planner.plan import candidate_from_json, row_json
-from rtp_sim.planner.plan import Row
+from rtp_sim.planner.plan import Row, candidate_from_json, row_json
 from rtp_sim.planner.rules import broken_rules
 from rtp_sim.planner.space import EVERY_STRATEGY, make_space
 from rtp_sim.planner.workload import Workload

@@ -164,9 +164,10 @@ class Plan:
 
 
 def lower(schedule: Schedule, cost: CostModel, *, folded: bool, folds: Folds | None = None) -> Plan:
-    """Fold and lower a schedule; `folds` remembers quotients of schedules like it. Raises ScheduleError where an op names an op or a group that its rank
-    lacks."""
-    quotient = folds.fold(schedule, cost) if folds is not None and folded else fold(schedule, cost, folded=folded)
+    """Fold and lower a schedule; `folds` remembers quotients of schedules like it. Raises ScheduleError where an op
+    names an op or a group that its rank lacks."""
+    known = folds if folded else None
+    quotient = known.fold(schedule, cost) if known is not None else fold(schedule, cost, folded=folded)
     names = _Numbers({}, {}, {})
     programs = [_Lowering(program, cost, names).run() for program in schedule.programs]
     number = {rank: n for n, rank in enumerate(quotient.representatives)}

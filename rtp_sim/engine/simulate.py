@@ -53,8 +53,8 @@ Wait = Generator[simpy.Event, Any, None]
 
 
 def simulate(schedule: Schedule, cost: CostModel, *, fold: bool = True, folds: Folds | None = None) -> Timeline:
-    """When every op starts and ends. With `fold`, ranks that provably behave alike are simulated once; `folds` remembers
-    which, for schedules like this one.
+    """When every op starts and ends. With `fold`, ranks that provably behave alike are simulated once; `folds`
+    remembers which, for schedules like this one.
 
     The same input gives the same times, folded or not. Raises DeadlockError where no op can go on although
     some are left, ScheduleError where an op names an op, a group or a peer that its rank lacks.

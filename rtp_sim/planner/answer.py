@@ -20,7 +20,7 @@ GIB = 1 << 30
 def make_plan(searched: Searched) -> Plan:
     """The plan of a search that found something to show; `shown` is empty where nothing fits."""
     question = searched.question
-    shown = [_row(searched, one, rank=k + 1) for k, one in enumerate(searched.best[: question.top])]
+    shown = [row_of(searched, one, rank=k + 1) for k, one in enumerate(searched.best[: question.top])]
     shown = [replace(row, tie=row.rank != 1 and tied(row.interval_s, shown[0].interval_s)) for row in shown]
     front = [searched.best[i] for i in front_of([point_of(searched, one) for one in searched.best])]
     front.sort(key=lambda one: (point_of(searched, one), one.site, one.place))
@@ -32,7 +32,7 @@ def make_plan(searched: Searched) -> Plan:
         candidates=sum(len(site.allowed) for site in searched.sites),
         stages=_stages(searched, len(shown)),
         shown=tuple(shown),
-        front=tuple(_row(searched, one, rank=_rank(searched, one)) for one in front) if question.front else (),
+        front=tuple(row_of(searched, one, rank=_rank(searched, one)) for one in front) if question.front else (),
         others=tuple(_others(searched, {row.candidate.strategy for row in shown})),
         notes=tuple(_notes(searched)),
     )
@@ -54,7 +54,8 @@ def _rank(searched: Searched, one: Found) -> int | None:
     return place + 1 if place < searched.question.top else None
 
 
-def _row(searched: Searched, one: Found, rank: int | None = None, reason: str = "") -> Row:
+def row_of(searched: Searched, one: Found, rank: int | None = None, reason: str = "") -> Row:
+    """An estimated candidate as a row."""
     site, metrics = searched.sites[one.site], one.metrics
     tokens = searched.question.workload.global_batch * searched.network.seq
     return Row(
@@ -90,8 +91,8 @@ def _notes(searched: Searched) -> list[str]:
         unfinished = f"; {left} more candidates may belong to it, {MOST} were tried" if left else ""
         found.append(f"Pareto front of time, memory and cost: {close}{unfinished}")
     if searched.violated:
-        found.append(f"{searched.violated} of {len(searched.found)} estimates are below their bounds: the order of what "
-                     f"is shown may not be that of an exhaustive search")  # fmt: skip
+        found.append(f"{searched.violated} of {len(searched.found)} estimates are below their bounds: the order of "
+                     f"what is shown may not be that of an exhaustive search")  # fmt: skip
     extrapolated = any(one.how != "simulated" for one in searched.best[: searched.question.top])
     if extrapolated:
         found.append("how each plan was estimated is in the JSON output: pipelines are composed of stretches, other "
@@ -119,17 +120,17 @@ def _best_of(searched: Searched, name: str) -> Row | None:
     tried = [one for one in searched.found if searched.sites[one.site].space.strategy[one.place] == number]
     good = [one for one in searched.best if one in tried]
     if good:
-        return _row(searched, good[0], _rank(searched, good[0]), _beaten(searched, good[0].metrics.step_time_s, ""))
+        return row_of(searched, good[0], _rank(searched, good[0]), _beaten(searched, good[0].metrics.step_time_s, ""))
     waiting = [at for at in searched.waiting if searched.sites[at[0]].space.strategy[at[1]] == number]
     if waiting:
         number_of, place = waiting[0]
         site = searched.sites[number_of]
         reason = _beaten(searched, float(site.lower_s[place]), "at least ")
-        return _bounded(searched, site, place, "bounds", None, reason)
+        return _bounded(site, place, "bounds", None, reason)
     if tried:
         one = min(tried, key=lambda one: (one.metrics.peak_memory_bytes, one.site, one.place))
         reason = _too_slow(searched, one.metrics.step_time_s, "") if one.fits else too_large(searched, one)
-        return _row(searched, one, None, reason)
+        return row_of(searched, one, None, reason)
     return _smallest_of(searched, number)
 
 
@@ -147,13 +148,14 @@ def _smallest_of(searched: Searched, number: int) -> Row | None:
         return None
     site, place = searched.sites[least[1]], least[2]
     if site.fits[place]:
-        return _bounded(searched, site, place, "bounds", None, _too_slow(searched, float(site.lower_s[place]), "at least "))
+        reason = _too_slow(searched, float(site.lower_s[place]), "at least ")
+        return _bounded(site, place, "bounds", None, reason)
     categories = site.bounds(place).memory_by_category
     reason = needs(least[0], site.machine.allowed_bytes, categories, "at least ")
-    return _bounded(searched, site, place, "memory", False, reason)
+    return _bounded(site, place, "memory", False, reason)
 
 
-def _bounded(searched: Searched, site: Site, place: int, stage: str, feasible: bool | None, reason: str) -> Row:
+def _bounded(site: Site, place: int, stage: str, feasible: bool | None, reason: str) -> Row:
     bounds = site.bounds(place)
     return Row(site.space.candidate(place), stage, feasible, reason, bounds, None, "", None)
 

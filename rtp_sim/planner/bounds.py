@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from rtp_sim.cost.model import ClusterCost
 from rtp_sim.engine.fold import Folds
 from rtp_sim.hardware.spec import Cluster
 from rtp_sim.model.network import Network, unfused
@@ -23,8 +24,7 @@ from rtp_sim.planner.layer_times import LayerTimes
 from rtp_sim.planner.prices import Prices, Ranks
 from rtp_sim.planner.sizes import BlockSizes, Sizes, buckets
 from rtp_sim.planner.space import EVERY_STRATEGY, RECOMPUTE_NAMES, RINGS, SYNCS, Ints, Space
-from rtp_sim.cost.model import ClusterCost
-from rtp_sim.schedule.layout import INNER_AXIS, ORDERS
+from rtp_sim.schedule.layout import INNER_AXIS
 from rtp_sim.schedule.options import Options
 from rtp_sim.schedule.pipeline_order import PIPELINES
 from rtp_sim.schedule.update import optimizer_traffic
@@ -74,7 +74,7 @@ class Model:
 
     def _end(self, blocks: Sequence[BlockSizes], group: Ranks, sync: str, copies: bool) -> EndOfStep:
         policy, n = self.training.policy, len(group)
-        filled = buckets(blocks, policy.gradient_bytes)
+        filled = buckets(blocks, policy.gradient_bytes, Options())
         total = sum(size * count for size, count in filled.items())
         if n == 1:
             return EndOfStep(0.0, self.update(total), 0.0, 0.0, 0.0)

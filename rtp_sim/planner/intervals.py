@@ -6,15 +6,16 @@ from rtp_sim.hardware.spec import Cluster
 
 
 def spread_of(cluster: Cluster) -> tuple[float, float] | None:
-    """Predicted over measured of the machine's calibration runs, from low to high; None where its profile has none."""
-    found = getattr(cluster, "residuals", None)
-    return None if found is None else (float(found[0]), float(found[1]))
+    """Measured over predicted of the steps that the machine's profile was fitted to, from the 10th to the 90th
+    percentile; None where its profile has none."""
+    found = cluster.residuals
+    return None if found is None else (found.low.value, found.high.value)
 
 
 def interval_s(step_s: float, cluster: Cluster) -> tuple[float, float] | None:
     """Where the true step time lies, judged by the spread of the calibration's errors; None where that is not known."""
     spread = spread_of(cluster)
-    return None if spread is None else (step_s / spread[1], step_s / spread[0])
+    return None if spread is None else (step_s * spread[0], step_s * spread[1])
 
 
 def tied(one: tuple[float, float] | None, other: tuple[float, float] | None) -> bool:

@@ -1,4 +1,4 @@
-"""What the layers of a network take on one rank: the least time of their kernels and of the messages they must wait for.
+"""What the layers of a network take on one rank: the least time of their kernels and of the messages they wait for.
 
 A block's times are sums over its layers. Three ways to split a layer are known: not at all ("whole": replicated and
 fully sharded data parallelism), by Megatron's tensor parallelism ("tp", "sp") and by rotation ("rtp", "rtp-inplace").

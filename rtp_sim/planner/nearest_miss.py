@@ -76,7 +76,7 @@ def _least_over(searched: Searched) -> tuple[Candidate | None, str]:
     return best[1], best[2]
 
 
-def _smallest_places(memory: np.ndarray) -> list[int]:  # type: ignore[type-arg]
+def _smallest_places(memory: np.ndarray) -> list[int]:
     return [int(p) for p in np.argsort(memory.sum(axis=0), kind="stable")[:TRIED]]
 
 
@@ -91,7 +91,7 @@ def _remedies(question: Question) -> Iterator[str]:
     if question.headroom:
         found = _first(replace(small, headroom=0.0))
         if found:
-            yield f"without the memory head-room of {question.headroom:.0%}: {found}"
+            yield f"without the memory head-room of {question.headroom * 100:g}%: {found}"
     if question.min_tokens_per_s is not None:
         found = _first(replace(small, min_tokens_per_s=None))
         if found:

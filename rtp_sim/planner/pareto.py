@@ -47,15 +47,28 @@ def complete_front(searched: Searched, run: Run) -> None:
         open_ones = open_candidates(searched)
         if not open_ones:
             return
-        # Least memory first, and the fastest: both ends of what is still open.
-        chosen = sorted(set(open_ones[:ROUND // 2] + _least_memory(searched, open_ones)[: ROUND - ROUND // 2]))
+        # Spread over the front that the bounds make, its ends among them.
+        edge = _edge(searched, open_ones)
+        chosen = sorted({edge[round(k * (len(edge) - 1) / (ROUND - 1))] for k in range(ROUND)})
         add(searched, run(chosen))
         searched.waiting = [place for place in searched.waiting if place not in set(chosen)]
         spent += len(chosen)
 
 
-def _least_memory(searched: Searched, places: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    return sorted(places, key=lambda at: (int(searched.sites[at[0]].memory[:, at[1]].sum()), at))
+def _edge(searched: Searched, places: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """By time, the candidates whose bounds no faster one of the same machine undercuts in memory. (On one machine the
+    cost follows the time.)"""
+    found = []
+    for number, site in enumerate(searched.sites):
+        mine = [place for k, place in places if k == number]
+        mine.sort(key=lambda p, site=site: (float(site.lower_s[p]), int(site.memory[:, p].sum()), p))  # type: ignore[misc]
+        least = None
+        for place in mine:
+            total = int(site.memory[:, place].sum())
+            if least is None or total < least:
+                least = total
+                found.append((float(site.lower_s[place]), number, place))
+    return [(number, place) for _, number, place in sorted(found)]
 
 
 def open_candidates(searched: Searched) -> list[tuple[int, int]]:

@@ -68,7 +68,9 @@ def _cut_alike(space: Space, model: Model, name: str, stages: Stages, values: Fl
     f, b, again, kernels_f, kernels_b, issue_f, issue_b, messages = values
     ahead, back = _messages(space, model, stages)
     m = space.micro_batches
-    before = _ends_of_stage_zero(m, f, b, again, ahead, back, stages, name, model.slowdown)
+    exposed = np.maximum(f - kernels_f, b - kernels_b).max(axis=0)
+    sent = _beside_sends(f, b, ahead, back, exposed, model.slowdown)
+    before = _ends_of_stage_zero(m, f, b, again, ahead, back, sent, stages, name)
     reduce, update, gather = _end_of_step(space, model, stages, name)
     # Reductions of stage 0 begin in its last backward, where it has one piece.
     overlap = b[0] if stages.chunks == 1 else before - f[0]
@@ -83,11 +85,10 @@ def _cut_alike(space: Space, model: Model, name: str, stages: Stages, values: Fl
     return lower, np.maximum(lower, upper)
 
 
-def _ends_of_stage_zero(m: Ints, f: Floats, b: Floats, again: Floats, ahead: Floats, back: Floats, stages: Stages,
-                        name: str, slowdown: float) -> Floats:  # fmt: skip
+def _ends_of_stage_zero(m: Ints, f: Floats, b: Floats, again: Floats, ahead: Floats, back: Floats, sent: Floats,
+                        stages: Stages, name: str) -> Floats:  # fmt: skip
     """The earliest end of stage 0's last backward, or of any stage's kernels where the order says no more."""
     p, v, nothing = stages.count, stages.chunks, np.zeros((1, f.shape[1]))
-    sent = _beside_sends(f, b, ahead, back, slowdown)
     own = np.zeros((p, f.shape[1]))
     for q in range(len(stages.pieces)):
         own[stages.stage_of(q)] += f[q] + b[q] + sent[q]
@@ -113,11 +114,12 @@ def _ends_of_stage_zero(m: Ints, f: Floats, b: Floats, again: Floats, ahead: Flo
     return best
 
 
-def _beside_sends(f: Floats, b: Floats, ahead: Floats, back: Floats, slowdown: float) -> Floats:
+def _beside_sends(f: Floats, b: Floats, ahead: Floats, back: Floats, exposed: Floats, slowdown: float) -> Floats:
     """What a piece's messages cost its stage per micro-batch: while one is under way, kernels advance at 1 / slowdown,
-    or wait. Both count only where no message can still be under way when the next one leaves."""
+    or wait; only what the stage waits for within a piece, `exposed` at most, is not slower for it. Both directions
+    count only where no message can still be under way when the next one leaves."""
     there, home = np.zeros_like(f), np.zeros_like(b)
-    there[:-1], home[1:] = ahead, back
+    there[:-1], home[1:] = np.maximum(0.0, ahead - exposed), np.maximum(0.0, back - exposed)
     short = np.minimum(f.min(axis=0), b.min(axis=0)) >= np.maximum(there.max(axis=0), home.max(axis=0))
     found: Floats = np.where(short, there + home, np.maximum(there, home)) * (1 - 1 / slowdown)
     return found

@@ -101,10 +101,10 @@ class Row:
     """A candidate and what the search found out about it.
 
     `stage` is the last stage that looked at it (STAGES); `feasible` is None if nothing said it does not fit. `reason`
-    says why it is not shown, or is "" for a plan. `rank` counts the plans shown from 1; `tie` marks plans whose interval
-    meets that of the first. `metrics` and `how` (see compose.estimate.Estimate) are those of the last evaluation, None
-    and "" without one. `interval_s` is the step time's interval from the calibration's residuals, None where the
-    profile has none.
+    says why it is not shown, or is "" for a plan. `rank` counts the plans shown from 1; `tie` marks plans whose
+    interval meets that of the first. `metrics` and `how` (see compose.estimate.Estimate) are those of the last
+    evaluation, None and "" without one. `interval_s` is the step time's interval from the calibration's residuals, None
+    where the profile has none.
     """
 
     candidate: Candidate

@@ -8,6 +8,7 @@ first two nodes, which no other pair is nearer than.
 from __future__ import annotations
 
 from functools import cache
+from itertools import pairwise
 
 from rtp_sim.cost.model import ClusterCost
 from rtp_sim.engine.longest_path import unshared_ns
@@ -91,14 +92,15 @@ class Prices:
         return (inner,) * (nodes * (per_node - 1)) + (outer,) * (nodes - 1)
 
     def _slowest(self, ring: Ranks, size_bytes: int, chunk_bytes: int | None, reverse: bool) -> float:
-        edges = {self._alike(*(pair[::-1] if reverse else pair)) for pair in zip(ring, (*ring[1:], ring[0]), strict=True)}
+        pairs = zip(ring, (*ring[1:], ring[0]), strict=True)
+        edges = {self._alike(*(pair[::-1] if reverse else pair)) for pair in pairs}
         return max(self._message(a, b, size_bytes, chunk_bytes) for a, b in edges)
 
     def _stage_hops(self, stages: int, stride: int, size_bytes: int) -> tuple[float, ...]:
         """Messages from each stage to the next, all of them back, and between last and first, there and back; stage s
         is at rank s x stride."""
         places = [s * stride for s in range(stages)]
-        pairs = list(zip(places, places[1:], strict=False))
+        pairs = list(pairwise(places))
         there = [self.message(a, b, size_bytes) for a, b in pairs]
         back = [self.message(b, a, size_bytes) for a, b in pairs]
         return (*there, *back, self.message(places[-1], 0, size_bytes), self.message(0, places[-1], size_bytes))

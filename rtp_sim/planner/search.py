@@ -204,10 +204,10 @@ class Queue:
 def _queue(searched: Searched) -> Queue:
     columns: list[list[npt.NDArray[np.float64]]] = [[], [], [], []]
     slowest_s = slowest(searched)
-    for number, site in enumerate(searched.sites):
-        places = np.flatnonzero(site.fits & (site.lower_s <= slowest_s))
-        first, second = score(searched.question.objective, site.machine, site.lower_s[places],
-                              site.memory[:, places].sum(axis=0).astype(np.float64))  # fmt: skip
+    for number, one in enumerate(searched.sites):
+        places = np.flatnonzero(one.fits & (one.lower_s <= slowest_s))
+        first, second = score(searched.question.objective, one.machine, one.lower_s[places],
+                              one.memory[:, places].sum(axis=0).astype(np.float64))  # fmt: skip
         for column, values in zip(columns, (np.full(len(places), number), places, first, second), strict=True):
             column.append(np.asarray(values, dtype=np.float64))
     site, place, first, second = (np.concatenate(column) for column in columns)

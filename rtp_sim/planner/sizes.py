@@ -68,7 +68,7 @@ class Sizes:
         )  # fmt: skip
 
 
-def buckets(blocks: Sequence[BlockSizes], gradient_bytes: int, options: Options = Options()) -> Counter[int]:
+def buckets(blocks: Sequence[BlockSizes], gradient_bytes: int, options: Options) -> Counter[int]:
     """Parameters per bucket -> how many such buckets, as `schedule.data_parallel.DataParallel` fills them."""
     found: Counter[int] = Counter()
     for size in _filled(blocks, gradient_bytes, options):
@@ -79,7 +79,8 @@ def buckets(blocks: Sequence[BlockSizes], gradient_bytes: int, options: Options 
 def _filled(blocks: Sequence[BlockSizes], gradient_bytes: int, options: Options) -> list[int]:
     items = [i for block in reversed(blocks) for i in block.items]
     items += [i for block in blocks for i in reversed(block.late)]
-    full, open_numel = [], 0
+    full: list[int] = []
+    open_numel = 0
     for numel in items:
         open_numel += numel
         limit = options.ddp_first_bucket_bytes if not full else options.ddp_bucket_bytes

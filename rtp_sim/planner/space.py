@@ -2,7 +2,8 @@
 
 A layout is a strategy with its degrees and options; each is combined with every micro-batch that divides a replica's
 share of the global batch and with every way to recompute. What would be the same step twice is not listed: an axis of
-one rank, an order of axes of which only one is longer than one, `selective` where attention keeps no scores.
+one rank, an order of axes of which only one is longer than one, `selective` where attention keeps no scores. An
+interleaved pipeline has chunks of equal length where there are any.
 """
 
 from __future__ import annotations
@@ -64,8 +65,8 @@ class Space:
 
     def take(self, which: npt.NDArray[np.bool_] | Ints) -> Space:
         """The candidates that a mask or a list of places picks."""
-        columns = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Space(**{k: v[which] if isinstance(v, np.ndarray) else v for k, v in columns.items()})
+        columns = (getattr(self, f.name)[which] for f in fields(self)[3:])
+        return Space(self.cluster, self.nodes, self.gpus, *columns)
 
     def candidate(self, i: int) -> Candidate:
         """One candidate by its place."""
@@ -102,8 +103,8 @@ def make_space(
     ways = [RECOMPUTE.index(r) for r in _ways_to_recompute(network)]
     rows = [(k, mb, m, w) for k, r in enumerate(replicas.tolist()) for mb, m in batches[r] for w in ways]
     table = np.array(rows, dtype=np.int64).reshape(-1, 4)
-    columns = layouts[table[:, 0]].T
-    return Space(cluster, nodes, gpus, *columns, table[:, 1], table[:, 2], table[:, 3])
+    columns = [*layouts[table[:, 0]].T, *table[:, 1:].T]
+    return Space(cluster, nodes, gpus, *columns)
 
 
 def divisors(n: int) -> list[int]:
@@ -157,12 +158,19 @@ def _with_inner_axis(name: str, number: int, gpus: int, per_node: int) -> Iterat
                 yield number, inner, dp, 1, 1, 0, sync, int(name == "tp-sp"), ring
 
 
+def _chunks(blocks: int, pp: int) -> list[int]:
+    """Chunks per stage that give all pieces the same number of blocks, embedding and head counted as one each or not
+    (schedule/stages.py); where there is no such number, all of them."""
+    every = list(range(2, blocks // pp + 1))
+    return [v for v in every if not blocks % (pp * v) or not (blocks + 2) % (pp * v)] or every
+
+
 def _pipelines(name: str, number: int, gpus: int, blocks: int) -> Iterator[Layout]:
     own = PIPELINES[name].chunks
     for tp in divisors(gpus):
         for pp in divisors(gpus // tp)[1:]:
             dp = gpus // tp // pp
-            chunks = [own] if own is not None else list(range(2, blocks // pp + 1))
+            chunks = [own] if own is not None else _chunks(blocks, pp)
             for vpp in chunks:
                 for order in range(2 if dp > 1 else 1):
                     for sync in range(2 if dp > 1 else 1):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from rtp_sim.planner.capacity import Offer
 from rtp_sim.planner.plan import Plan, Row, StageCount
 from rtp_sim.report.format import format_bytes, format_count, format_percent, format_seconds
 
@@ -61,6 +62,23 @@ def others_table(rows: Sequence[Row]) -> Table:
     table.add_column("why", overflow="fold")
     for row in rows:
         table.add_row(str(row.candidate), row.reason)
+    return table
+
+
+def offers_table(offers: Sequence[Offer]) -> Table:
+    """What each cluster takes for the whole run."""
+    table = Table(header_style="bold", box=None, pad_edge=False)
+    for title in ("machine", "GPUs", "plan", "tokens/s", "days", "USD", "MWh", "verdict"):
+        table.add_column(title, justify="left" if title in ("machine", "plan", "verdict") else "right",
+                         no_wrap=title != "verdict")  # fmt: skip
+    for offer in offers:
+        speed = offer.row.metrics.tokens_per_s if offer.row and offer.row.metrics else None
+        table.add_row(
+            offer.cluster, str(offer.gpus or "-"), str(offer.row.candidate) if offer.row else "-",
+            format_count(speed), "-" if offer.seconds is None else f"{offer.seconds / 86400:.1f}",
+            "-" if offer.usd is None else f"{offer.usd:,.0f}", "-" if offer.kwh is None else f"{offer.kwh / 1000:,.0f}",
+            offer.why or "yes",
+        )  # fmt: skip
     return table
 
 
