@@ -20,6 +20,7 @@ from rtp_sim.units import parse_bandwidth, parse_time_ns
 
 FORMATS = ("table", "json", "csv")
 DEFAULT_CLUSTER = "dgx-a100-80g"
+EXPORTS = ("run", "megatron", "torchtitan", "deepspeed", "accelerate")
 DEFAULT_STRATEGIES = "ddp,zero1,zero2,fsdp,tp,tp-sp,rtp,rtp-inplace"
 
 
@@ -38,6 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = parser().parse_args(argv)
         # Imported here, so that --help and a mistyped flag answer at once.
+        if arguments.run == "validate" and arguments.decisions:
+            from rtp_sim import commands_decisions
+
+            return commands_decisions.validate_decisions(arguments)
         if arguments.run == "validate" and not arguments.directory:
             from rtp_sim import commands_measured
 
@@ -54,10 +59,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             from rtp_sim import commands_trace
 
             return commands_trace.trace(arguments)
+        if arguments.run == "sweep":
+            from rtp_sim import commands_sweep
+
+            given = list(sys.argv[1:] if argv is None else argv)
+            return commands_sweep.sweep(arguments, lambda more: parser().parse_args([*given, *more]))
         if arguments.run == "hardware_import":
             from rtp_sim import commands_import
 
             return commands_import.hardware_import(arguments)
+        if arguments.run == "plan":
+            from rtp_sim import commands_plan
+
+            return commands_plan.plan(arguments)
         from rtp_sim import commands
 
         run = getattr(commands, arguments.run)
@@ -80,11 +94,14 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"rtp-sim {__version__}")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=_Parser)
     _compare(commands.add_parser("compare", help="several strategies for one model on one cluster"))
+    _sweep(commands.add_parser("sweep", help="a grid of experiments: GPUs, bandwidths, micro-batches, anything"))
     _simulate(commands.add_parser("simulate", help="one strategy, with trace and report"))
+    _plan(commands.add_parser("plan", help="the best strategy, degrees and micro-batch, and on which machine"))
     _schedule(commands.add_parser("schedule", help="print or save the program of a rank"))
     _diff(commands.add_parser("diff", help="a predicted against a measured timeline"))
     _validate(commands.add_parser("validate", help="a measured run against its prediction"))
     _trace(commands.add_parser("trace", help="where the time went in traces of PyTorch's profiler"))
+    _export(commands.add_parser("export", help="a plan as settings of training frameworks, or as a command to run"))
     _run(commands.add_parser("run", help="one strategy on real processes of this machine (extra: torch)"))
     _calibrate(commands.add_parser("calibrate", help="measure this machine and write its cluster profile"))
     _catalogue(commands.add_parser("hardware", help="device and cluster profiles"), "hardware")
@@ -118,6 +135,14 @@ def _machine(p: argparse.ArgumentParser) -> None:
     group.add_argument("--cluster", metavar="NAME|FILE", help=f"cluster profile ({DEFAULT_CLUSTER})")
     group.add_argument("--gpus", type=_count, metavar="N", help="number of GPUs (default: all of the nodes)")
     group.add_argument("--nodes", type=_count, metavar="N", help="number of nodes (1)")
+    _faults(group)
+
+
+def _faults(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--slow-gpu", type=_slow_gpu, action="append", metavar="R=X",
+                       help="rank R computes X times as long")  # fmt: skip
+    group.add_argument("--degrade-link", type=_degraded_link, action="append", metavar="NAME=X",
+                       help="a link at X of its bandwidth, as 'node0/gpu3->nvswitch=0.5'; * for any text")  # fmt: skip
 
 
 def _options(p: argparse.ArgumentParser) -> None:
@@ -170,6 +195,33 @@ def _compare(p: argparse.ArgumentParser) -> None:
     p.add_argument("--jobs", type=_count, metavar="N", help="worker processes (default: one per core)")
 
 
+def _sweep(p: argparse.ArgumentParser) -> None:
+    p.set_defaults(run="sweep", default_cluster=DEFAULT_CLUSTER)
+    p.epilog = (
+        "NAME is a flag of this command without its dashes, or a number of the profile: link.NAME.FIELD (by name or "
+        "kind), device.FIELD, communication.FIELD. The same command goes on where a sweep into -o DIR was broken off."
+    )
+    _workload(p, per_replica=False)
+    group = p.add_argument_group("machine")
+    group.add_argument("--cluster", metavar="NAME|FILE", help=f"cluster profile ({DEFAULT_CLUSTER})")
+    group.add_argument("--gpus", type=_counts, metavar="A,B,...", help="numbers of GPUs (default: all of one node)")
+    group.add_argument("--nodes", type=_counts, metavar="A,B,...", help="numbers of nodes instead")
+    _faults(group)
+    p.add_argument("--strategies", default=DEFAULT_STRATEGIES, metavar="A,B,...", help=DEFAULT_STRATEGIES)
+    p.add_argument("--vary", action="append", default=[], metavar="NAME=A,B,...",
+                   help="as link.ib.bandwidth=100,200,400Gb/s or micro-batch=1,2,4; may be repeated")  # fmt: skip
+    _options(p)
+    group = p.add_argument_group("engine and output")
+    group.add_argument("--engine", choices=("estimate", "simpy", "longest-path"), default="estimate",
+                       help="estimate: simulate small steps, compose or extrapolate large ones")  # fmt: skip
+    group.add_argument("-o", "--output", metavar="DIR", help="keep results there as they come, and go on from them")
+    group.add_argument("--workers", type=_count, metavar="N", help="processes of this machine (default: one per core)")
+    group.add_argument("--scheduler", metavar="tcp://HOST:PORT", help="a Dask scheduler instead (extra: dask)")
+    group.add_argument("--format", choices=FORMATS, default="table")
+    group.add_argument("--report", metavar="FILE.html", help="write a self-contained report")
+    group.add_argument("--quiet", action="store_true", help="no progress on stderr")
+
+
 def _simulate(p: argparse.ArgumentParser) -> None:
     p.set_defaults(run="simulate")
     p.epilog = "Without --global-batch every replica does one micro-batch."
@@ -179,6 +231,69 @@ def _simulate(p: argparse.ArgumentParser) -> None:
     _options(p)
     _engine(p)
     p.add_argument("--trace", metavar="FILE.json[.gz]", help="write a Chrome trace (opens in Perfetto)")
+    group = p.add_argument_group("jitter")
+    group.add_argument(
+        "--jitter", nargs="?", const="", metavar="NAME=S,...",
+        help="p50 and p95 of the step with noise: compute=0.03,link=0.1,rank=0.01 (the default), straggler=0.001x1.5",
+    )  # fmt: skip
+    group.add_argument("--samples", type=_count, default=200, metavar="N", help="steps that are played (200)")
+    group.add_argument("--seed", type=_whole, default=0, metavar="N", help="of the noise (0)")
+
+
+def _plan(p: argparse.ArgumentParser) -> None:
+    p.set_defaults(run="plan", default_cluster=DEFAULT_CLUSTER)
+    p.epilog = "Axes of --where: tp rtp fsdp dp pp vpp micro-batch micro-batches gpus strategy recompute order dp-sync."
+    group = p.add_argument_group("model and training")
+    group.add_argument("--model", required=True, metavar="NAME|FILE", help="preset, config.json or layer-list file")
+    group.add_argument("--global-batch", type=_count, metavar="N", help="sequences per step (of --tokens: 4 Mi tokens)")
+    group.add_argument("--seq-len", type=_count, metavar="N", help="tokens per sequence (1024, or what the model has)")
+    _numbers(group)
+    group = p.add_argument_group("machines")
+    group.add_argument("--cluster", metavar="NAME|FILE", help=f"cluster profile ({DEFAULT_CLUSTER})")
+    group.add_argument("--clusters", metavar="A,B,...", help="several, to compare")
+    group.add_argument("--nodes", type=_counts, metavar="N,...", help="numbers of nodes (1)")
+    group.add_argument("--gpus", type=_counts, metavar="N,...", help="numbers of GPUs, instead of nodes")
+    group.add_argument("--price-per-gpu-hour", action="append", default=[], metavar="[CLUSTER=]USD",
+                       help="in place of the profile's list price")  # fmt: skip
+    group = p.add_argument_group("what is wanted")
+    group.add_argument("--objective", choices=("time", "memory", "gpus", "cost", "energy"), default="time")
+    group.add_argument("--top", type=_count, default=10, metavar="N", help="plans to show (10)")
+    group.add_argument("--strategies", metavar="A,B,...", help="consider only these")
+    for axis in ("tp", "rtp", "fsdp", "dp", "pp", "vpp", "micro-batch"):
+        group.add_argument(f"--{axis}", type=_counts, metavar="N,...", help=f"consider only these degrees of {axis}"
+                           if axis != "micro-batch" else "consider only these micro-batches")  # fmt: skip
+        group.add_argument(f"--max-{axis}", type=_count, metavar="N", help=argparse.SUPPRESS)
+    group.add_argument("--recompute", metavar="A,B", help=f"some of {', '.join(RECOMPUTE)}")
+    group.add_argument("--rank-order", metavar="A,B", help="some of tp-dp-pp, tp-pp-dp")
+    group.add_argument("--dp-sync", metavar="A,B", help="some of ddp, zero1, zero2")
+    group.add_argument("--where", action="append", default=[], metavar="LIMIT",
+                       help="a limit on an axis or a product of axes, as tp*pp<=16; --max-tp N is tp<=N")  # fmt: skip
+    group.add_argument("--memory-headroom", type=_percent, default=0.0, metavar="10%%", help="memory to keep free (0)")
+    group.add_argument("--min-tokens-per-s", type=_factor, metavar="X", help="leave out what is slower")
+    group = p.add_argument_group("the whole run, and what if")
+    group.add_argument("--tokens", type=_amount, metavar="T", help="tokens to train, as 1e12: which machine, how many")
+    group.add_argument("--deadline", type=_duration_s, metavar="30d", help="time for these tokens, as 30d or 12h")
+    group.add_argument("--budget", type=_amount, metavar="USD", help="money for these tokens")
+    group.add_argument("--max-nodes", type=_count, default=128, metavar="N", help="most nodes of a cluster (128)")
+    group.add_argument("--break-even", metavar="NUMBER:A,B", help="where A and B are equal, link.ib.bandwidth:rtp,fsdp")
+    group.add_argument("--largest", choices=("seq-len", "micro-batch"), help="the largest that fits")
+    p.add_argument("--jobs", type=_count, default=2, metavar="N", help="processes (2)")
+    p.add_argument("--sensitivity", action="store_true",
+                   help="search again with every number of the machine 20%% smaller and larger: who wins then?")
+    p.add_argument("--report", metavar="FILE.html", help="write a self-contained report")
+    p.add_argument("--export", metavar="DIR", help="write every plan shown as a command and as frameworks' settings")
+    p.add_argument("--format", choices=("table", "json"), default="table")
+    p.add_argument("--quiet", action="store_true", help="no progress on stderr")
+
+
+def _numbers(group: argparse._ArgumentGroup) -> None:
+    """Flags of a training step that are not its size."""
+    group.add_argument("--precision", choices=sorted(PRECISIONS), default="bf16")
+    group.add_argument("--optimizer", choices=sorted(OPTIMIZER_STATES), default="adamw")
+    group.add_argument("--attention", choices=ATTENTIONS, default="flash")
+    group.add_argument("--clip-norm", type=float, metavar="X", help="largest norm of all gradients together")
+    group.add_argument("--loss-scale", default="none", metavar="dynamic[:X]|static:X|none")
+    group.add_argument("--dropout", type=_probability, metavar="P", help="of the model's dropout layers (its own)")
 
 
 def _schedule(p: argparse.ArgumentParser) -> None:
@@ -215,6 +330,10 @@ def _validate(p: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--all", nargs="?", const="", metavar="FOLDER",
         help="all files of published runs in a folder (RTP_SIM_MEASURED, or ../shared/measured)",
+    )  # fmt: skip
+    what.add_argument(
+        "--decisions", nargs="+", metavar="FILE.csv",
+        help="published runs: what the one predicted to be the fastest took, over the best (docs/measured.md)",
     )  # fmt: skip
     group = p.add_argument_group("published runs")
     group.add_argument("--output", metavar="DIR", help="keep estimates there as they come, and go on from them")
@@ -298,6 +417,21 @@ def _run(p: argparse.ArgumentParser) -> None:
     group.add_argument("--quiet", action="store_true", help="no progress on stderr")
 
 
+def _export(p: argparse.ArgumentParser) -> None:
+    p.set_defaults(run="export")
+    p.epilog = (
+        "A file goes to stdout, notes to stderr. Exit code 1: none of the frameworks asked for can do this (stderr "
+        "says why). docs/exports.md says what is mapped to what."
+    )
+    p.add_argument("--to", required=True, metavar="A,B,...", help=f"{', '.join(EXPORTS)}, or all")
+    _workload(p)
+    _machine(p)
+    p.add_argument("--strategy", required=True, metavar="NAME")
+    _options(p)
+    p.add_argument("-o", "--output", metavar="DIR", help="write the files there (default: print them)")
+    p.add_argument("--format", choices=("table", "json"), default="table")
+
+
 def _calibrate(p: argparse.ArgumentParser) -> None:
     p.set_defaults(run="calibrate")
     p.epilog = "Writes FILE.toml, FILE-device.toml and FILE.calibration.json. Leave the machine alone meanwhile."
@@ -349,6 +483,36 @@ def _fraction(text: str) -> float:
     return value
 
 
+def _amount(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an amount above 0 such as 2e6")
+    return value
+
+
+def _duration_s(text: str) -> float:
+    """ "30d", "12h": seconds."""
+    unit = {"d": 86400.0, "h": 3600.0}.get(text[-1:], 0.0)
+    try:
+        value = float(text[:-1]) * unit
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time in days or hours such as 30d")
+    return value
+
+
+def _percent(text: str) -> float:
+    """ "10%" or 0.1."""
+    value = _fraction(text[:-1]) / 100 if text.endswith("%") else _fraction(text)
+    if value >= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} leaves nothing: expected less than 100 %, such as 10%")
+    return value
+
+
 def _probability(text: str) -> float:
     value = _fraction(text)
     if value >= 1:
@@ -388,6 +552,20 @@ def _slow_rank(text: str) -> tuple[int, int]:
     return int(rank), round(_factor(factor) * 1000)
 
 
+def _slow_gpu(text: str) -> tuple[int, float]:
+    rank, equals, factor = text.partition("=")
+    if not (rank.isdigit() and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a rank and a factor such as 3=1.3")
+    return int(rank), _factor(factor)
+
+
+def _degraded_link(text: str) -> tuple[str, float]:
+    name, equals, fraction = text.rpartition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a link and a fraction such as node0/gpu3->nvswitch=0.5")
+    return name, _fraction(fraction)
+
+
 def _count(text: str) -> int:
     try:
         value = int(text)
@@ -396,6 +574,12 @@ def _count(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return value
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
 
 
 def _counts(text: str) -> tuple[int, ...]:

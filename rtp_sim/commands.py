@@ -15,9 +15,11 @@ from rtp_sim.errors import InputError
 from rtp_sim.experiment import Request, Result, Setting, prepare, run, settle, usable_memory_bytes
 from rtp_sim.hardware.profiles import list_clusters, list_devices, load_cluster, load_device
 from rtp_sim.hardware.spec import Cluster
+from rtp_sim.jitter import Spread, jittered, read_noise, spread_json
 from rtp_sim.metrics import StepMetrics, peak_memory_rank
 from rtp_sim.model.presets import find_model, list_models
 from rtp_sim.report.inputs import Row, cluster_rows, device_rows, input_rows
+from rtp_sim.report.spread_tables import spread_cells
 from rtp_sim.report.tables import (
     compare_json,
     comparison_table,
@@ -38,12 +40,12 @@ from rtp_sim.timeline import Timeline
 def compare(a: Namespace) -> int:
     """`rtp-sim compare`: several strategies side by side. Exit code 1 if none fits into memory."""
     strategies = [s.strip() for s in a.strategies.split(",") if s.strip()]
-    _known_strategies(strategies)
+    known_strategies(strategies)
     _check_outputs(a)
     a.cluster = a.cluster or a.default_cluster
     cluster = load_cluster(a.cluster, a.nodes or 1, a.gpus)
     batch = a.global_batch or a.micro_batch * cluster.world_size
-    requests = [replace(_request(a, s), global_batch=batch) for s in strategies]
+    requests = [replace(request_of(a, s), global_batch=batch) for s in strategies]
     jobs = min(a.jobs or cpu_count() or 1, len(requests))
     errors: list[InputError] = []
     outcomes = list(_all_outcomes(requests, a, jobs, errors))
@@ -66,22 +68,28 @@ def compare(a: Namespace) -> int:
 
 def simulate(a: Namespace) -> int:
     """`rtp-sim simulate`: one strategy. Exit code 1 if it does not fit into memory."""
-    _known_strategies([a.strategy])
+    known_strategies([a.strategy])
     _check_degrees(a)
     _check_outputs(a)
+    _check_jitter(a)
     a.cluster = a.cluster or a.default_cluster
     if a.engine == "estimate":
         return _estimate(a)
     _progress(a, f"building {a.strategy}")
-    prepared = prepare(_request(a, a.strategy))
+    prepared = prepare(request_of(a, a.strategy))
     _progress(a, f"simulating {prepared.schedule.name} on {prepared.schedule.world_size} GPUs")
     result = run(prepared, a.engine, fold=not a.no_fold)
+    found = _jittered(a, result)
     outcome = _outcome(result, True)
     if a.format == "table":
-        print_table(summary_table(result.metrics, usable_memory_bytes(prepared.cluster)))
+        table = summary_table(result.metrics, usable_memory_bytes(prepared.cluster))
+        for cells in spread_cells(found) if found else ():
+            table.add_row(*cells)
+        print_table(table)
         _print_notes([outcome])
     elif a.format == "json":
-        write_json(simulate_json(result.metrics, _inputs(a, int(prepared.schedule.meta["global_batch"] or 0))))
+        inputs = _inputs(a, int(prepared.schedule.meta["global_batch"] or 0))
+        write_json(simulate_json(result.metrics, inputs, spread_json(found) if found else None))
     else:
         write_csv([result.metrics])
     if a.trace:
@@ -95,9 +103,17 @@ def simulate(a: Namespace) -> int:
     return 0 if result.metrics.fits else 1
 
 
+def _jittered(a: Namespace, result: Result) -> Spread | None:
+    """The spread of the step time; None without --jitter."""
+    if a.jitter is None:
+        return None
+    _progress(a, f"playing the step {a.samples} times with noise")
+    return jittered(result, read_noise(a.jitter), a.samples, a.seed)
+
+
 def _estimate(a: Namespace) -> int:
     """One strategy without a timeline. Exit code 1 if it does not fit into memory."""
-    setting = settle(_request(a, a.strategy))
+    setting = settle(request_of(a, a.strategy))
     outcome = _estimated(setting)
     if a.format == "table":
         print_table(summary_table(outcome.metrics, usable_memory_bytes(setting.cluster)))
@@ -122,13 +138,13 @@ def _estimated(setting: Setting) -> _Outcome:
 
 def schedule(a: Namespace) -> int:
     """`rtp-sim schedule`: the program of a rank, or the whole schedule as text or JSON."""
-    _known_strategies([a.strategy])
+    known_strategies([a.strategy])
     _check_degrees(a)
     if a.cluster is None and a.gpus is None and a.nodes is None and (a.rtp or a.tp or a.fsdp or a.dp or a.pp):
         # A schedule needs ranks, not a machine: the degrees alone say how many.
         a.cluster = f"generic:a100-sxm-80gb,gpus={_degrees(a)},nics=1,nic=200Gb/s"
     a.cluster = a.cluster or a.default_cluster
-    built = prepare(_request(a, a.strategy)).schedule
+    built = prepare(request_of(a, a.strategy)).schedule
     if not 0 <= a.rank < built.world_size:
         raise InputError(f"--rank {a.rank}: expected a rank from 0 to {built.world_size - 1}")
     if a.format == "json":
@@ -151,7 +167,7 @@ def run_schedule(a: Namespace) -> int:
     # Imported here: nothing else needs the executor.
     from rtp_sim.commands_run import execute
 
-    _known_strategies([a.strategy])
+    known_strategies([a.strategy])
     _check_degrees(a)
     ranks = a.nproc_per_node or _degrees(a)
     if ranks % a.as_nodes:
@@ -161,7 +177,18 @@ def run_schedule(a: Namespace) -> int:
     # A schedule needs ranks, not a machine: how many there are and how they lie on nodes.
     a.cluster = f"generic:a100-sxm-80gb,gpus={ranks // a.as_nodes},nics=1,nic=200Gb/s"
     a.gpus, a.nodes = None, a.as_nodes
-    return execute(a, prepare(_request(a, a.strategy)))
+    return execute(a, prepare(request_of(a, a.strategy)))
+
+
+def export(a: Namespace) -> int:
+    """`rtp-sim export`: the plan as settings of frameworks. Exit code 1 if none of them can do it."""
+    # Imported here: nothing else needs the exporters.
+    from rtp_sim.commands_export import export_plan
+
+    known_strategies([a.strategy])
+    _check_degrees(a)
+    a.cluster = a.cluster or a.default_cluster
+    return export_plan(a, settle(request_of(a, a.strategy)))
 
 
 def hardware_list(a: Namespace) -> int:
@@ -212,7 +239,8 @@ def _traced_ranks(timeline: Timeline) -> list[int]:
     return sorted(ranks)
 
 
-def _known_strategies(names: Sequence[str]) -> None:
+def known_strategies(names: Sequence[str]) -> None:
+    """InputError for no name at all, or for one that is no strategy."""
     if not names:
         raise InputError(f"--strategies names none; expected some of {', '.join(STRATEGIES)}")
     for name in names:
@@ -235,6 +263,17 @@ def _degrees(a: Namespace) -> int:
     return int((a.rtp or a.tp or a.fsdp or 1) * (a.dp or 1) * (a.pp or 1))
 
 
+def _check_jitter(a: Namespace) -> None:
+    """InputError for noise that cannot be understood, or has nothing to act on."""
+    if a.jitter is None:
+        return
+    read_noise(a.jitter)
+    if a.engine == "estimate":
+        raise InputError("--engine estimate has no timeline for --jitter: leave one of the two out")
+    if a.format == "csv":
+        raise InputError("--jitter has no columns in --format csv: expected table or json")
+
+
 def _check_outputs(a: Namespace) -> None:
     """InputError for files that cannot be written, before any work is done for them."""
     for flag in ("report", "trace"):
@@ -252,7 +291,8 @@ def _check_outputs(a: Namespace) -> None:
         require_plots(a.plot)
 
 
-def _request(a: Namespace, strategy: str) -> Request:
+def request_of(a: Namespace, strategy: str) -> Request:
+    """What the arguments ask for, of one strategy."""
     axis = INNER_AXIS.get(strategy, "")
     inner = {"rtp": a.rtp, "tp": a.tp, "fsdp": a.fsdp}.get(axis)
     return Request(
@@ -261,7 +301,8 @@ def _request(a: Namespace, strategy: str) -> Request:
         order=a.rank_order, micro_batch=a.micro_batch, seq_len=a.seq_len, global_batch=a.global_batch,
         micro_batches=getattr(a, "micro_batches", None), precision=a.precision, recompute=a.recompute,
         optimizer=a.optimizer, attention=a.attention, clip_norm=a.clip_norm,
-        loss_scale=a.loss_scale, dropout=a.dropout, options=_strategy_options(a),
+        loss_scale=a.loss_scale, dropout=a.dropout, slow_gpus=tuple(getattr(a, "slow_gpu", None) or ()),
+        degraded_links=tuple(getattr(a, "degrade_link", None) or ()), options=_strategy_options(a),
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from rtp_sim.report.accuracy_tables import accuracy_grids, accuracy_json, verdic
 from rtp_sim.report.diff_tables import print_grid
 from rtp_sim.report.tables import write_json
 from rtp_sim.validation.measured import read_measured
-from rtp_sim.validation.published import predict
+from rtp_sim.validation.published import Progress, predict
 
 FOLDER_VARIABLE = "RTP_SIM_MEASURED"
 DEFAULT_FOLDER = Path("..") / "shared" / "measured"
@@ -27,12 +27,12 @@ EVERY_S = 5.0
 def validate_measured(a: Namespace) -> int:
     """Predicts the rows of the files and says how well."""
     tables = [read_measured(path) for path in files_of(a)]
-    outcomes = predict(tables, Path(a.output) if a.output else None, a.workers, _progress(a))
+    outcomes = predict(tables, Path(a.output) if a.output else None, a.workers, progress(a))
     if a.report:
         from rtp_sim.report.accuracy_html import write_accuracy_report
 
         write_accuracy_report(a.report, outcomes, a.worst)
-        _say(a, f"wrote {a.report}")
+        say(a, f"wrote {a.report}")
     for outcome in outcomes:
         if outcome.invalid:
             print(f"rtp-sim: {outcome.invalid}", file=sys.stderr)
@@ -59,7 +59,8 @@ def files_of(a: Namespace) -> list[Path]:
     return found
 
 
-def _progress(a: Namespace):  # type: ignore[no-untyped-def]
+def progress(a: Namespace) -> Progress:
+    """Tells on stderr, every few seconds, how many experiments are predicted."""
     began = last = time.monotonic()
 
     def tell(done: int, total: int) -> None:
@@ -67,11 +68,12 @@ def _progress(a: Namespace):  # type: ignore[no-untyped-def]
         now = time.monotonic()
         if done == total or now - last >= EVERY_S:
             last = now
-            _say(a, f"{done} of {total} different experiments predicted, {now - began:.0f} s")
+            say(a, f"{done} of {total} different experiments predicted, {now - began:.0f} s")
 
     return tell
 
 
-def _say(a: Namespace, message: str) -> None:
+def say(a: Namespace, message: str) -> None:
+    """A line on stderr, unless --quiet."""
     if not a.quiet:
         print(f"rtp-sim: {message}", file=sys.stderr)

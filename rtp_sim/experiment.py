@@ -13,9 +13,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rtp_sim.cost.model import ClusterCost
+from rtp_sim.cost.piped import piped_groups
+from rtp_sim.cost.slow import SlowCost, slow_apart
+from rtp_sim.engine.fold import Folds
 from rtp_sim.engine.longest_path import longest_path
 from rtp_sim.engine.memory import MemoryProfile, memory_profiles
 from rtp_sim.errors import InputError
+from rtp_sim.hardware.degraded import degraded
 from rtp_sim.hardware.profiles import load_cluster
 from rtp_sim.hardware.spec import Cluster
 from rtp_sim.metrics import StepMetrics, critical_rank, step_metrics
@@ -32,6 +36,7 @@ from rtp_sim.timeline import Timeline
 
 DEFAULT_SEQ_LEN = 1024
 ENGINES = ("simpy", "longest-path")
+MIN_SLOW = 0.001
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +47,9 @@ class Request:
     pipeline; what is left out follows (layout.make_layout, which also says what `order` is). `micro_batch` counts
     sequences per replica and micro-batch. The step is `global_batch` sequences, or `micro_batches` micro-batches per
     replica, by default one. `seq_len` is 1024 by default, or what the model's learned positions allow if that is less.
-    `dropout`, where given, replaces the model's own probability (0 for presets).
+    `dropout`, where given, replaces the model's own probability (0 for presets). `slow_gpus` are (rank, factor): its
+    kernels take so many times as long. `degraded_links` are (name, fraction of the bandwidth left), as
+    hardware/degraded.py has them.
     """
 
     model: str
@@ -65,6 +72,8 @@ class Request:
     clip_norm: float | None = None
     loss_scale: str = "none"
     dropout: float | None = None
+    slow_gpus: tuple[tuple[int, float], ...] = ()
+    degraded_links: tuple[tuple[str, float], ...] = ()
     options: Options = field(default_factory=Options)
 
 
@@ -146,6 +155,7 @@ def settle(request: Request, cluster: Cluster | None = None, network: Network | 
         raise InputError(f"unknown strategy {request.strategy!r}: {nearest(request.strategy, STRATEGIES)}")
     if cluster is None:
         cluster = load_cluster(request.cluster, request.nodes or 1, request.gpus)
+    cluster = degraded(cluster, request.degraded_links)
     if network is None:
         # Evaluation drops nothing.
         dropout = 0.0 if request.options.eval_passes else request.dropout
@@ -159,12 +169,22 @@ def settle(request: Request, cluster: Cluster | None = None, network: Network | 
         loss_scale=request.loss_scale, num_microbatches=_microbatches(request, layout),
     )  # fmt: skip
     groups = make_groups(layout, cluster.topology, request.options.rtp_ring, request.options.zero1_size)
-    return Setting(request, network, cluster, layout, training, groups, ClusterCost(cluster))
+    for rank, factor in request.slow_gpus:
+        if not (0 <= rank < cluster.world_size and MIN_SLOW <= factor < 1e6):
+            raise InputError(
+                f"slow GPU {rank} by a factor of {factor:g}: expected a rank from 0 to {cluster.world_size - 1} and a "
+                f"factor of at least {MIN_SLOW}, for example 3=1.3"
+            )
+    made = SlowCost if request.slow_gpus else ClusterCost
+    cost = made(cluster, piped=piped_groups(groups, cluster.topology))
+    return Setting(request, network, cluster, layout, training, groups, cost)
 
 
 def built(s: Setting) -> Prepared:
     """The setting with its schedule. InputError if the network cannot be split that way."""
     schedule = build_schedule(s.request.strategy, s.network, s.training, s.layout, s.groups, s.request.options)
+    slow = {rank: round(factor * 1000) for rank, factor in s.request.slow_gpus}
+    schedule = slow_apart(schedule, slow) if slow else schedule
     return Prepared(s.request, s.network, s.cluster, s.layout, s.training, schedule, s.cost)
 
 
@@ -186,15 +206,16 @@ def _microbatches(request: Request, layout: ParallelLayout) -> int:
     return request.global_batch // per_pass
 
 
-def run(prepared: Prepared, engine: str = "simpy", fold: bool = True) -> Result:
-    """Simulates the step: "simpy" with contention, "longest-path" without. `fold=False` simulates every rank."""
+def run(prepared: Prepared, engine: str = "simpy", fold: bool = True, folds: Folds | None = None) -> Result:
+    """Simulates the step: "simpy" with contention, "longest-path" without. `fold=False` simulates every rank; `folds`
+    remembers which ranks behave alike, for steps like this one under the same cost model."""
     schedule, cost = prepared.schedule, prepared.cost
     if engine == "simpy":
         from rtp_sim.engine.simulate import simulate
 
-        timeline = simulate(schedule, cost, fold=fold)
+        timeline = simulate(schedule, cost, fold=fold, folds=folds)
     else:
-        timeline = longest_path(schedule, cost, fold=fold)
+        timeline = longest_path(schedule, cost, fold=fold, folds=folds)
     meta = dict(timeline.meta) | {"cluster": prepared.cluster.name, "model": prepared.network.name}
     timeline = replace(timeline, meta=meta)
     memory = memory_profiles(schedule, timeline.ranks)

@@ -35,31 +35,42 @@ MAY_IMPORT = {
     "engine": BASE | {"timeline", "engine.costs"},
     "metrics": BASE | {"timeline", "engine"},
     "experiment": BASE | {"model", "hardware", "schedule", "timeline", "cost", "engine", "metrics"},
+    "jitter": BASE | {"timeline", "engine", "metrics", "experiment"},
     "compose": BASE
     | {"model", "hardware", "schedule", "timeline", "cost", "engine.costs", "engine", "metrics", "experiment"},
+    "planner": BASE
+    | {"model", "hardware", "schedule", "cost", "engine", "metrics", "experiment", "compose"},
     "traces": BASE,
     "validation": BASE
     | {"link", "stated", "model", "hardware", "schedule", "timeline", "timeline_file", "cost", "engine", "metrics"}
-    | {"engine.costs", "experiment"},
+    | {"engine.costs", "experiment", "compose"},
     "validation.traced": BASE | {"timeline", "traces", "validation", "executor.rendezvous"},
-    "report": BASE | {"hardware", "schedule", "timeline", "engine", "metrics", "experiment", "validation", "traces"},
+    "sweep": BASE | {"model", "hardware", "metrics", "experiment", "compose"},
+    "report": BASE
+    | {"hardware", "schedule", "timeline", "engine", "metrics", "experiment", "validation", "traces"}
+    | {"sweep", "jitter", "planner"},
     "importing": BASE
     | {"hardware", "cost", "executor.calibrate", "executor.calibrate.fit", "executor.calibrate.residuals"},
+    "export": BASE | {"model", "hardware", "schedule", "experiment"},
+    "commands_export": BASE | {"experiment", "export", "planner", "report"},
+    "commands_plan": BASE | {"hardware", "experiment", "planner", "commands_export", "report"},
     "commands_import": BASE | {"hardware", "importing"},
     "commands_trace": BASE | {"timeline_file", "traces", "validation", "validation.traced", "report"},
     "timeline_file": BASE | {"schedule", "timeline"},
     "commands": BASE
     | {"model", "hardware", "schedule", "timeline", "engine", "metrics", "experiment", "compose", "report"}
-    | {"commands_run"},
+    | {"jitter", "commands_run", "commands_export"},
     "commands_run": BASE
     | {"stated", "model", "hardware", "cost", "schedule", "timeline", "experiment", "report", "executor"},
     "commands_validate": BASE
     | {"hardware", "timeline", "timeline_file", "validation", "validation.traced", "report"},
     "commands_measured": BASE | {"validation", "report"},
+    "commands_sweep": BASE | {"hardware", "schedule", "commands", "sweep", "report"},
+    "commands_decisions": BASE | {"validation", "report", "commands_measured"},
     "cli": {
         "", "errors", "units", "model",
         "commands", "commands_validate", "commands_calibrate", "commands_import", "commands_trace",
-        "commands_measured",
+        "commands_measured", "commands_sweep", "commands_decisions", "commands_plan",
     },
     "executor": BASE
     | {"link", "stated", "model", "schedule", "timeline", "timeline_file", "executor.rendezvous", "traces"},
@@ -100,7 +111,11 @@ CONFINED = {
         "rtp_sim.validation.measured",
         "rtp_sim.validation.runs",
     },
-    "rich": {"rtp_sim.commands", "rtp_sim.commands_run", "rtp_sim.report.tables", "rtp_sim.report.diff_tables"},
+    "rich": {
+        "rtp_sim.commands", "rtp_sim.commands_run", "rtp_sim.report.tables", "rtp_sim.report.diff_tables",
+        "rtp_sim.report.sweep_tables", "rtp_sim.report.plan_tables",
+    },
+    "distributed": {"rtp_sim.sweep.schedulers"},
     "matplotlib": {"rtp_sim.report.plots"},
 }
 NO_LIBRARIES = ("rtp_sim.schedule.ir", "rtp_sim.schedule.serialize", "rtp_sim.schedule.text")

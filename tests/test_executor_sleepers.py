@@ -12,7 +12,8 @@ from strategy_helpers import FlatCost
 from rtp_sim import cli
 from rtp_sim.cost.emulated import EmulatedCost
 from rtp_sim.cost.model import ClusterCost
-from rtp_sim.cost.stated import StatedCost, priced, slow_apart
+from rtp_sim.cost.slow import slow_apart
+from rtp_sim.cost.stated import StatedCost, priced
 from rtp_sim.engine.costs import Phase
 from rtp_sim.engine.longest_path import longest_path
 from rtp_sim.engine.simulate import simulate

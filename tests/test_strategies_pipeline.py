@@ -255,14 +255,16 @@ def test_blocks_per_stage(layers: int, parts: int, expected: tuple[int, ...]) ->
 
 
 def test_balance_by_cost_counts_the_head() -> None:
-    """16 layers of 4 h h + 3 h f = 67.1 M weights and a head of 131,072 x 2,048 = 268.4 M: half of 1,342.2 M is passed
-    by the 11th layer (10 layers reach it exactly); at 4 stages by the 6th, 11th and 16th. At 8 the 7th has norm and
-    logits, and the 8th is left with the loss."""
+    """16 layers of 4 h h + 3 h f = 67.1 M weights and a head of 131,072 x 2,048 = 268.4 M, of which half counts: two
+    layers more. Half of 18 is passed by the 10th layer (9 reach it exactly); quarters, 4.5, by the 5th, 10th and 14th;
+    eighths, 2.25, by the 3rd, 5th, 7th, 10th, 12th, 14th and 16th. Sixteenths, 1.125, are passed by each from the 2nd
+    on but the 9th (9 reach 8 of them exactly); norm and logits fill the 15th piece, and the loss is left alone."""
     network = transformer_network(
         find_model("llama2-7b", num_layers=16, hidden_size=2048, ffn_hidden_size=8192, vocab_size=131072,
                    num_heads=32, num_kv_heads=32), 4096,
     )  # fmt: skip
-    for parts, expected in ((2, (11, 5)), (4, (6, 5, 5, 0)), (8, (3, 3, 2, 3, 2, 3, 0, 0))):
+    for parts, expected in ((2, (10, 6)), (4, (5, 5, 4, 2)), (8, (3, 2, 2, 3, 2, 2, 2, 0)),
+                            (16, (2, *(1,) * 6, 2, *(1,) * 6, 0, 0))):  # fmt: skip
         stages = cut(network, parts, 1, False, (), "cost")
         assert tuple(sum(b.recomputable for b in piece) for piece in stages.pieces) == expected
     assert [[x.name for x in b.layers] for b in stages.pieces[-2]] == [["head.norm", "head.logits"]]

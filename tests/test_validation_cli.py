@@ -373,7 +373,7 @@ def test_a_profile_with_other_ranks_is_refused(run, directory: Path):
             "nowhere is no directory; expected what rtp-sim run -o nowhere leaves",
         ),
         ("validate nowhere", "give --profile, the cluster profile of the machine"),
-        ("validate", "one of the arguments RUN --measured --all is required"),
+        ("validate", "one of the arguments RUN --measured --all --decisions is required"),
         ("validate nowhere --profile x --tolerance -1", "'-1' is not a fraction of 1 such as 0.15"),
         ("validate nowhere --profile x --tolerance nan", "'nan' is not a fraction of 1 such as 0.15"),
         ("diff nowhere.json nowhere.json", "nowhere.json"),

@@ -13,14 +13,17 @@ from test_cli import Answer, documented_keys
 from test_report_html import Elements, run_browser
 
 from rtp_sim.cli import main
+from rtp_sim.compose.memory import StageMemory
 from rtp_sim.cost.lockstep import LockstepCost
 from rtp_sim.cost.model import ClusterCost
 from rtp_sim.engine.longest_path import unshared_ns
 from rtp_sim.errors import InputError
+from rtp_sim.experiment import built
+from rtp_sim.experiment import run as run_step
 from rtp_sim.hardware.profiles import load_cluster
 from rtp_sim.schedule.layout import make_groups, make_layout
 from rtp_sim.validation.accuracy import Errors, Fits, Outcome, errors_of, fits_of, rank_correlation, spearman
-from rtp_sim.validation.evaluate import Estimate, evaluate
+from rtp_sim.validation.evaluate import Estimate, evaluate, setting_of
 from rtp_sim.validation.fit import PARAMETERS, fit
 from rtp_sim.validation.interpret import Experiment, Unsupported, interpret
 from rtp_sim.validation.measured import Problem, Row, RowFile, calibration_half, read_measured
@@ -134,6 +137,10 @@ def test_equal_runs_are_one_experiment():
     ("change", "reason"),
     [
         ({"cp": "2", "dp": "4"}, "context and expert parallelism (cp=2, ep=1) are not supported"),
+        ({"strategy": "fsdp", "tp": "2", "dp": "4"},
+         "tensor and pipeline parallelism with fsdp on the data-parallel axis are not supported"),
+        ({"dp": "4", "pp": "2", "pipeline_schedule": "gppe"},
+         "pipeline schedule 'gppe' is not known: did you mean gpipe?"),
         ({"num_layers": "", "model": "mine"}, "num_layers is blank and the model's name tells no parameter count"),
         ({"recompute": "some"}, "recompute 'some' is not known: expected none, selective or full"),
     ],
@@ -157,16 +164,33 @@ def test_an_unknown_cluster_is_named_with_its_place():
     [
         {"dp": "8"},
         {"strategy": "fsdp", "framework": "composer-fsdp"},
+        {"strategy": "hsdp", "gpus": "16", "dp": "16"},
+        {"strategy": "zero2", "tp": "2", "dp": "4"},
         {"tp": "8", "dp": "1", "sequence_parallel": "True"},
+        {"tp": "2", "dp": "2", "pp": "2", "strategy": "zero1"},
+        {"dp": "4", "pp": "2", "pipeline_schedule": "ZB-1p"},
     ],
 )
-def test_micro_batches_beyond_the_third_add_the_same_time(change: dict[str, str], monkeypatch: pytest.MonkeyPatch):
+def test_an_estimate_is_close_to_the_events_of_the_whole_step(change: dict[str, str]):
     seven = experiment(num_microbatches="7", **change)
-    extrapolated = evaluate(seven)
-    monkeypatch.setattr("rtp_sim.validation.evaluate.EXACT", 7)
-    exact = evaluate(seven)
-    assert extrapolated.step_s == pytest.approx(exact.step_s, rel=1e-6)
-    assert extrapolated.peak_bytes == exact.peak_bytes
+    found, whole = evaluate(seven), run_step(built(setting_of(seven))).metrics
+    assert found.step_s == pytest.approx(whole.step_time_s, rel=0.02)
+    assert found.peak_bytes == pytest.approx(whole.peak_memory_bytes, rel=0.01)
+    assert found.compute_s + found.exposed_s + found.bubble_s == pytest.approx(found.step_s)
+    assert 0 <= found.host_s < found.step_s
+
+
+def test_published_names_of_pipelines():
+    def named(**change: str) -> tuple[str, int]:
+        found = experiment(dp="1", pp="8", num_layers="30", num_microbatches="16", **change)
+        return found.strategy, found.options.vpp
+
+    assert named(pipeline_schedule="1F1B") == ("1f1b", 1)
+    assert named(pipeline_schedule="ZB-2p sync") == ("zb-2p", 1)
+    # 30 blocks, embedding and head over 8 stages: four chunks of one.
+    assert named(pipeline_schedule="1F1B-I") == ("interleaved", 4)
+    assert named(pipeline_schedule="", vpp="3") == ("interleaved", 3)
+    assert named(pipeline_schedule="") == ("1f1b", 1)
 
 
 def test_memory_of_pure_half_precision_with_the_optimizers_scratch():
@@ -211,7 +235,9 @@ def outcome(
     predicted: float, measured: float | None, fits: bool = True, status: str = "ok", name: str = "r"
 ) -> Outcome:
     cells = row(row_id=name, step_time_s="" if measured is None else str(measured), status=status).cells
-    estimate = Estimate(predicted, predicted, 0, 0, 0, 0, 1 << 30, {}, (2 << 30) if fits else 1)
+    estimate = Estimate(
+        predicted, predicted, 0, 0, 0, 0, (StageMemory({"weights": 1 << 30}),), (2 << 30) if fits else 1
+    )
     return Outcome("runs.csv", 2, name, cells, False, estimate)
 
 

@@ -10,7 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from rtp_sim.compose.lockstep import Lockstep, in_lockstep
+from rtp_sim.compose.memory import StageMemory
 from rtp_sim.compose.pipeline import StageResult, compose_pipeline
+from rtp_sim.engine.fold import Folds
+from rtp_sim.errors import InputError
 from rtp_sim.experiment import Request, Setting, built, run, settle, usable_memory_bytes
 from rtp_sim.hardware.spec import Cluster
 from rtp_sim.metrics import NS_PER_S, StepMetrics
@@ -27,31 +31,53 @@ FEW_MICROS = (2, 3)
 @dataclass(frozen=True)
 class Estimate:
     """`how` says what the metrics rest on: "simulated", "composed", or what was simulated instead. Of a composed step
-    the share of measured prices is not known, and messages between stages count as bubble, not as communication."""
+    the share of measured prices is not known, and messages between stages count as bubble, not as communication.
+    `host_s` is how long kernels waited for nothing but the host to issue them; None from the events. `memory` is that
+    of each stage, of which there is one without a pipeline."""
 
     metrics: StepMetrics
     extrapolated: bool
     how: str
+    host_s: float | None = None
+    memory: tuple[StageMemory, ...] = ()
 
 
 def estimate(
-    request: Request | Setting, cluster: Cluster | None = None, network: Network | None = None, engine: str = "simpy"
-) -> Estimate:
-    """The metrics of a request, or of one that is looked up already. InputError as `experiment.prepare`."""
+    request: Request | Setting, cluster: Cluster | None = None, network: Network | None = None, engine: str = "simpy",
+    folds: Folds | None = None,
+) -> Estimate:  # fmt: skip
+    """The metrics of a request, or of one that is looked up already; `engine` is one of `experiment.ENGINES` or
+    "lockstep" (lockstep.py). InputError as `experiment.prepare`. `folds` spares estimates of one cost model after each
+    other what they have in common."""
     setting = request if isinstance(request, Setting) else settle(request, cluster, network)
-    if setting.request.strategy in PIPELINES and setting.layout.pp > 1:
-        return Estimate(_of_stages(setting, compose_pipeline(setting, slowdown=engine == "simpy")), True, "composed")
-    blocks = sum(block.recomputable for block in setting.network.blocks)
+    if setting.request.strategy in PIPELINES:
+        if setting.request.slow_gpus:
+            raise InputError("slow GPUs: a composed pipeline takes all ranks of a stage to be equal; expected --engine "
+                             "simpy or longest-path with them")  # fmt: skip
+        stages = compose_pipeline(setting, slowdown=engine != "longest-path", folds=folds)
+        waited_s = last_stage(stages).host_ns / NS_PER_S
+        return Estimate(_of_stages(setting, stages), True, "composed", waited_s, tuple(s.memory for s in stages))
+    blocks = len(repeated(setting.network))
     micros = setting.training.num_microbatches
     few_blocks = FEW_BLOCKS if blocks > FEW_BLOCKS[1] + 2 and not setting.request.options.eval_passes else (blocks,)
     few_micros = FEW_MICROS if micros > FEW_MICROS[1] else (micros,)
     if few_blocks == (blocks,) and few_micros == (micros,):
-        return Estimate(run(built(setting), engine).metrics, False, "simulated")
-    rows = [[_simulated(setting, b, m, engine) for m in few_micros] for b in few_blocks]
-    along_micros = [_on_line(row, few_micros, micros) for row in rows]
-    metrics = _on_line(along_micros, few_blocks, blocks)
+        whole = _run(setting, engine, folds)
+        return Estimate(whole.metrics, False, "simulated", whole.host_s, _memory(whole, whole.metrics))
+    rows = [[_simulated(setting, b, m, engine, folds) for m in few_micros] for b in few_blocks]
+    metrics = _over_both([[run.metrics for run in row] for row in rows], few_blocks, blocks, few_micros, micros)
+    host = [[run.host_s for run in row if run.host_s is not None] for row in rows]
+    host_s = None
+    if all(host):
+        host_s = max(0.0, _line(few_blocks, [_line(few_micros, row, micros) for row in host], blocks))
     how = f"simulated with {_and(few_blocks)} blocks, {_and(few_micros)} micro-batches"
-    return Estimate(_with_rates(setting, metrics), True, how)
+    return Estimate(_with_rates(setting, metrics), True, how, host_s, _memory(rows[-1][-1], metrics))
+
+
+def _memory(largest: Lockstep, metrics: StepMetrics) -> tuple[StageMemory]:
+    """The peak of the whole step, with the moment of the largest that was simulated."""
+    moment = largest.memory or StageMemory({})
+    return (replace(moment, held=metrics.memory_by_category),)
 
 
 def _and(numbers: tuple[int, ...]) -> str:
@@ -61,19 +87,31 @@ def _and(numbers: tuple[int, ...]) -> str:
 # ---- fewer of what repeats
 
 
-def _simulated(setting: Setting, blocks: int, micros: int, engine: str) -> StepMetrics:
+def _run(setting: Setting, engine: str, folds: Folds | None) -> Lockstep:
+    if engine == "lockstep":
+        return in_lockstep(setting)
+    return Lockstep(run(built(setting), engine, folds=folds).metrics, None, None)
+
+
+def _simulated(setting: Setting, blocks: int, micros: int, engine: str, folds: Folds | None) -> Lockstep:
     training = replace(setting.training, num_microbatches=micros)
     smaller = replace(setting, network=shortened(setting.network, blocks), training=training)
-    return run(built(smaller), engine).metrics
+    return _run(smaller, engine, folds)
+
+
+def repeated(network: Network) -> tuple[Block, ...]:
+    """The blocks from the first to the last that may be recomputed."""
+    places = [i for i, block in enumerate(network.blocks) if block.recomputable]
+    return network.blocks[places[0] : places[-1] + 1] if places else ()
 
 
 def shortened(network: Network, count: int) -> Network:
     """The network with only the first `count` of its repeated blocks; what follows reads the last of these."""
-    repeated = [block for block in network.blocks if block.recomputable]
-    if count >= len(repeated):
+    middle = repeated(network)
+    if count >= len(middle):
         return network
-    kept, dropped = repeated[:count], set(repeated[count:])
-    renamed = {repeated[-1].layers[-1].output: kept[-1].layers[-1].output}
+    kept, dropped = middle[:count], set(middle[count:])
+    renamed = {middle[-1].layers[-1].output: kept[-1].layers[-1].output}
 
     def reading(layer: Layer) -> Layer:
         return replace(layer, inputs=tuple(renamed.get(t, t) for t in layer.inputs))
@@ -85,6 +123,18 @@ def shortened(network: Network, count: int) -> Network:
 
 
 # ---- straight lines
+
+
+def _over_both(
+    rows: list[list[StepMetrics]], few_blocks: tuple[int, ...], blocks: int, few_micros: tuple[int, ...], micros: int
+) -> StepMetrics:
+    return _on_line([_on_line(row, few_micros, micros) for row in rows], few_blocks, blocks)
+
+
+def _line(at: tuple[int, ...], found: list[float], wanted: int) -> float:
+    if len(found) == 1:
+        return found[0]
+    return _linear(found[0], found[1], (wanted - at[0]) / (at[1] - at[0]))
 
 
 def _on_line(found: list[StepMetrics], at: tuple[int, ...], wanted: int) -> StepMetrics:
@@ -125,18 +175,25 @@ def _with_rates(setting: Setting, metrics: StepMetrics) -> StepMetrics:
 # ---- pipelines
 
 
+def last_stage(stages: list[StageResult]) -> StageResult:
+    """The stage that ends last, the first of several."""
+    return max(stages, key=lambda stage: stage.end_ns)
+
+
 def _of_stages(setting: Setting, stages: list[StageResult]) -> StepMetrics:
     """Times are those of the stage that ends last, memory that of the one with the highest peak."""
-    step_ns = max(stage.end_ns for stage in stages)
-    last = next(stage for stage in stages if stage.end_ns == step_ns)
-    highest = max(stages, key=lambda stage: stage.peak_bytes)
+    last = last_stage(stages)
+    step_ns = last.end_ns
+    # What a stretch leaves exposed at rest may find the kernels of another to hide behind.
+    exposed_ns = min(last.exposed_ns, step_ns - last.compute_ns)
+    highest = max((stage.memory for stage in stages), key=lambda memory: memory.total_bytes)
     metrics = StepMetrics(
         strategy=setting.request.strategy, layout=str(setting.layout), step_time_s=step_ns / NS_PER_S,
-        tokens_per_s=None, tokens_per_s_per_gpu=None, mfu=None, peak_memory_bytes=highest.peak_bytes,
-        memory_by_category=dict(highest.peak_by_category), fits=False, compute_time_s=last.compute_ns / NS_PER_S,
-        exposed_communication_s=last.exposed_ns / NS_PER_S,
-        overlapped_communication_s=max(0, last.communication_ns - last.exposed_ns) / NS_PER_S,
-        bubble_s=max(0, step_ns - last.compute_ns - last.exposed_ns) / NS_PER_S,
+        tokens_per_s=None, tokens_per_s_per_gpu=None, mfu=None, peak_memory_bytes=highest.total_bytes,
+        memory_by_category=dict(highest.held), fits=False, compute_time_s=last.compute_ns / NS_PER_S,
+        exposed_communication_s=exposed_ns / NS_PER_S,
+        overlapped_communication_s=max(0, last.communication_ns - exposed_ns) / NS_PER_S,
+        bubble_s=max(0, step_ns - last.compute_ns - exposed_ns) / NS_PER_S,
         bytes_sent_per_rank=last.sent_bytes, messages_per_rank=last.messages, cost_provenance={},
     )  # fmt: skip
     return _with_rates(setting, metrics)

@@ -23,11 +23,27 @@ Amount = dict[str, int]
 @dataclass
 class Footprint:
     """`net` is what stays after a stretch, `peak` the most within it beyond what was there before, at the peak of the
-    total; both by category."""
+    total; both by category. `op` is the one that makes the peak."""
 
     net: Amount = field(default_factory=dict)
     peak: Amount = field(default_factory=dict)
     highest: int = 0
+    op: int | None = None
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """What a rank holds at its peak, by category; the op that makes the peak, and the largest buffers then (of one
+    micro-batch, and of what is there for all)."""
+
+    held: Mapping[str, int]
+    op: str = ""
+    largest: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def total_bytes(self) -> int:
+        """All categories together."""
+        return sum(self.held.values())
 
 
 @dataclass(frozen=True)
@@ -79,27 +95,38 @@ def footprints(
     )
 
 
-def sweep(memory: Memory, order: Sequence[Label], micros: int) -> tuple[int, dict[str, int]]:
-    """The peak over stretches in this order, and its categories."""
+def sweep(memory: Memory, order: Sequence[Label], micros: int) -> tuple[dict[str, int], int | None]:
+    """What is held at the peak over stretches in this order, by category, and the op that makes it (None: the start of
+    the step)."""
     level = dict.fromkeys(CATEGORIES, 0)
     for category, size in memory.resident.items():
         level[category] += size
     for category, size in memory.per_input.items():
         level[category] += micros * size
     total = most = sum(level.values())
-    at_most, seen = dict(level), set()
+    at_most, seen, op = dict(level), set(), None
     for label in order:
         mark = memory.each.get(label, _NOTHING)
         if label not in seen:
             seen.add(label)
             mark = memory.first.get(label, mark)
         if total + mark.highest > most:
-            most = total + mark.highest
+            most, op = total + mark.highest, mark.op
             at_most = {c: level[c] + mark.peak.get(c, 0) for c in CATEGORIES}
         for category, size in mark.net.items():
             level[category] += size
             total += size
-    return most, at_most
+    return at_most, op
+
+
+def largest_at(program: Program, op: int, shards: Mapping[str, int], count: int = 3) -> tuple[tuple[str, int], ...]:
+    """The largest buffers that are alive at an op, with their bytes: each once, of the micro-batch that it works on."""
+    alive = {
+        v.buffer: program.buffers[v.buffer].size_bytes(shards.get(v.buffer, 0))
+        for v in live_intervals(program)
+        if (v.writer is None or v.writer <= op) and (v.kept or op <= max(v.users, default=-1))
+    }
+    return tuple(sorted(alive.items(), key=lambda pair: (-pair[1], pair[0]))[:count])
 
 
 _NOTHING = Footprint()
@@ -107,11 +134,11 @@ _NOTHING = Footprint()
 
 def _footprint(deltas: list[Delta]) -> Footprint:
     found, best = Footprint(), 0
-    for _, _, category, size in sorted(deltas):
+    for op, _, category, size in sorted(deltas):
         _add(found.net, category, size)
         total = sum(found.net.values())
         if total > best:
-            best, found.peak = total, dict(found.net)
+            best, found.peak, found.op = total, dict(found.net), op
     found.highest = best
     return found
 

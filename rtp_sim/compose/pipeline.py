@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from rtp_sim.compose.memory import Label, Memory, footprints, sweep
+from rtp_sim.compose.memory import Label, Memory, StageMemory, footprints, largest_at, sweep
 from rtp_sim.compose.prices import Prices, priced
 from rtp_sim.compose.stretch import Stretch, stretch
 from rtp_sim.compose.walk import Progress, Turn, meet, walk
 from rtp_sim.engine.costs import CostModel
+from rtp_sim.engine.fold import Folds
 from rtp_sim.experiment import Setting
 from rtp_sim.metrics import op_traffic
 from rtp_sim.schedule.ir import Collective, Compute, Group, Op, Program, Recv, Schedule, Send
@@ -29,14 +30,15 @@ Ranges = list[tuple[Label, int, int, int]]
 
 @dataclass(frozen=True)
 class StageResult:
-    """What became of one stage: times in ns, memory in bytes; what one of its ranks sends."""
+    """What became of one stage: times in ns, memory in bytes; what one of its ranks sends. `host_ns` is how long its
+    kernels waited for the host."""
 
     end_ns: int
+    host_ns: int
     compute_ns: int
     exposed_ns: int
     communication_ns: int
-    peak_bytes: int
-    peak_by_category: Mapping[str, int]
+    memory: StageMemory
     sent_bytes: int
     messages: int
 
@@ -52,7 +54,8 @@ class _Short:
 
 
 def compose_pipeline(
-    setting: Setting, cost: CostModel | None = None, *, shared: bool = True, slowdown: bool = True
+    setting: Setting, cost: CostModel | None = None, *, shared: bool = True, slowdown: bool = True,
+    folds: Folds | None = None,
 ) -> list[StageResult]:
     """The stages of the pipeline step that `setting` describes.
 
@@ -66,7 +69,7 @@ def compose_pipeline(
     orders = _orders(setting, stages)
     short = _short(setting, stages, orders)
     prices = priced(short.schedule, cost, [stage_of_rank(setting.layout, r) for r in range(setting.layout.world_size)],
-                    shared)  # fmt: skip
+                    shared, folds)  # fmt: skip
     made: dict[object, dict[Label, Stretch]] = {}
     tables = []
     for s in range(stages.count):
@@ -78,9 +81,18 @@ def compose_pipeline(
     progress = [Progress() for _ in range(stages.count)]
     turns = [_turns(stages, s, orders[s], tables[s], prices) for s in range(stages.count)]
     paced = not setting.request.options.pp_overlap
-    walk(progress, turns, permille, paced)
+    walk(progress, turns, permille, paced, setting.cost.host.waits)
     _finish(progress, tables, short, prices, paced)
-    return [_result(setting, short, progress[s], s, orders[s], prices) for s in range(stages.count)]
+    held = _memories(setting, short, orders)
+    return [_result(short, progress[s], s, orders[s], prices, held[s]) for s in range(stages.count)]
+
+
+def stage_memories(setting: Setting) -> list[StageMemory]:
+    """What each stage holds at its peak, without the price of anything. InputError as build_schedule."""
+    stages = stages_of(setting.network, setting.request.options, setting.layout.pp, setting.request.strategy)
+    setting = replace(setting, groups=with_sharing_stages(setting.groups, stages))
+    orders = _orders(setting, stages)
+    return _memories(setting, _short(setting, stages, orders), orders)
 
 
 def _orders(setting: Setting, stages: Stages) -> list[list[Action]]:
@@ -242,23 +254,42 @@ def _meetings(progress: Sequence[Progress], waiting: dict[int, Op], short: _Shor
                 del waiting[s]
 
 
+def _labels(short: _Short, stage: int, order: Sequence[Action]) -> list[Label]:
+    """The stretches of a stage in the order of the step, its end included."""
+    last = max(a.micro for a in order)
+    ranges = short.ranges[short.kind_of_stage[stage]]
+    return [_label(a, last) for a in order] + [x for x, *_ in ranges if isinstance(x, tuple) and x[0] == "end"]
+
+
+def _memories(setting: Setting, short: _Short, orders: Sequence[Sequence[Action]]) -> list[StageMemory]:
+    of_kind: list[Memory] = []
+    shards: list[dict[str, int]] = []
+    for program, ranges, rank in zip(short.schedule.programs, short.ranges, short.first_rank, strict=True):
+        shards.append({n: short.schedule.shard_index(rank, b.part) for n, b in program.buffers.items() if b.part})
+        of_kind.append(footprints(program, ranges, shards[-1]))
+    found = []
+    for s, order in enumerate(orders):
+        kind = short.kind_of_stage[s]
+        held, op = sweep(of_kind[kind], _labels(short, s, order), setting.training.num_microbatches)
+        memory, program = StageMemory(held), short.schedule.programs[kind]
+        if op is not None:
+            memory = StageMemory(held, program.ops[op].name, largest_at(program, op, shards[kind]))
+        found.append(memory)
+    return found
+
+
 def _result(
-    setting: Setting, short: _Short, progress: Progress, stage: int, order: Sequence[Action], prices: Prices
+    short: _Short, progress: Progress, stage: int, order: Sequence[Action], prices: Prices, memory: StageMemory
 ) -> StageResult:
     kind = short.kind_of_stage[stage]
-    program, ranges, rank = short.schedule.programs[kind], short.ranges[kind], short.first_rank[kind]
-    shards = {name: short.schedule.shard_index(rank, b.part) for name, b in program.buffers.items() if b.part}
-    last = max(a.micro for a in order)
-    labels: list[Label] = [_label(a, last) for a in order]
-    labels += [label for label, *_ in ranges if isinstance(label, tuple) and label[0] == "end"]
-    memory: Memory = footprints(program, ranges, shards)
-    peak, by_category = sweep(memory, labels, setting.training.num_microbatches)
+    ranges, rank = short.ranges[kind], short.first_rank[kind]
+    labels = _labels(short, stage, order)
     totals = dict.fromkeys(labels, (0, 0, 0))
     for label, _, first, stop in reversed(ranges):
         totals[label] = _traffic(short.schedule, rank, first, stop, prices.duration_ns[stage])
     sent = [totals[label] for label in labels]
     return StageResult(
-        progress.end_ns, progress.compute_ns, progress.exposed_ns, sum(x[2] for x in sent), peak, by_category,
+        progress.end_ns, progress.host_ns, progress.compute_ns, progress.exposed_ns, sum(x[2] for x in sent), memory,
         sum(x[0] for x in sent), sum(x[1] for x in sent),
     )  # fmt: skip
 

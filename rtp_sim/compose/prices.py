@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from rtp_sim.engine.costs import CostModel, Phase
 from rtp_sim.engine.fluid import NS_PER_S
+from rtp_sim.engine.fold import Folds
 from rtp_sim.engine.longest_path import unshared_ns
 from rtp_sim.engine.lowering import Gathering, Kernel, LoweredOp, Plan, Rotation, Sending, Site, lower
 from rtp_sim.schedule.ir import Schedule
@@ -28,9 +29,11 @@ class Prices:
     issue_ns: tuple[tuple[int, ...], ...]
 
 
-def priced(schedule: Schedule, cost: CostModel, stage_of_rank: Sequence[int], shared: bool = True) -> Prices:
+def priced(
+    schedule: Schedule, cost: CostModel, stage_of_rank: Sequence[int], shared: bool = True, folds: Folds | None = None
+) -> Prices:
     """Prices of all ops of a schedule, on the slowest rank of each stage."""
-    plan = lower(schedule, cost, folded=True)
+    plan = lower(schedule, cost, folded=True, folds=folds)
     table = _Table(plan, shared)
     durations, sends, issues = [], [], []
     for stage in range(max(stage_of_rank) + 1):

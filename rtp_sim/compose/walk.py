@@ -31,6 +31,7 @@ class Turn:
 class Progress:
     """Where a stage is: its clocks (host and streams), the ends that later turns refer to, what it has done.
 
+    `host_ns` is by how much the host held the compute stream up, turn by turn.
     `meets_ns` is when it came to the collective that ended its last stretch."""
 
     clocks: dict[str, int] = field(default_factory=lambda: {HOST: 0})
@@ -38,6 +39,7 @@ class Progress:
     meets_ns: int = 0
     compute_ns: int = 0
     exposed_ns: int = 0
+    host_ns: int = 0
 
     @property
     def end_ns(self) -> int:
@@ -46,9 +48,11 @@ class Progress:
 
 
 def walk(
-    stages: Sequence[Progress], turns: Sequence[Sequence[Turn]], slowdown_permille: int = 1000, paced: bool = False
-) -> None:
-    """All stages through their turns; `paced`, kernels wait for the sends before them.
+    stages: Sequence[Progress], turns: Sequence[Sequence[Turn]], slowdown_permille: int = 1000, paced: bool = False,
+    waits: bool = False,
+) -> None:  # fmt: skip
+    """All stages through their turns; `paced`, kernels wait for the sends before them; with `waits`, hosts wait for
+    what they receive (when the other half of a message was issued is then taken as without waiting).
 
     ValueError where none can go on: the stages' orders do not fit together.
     """
@@ -65,6 +69,9 @@ def walk(
                     break
                 if paced:
                     stage.clocks["compute"] = max(stage.clocks.get("compute", 0), _sent_ns(stage))
+                if waits and turn.receives is not None:
+                    issued = arrived[turn.receives] - turn.stretch.receive_issue_ns
+                    stage.clocks[HOST] = max(stage.clocks[HOST], issued)
                 _take(stage, turn, posted, arrived, slowdown_permille)
                 at[number] += 1
                 going = True
@@ -106,6 +113,9 @@ def _take(
     slowed = stretch.slowed_ns + _beside_messages(stage, turn, slowdown_permille)
     for stream, vector in stretch.ends.items():
         clocks[stream] = after(vector, state) + slowed
+    if "compute" in stretch.ends:
+        at_once = {name: time for name, time in state.items() if name != HOST}
+        stage.host_ns += max(0, clocks["compute"] - slowed - max(0, after(stretch.ends["compute"], at_once)))
     if stretch.receive is not None and turn.receives is not None:
         clocks[stretch.receive.stream] = arrived[turn.receives]
     if stretch.send is not None and stretch.source is not None and turn.sends is not None:

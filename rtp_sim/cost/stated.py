@@ -7,14 +7,11 @@ statement from another cost model, each op alone on its device and its links.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
+from rtp_sim.cost.slow import unmarked
 from rtp_sim.engine.costs import CostModel, OpCost, Phase
-from rtp_sim.schedule.ir import Collective, Compute, Dims, Op, Program, Recv, Schedule, Send, Shift
+from rtp_sim.schedule.ir import Collective, Compute, Dims, Op, Recv, Schedule, Send, Shift
 from rtp_sim.stated import StatedTimes, slowed
-
-SLOW = "slow_permille"
-"""A size that kernels of a slow rank have besides their own."""
 
 
 class StatedCost:
@@ -26,9 +23,9 @@ class StatedCost:
         self.times = times
 
     def compute(self, kernel: str, dtype: str, dims: Dims) -> OpCost:
-        """Time of one kernel, on a slow rank if its sizes say so (`slow_apart`)."""
-        own = tuple(size for size in dims if size[0] != SLOW)
-        return OpCost(slowed(self.times.kernels[kernel, dtype, own], dict(dims).get(SLOW, 1000)), "assumed")
+        """Time of one kernel, on a slow rank if its sizes say so (slow.py)."""
+        own, permille = unmarked(dims)
+        return OpCost(slowed(self.times.kernels[kernel, dtype, own], permille), "assumed")
 
     def host_issue_ns(self, op: Op) -> int:
         """Host time per op."""
@@ -49,27 +46,6 @@ class StatedCost:
     def compute_pool(self, rank: int) -> None:
         """Sleeping ranks share no cores."""
         return
-
-
-def slow_apart(schedule: Schedule, slow: Mapping[int, int]) -> Schedule:
-    """The same schedule, where each slow rank has a program of its own whose kernels say how slow they are."""
-    programs, of_rank = list(schedule.programs), list(schedule.program_of_rank)
-    for rank, permille in slow.items():
-        of_rank[rank] = len(programs)
-        programs.append(_slow_program(schedule.program(rank), permille))
-    return replace(schedule, programs=tuple(programs), program_of_rank=tuple(of_rank))
-
-
-def _slow_program(program: Program, permille: int) -> Program:
-    ops = []
-    for op in program.ops:
-        action = op.action
-        if isinstance(action, Compute):
-            mark = ((SLOW, permille),)
-            variants = None if action.variants is None else tuple(dims + mark for dims in action.variants)
-            action = replace(action, dims=action.dims + mark, variants=variants)
-        ops.append(replace(op, action=action))
-    return replace(program, name=f"{program.name}, {permille / 1000:g} x slower", ops=tuple(ops))
 
 
 # ---- a statement from another cost model

@@ -135,6 +135,44 @@ def fold(schedule: Schedule, cost: CostModel, *, folded: bool = True) -> Quotien
     return _quotient(schedule, nodes, edges, colours, capacities, rounds)
 
 
+class Folds:
+    """Quotients of earlier schedules, for schedules that use the same groups, wires and links in other sizes.
+
+    Who behaves alike follows from who sends to whom over which links. Sizes matter only through the links that a
+    collective's algorithm uses, and through shards of uneven size; both are compared.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[object, Quotient] = {}
+
+    def fold(self, schedule: Schedule, cost: CostModel) -> Quotient:
+        """The quotient of the schedule, which must be priced by the same cost model each time."""
+        patterns = [patterns_of(program) for program in schedule.programs]
+        key = (
+            schedule.program_of_rank,
+            tuple((name, group.dims, group.instances) for name, group in schedule.groups.items()),
+            tuple(_shape_of(schedule, cost, found) for found in patterns),
+        )
+        if key not in self._known:
+            self._known[key] = fold(schedule, cost)
+        return self._known[key]
+
+
+def _shape_of(schedule: Schedule, cost: CostModel, found: Patterns) -> object:
+    """What of a program's communication matters for folding, beside its size."""
+    used = []
+    for name, wanted in found.collectives.items():
+        members = schedule.groups[name].instances[0]
+        phases = [
+            tuple(frozenset(phase.usage.items()) for phase in cost.collective(kind, members, size_bytes, dtype))
+            for kind, size_bytes, dtype, root in wanted
+            if len(members) > 1 and not root
+        ]
+        used.append((name, frozenset(phases), frozenset(root for *_, root in wanted)))
+    uneven = tuple((part, tuple(_interned(sizes))) for part, sizes in found.uneven)
+    return frozenset(used), frozenset(found.wires), frozenset(uneven)
+
+
 def patterns_of(program: Program) -> Patterns:
     """What the program computes and sends that other ranks may do differently."""
     found = Patterns()

@@ -16,6 +16,7 @@ import numpy as np
 from rtp_sim.engine.blocked import deadlock
 from rtp_sim.engine.costs import CostModel, Phase
 from rtp_sim.engine.fluid import NS_PER_S
+from rtp_sim.engine.fold import Folds
 from rtp_sim.engine.lowering import (
     Gathering,
     Kernel,
@@ -32,14 +33,16 @@ from rtp_sim.schedule.ir import Schedule
 from rtp_sim.timeline import RankTimes, Timeline
 
 
-def longest_path(schedule: Schedule, cost: CostModel, *, fold: bool = True) -> Timeline:
+def longest_path(
+    schedule: Schedule, cost: CostModel, *, fold: bool = True, folds: Folds | None = None
+) -> Timeline:
     """When every op starts and ends if nothing contends. With `fold`, ranks that behave alike are evaluated
     once.
 
     Raises DeadlockError where no op can go on although some are left, ScheduleError where an op names an op,
     a group or a peer that its rank lacks.
     """
-    plan = lower(schedule, cost, folded=fold)
+    plan = lower(schedule, cost, folded=fold, folds=folds)
     walk = _Walk(plan)
     walk.run()
     ranks = {

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from rtp_sim.engine.costs import CostModel, OpCost, Phase
-from rtp_sim.engine.fold import CollectiveKind, Quotient, Usage, Wire, collective_ranks, fold
+from rtp_sim.engine.fold import CollectiveKind, Folds, Quotient, Usage, Wire, collective_ranks, fold
 from rtp_sim.errors import ScheduleError
 from rtp_sim.schedule.ir import (
     Collective,
@@ -163,10 +163,11 @@ class Plan:
         return [(phase, self.quotient.usage(("group", group, instance), phase)) for phase in phases]
 
 
-def lower(schedule: Schedule, cost: CostModel, *, folded: bool) -> Plan:
-    """Fold and lower a schedule. Raises ScheduleError where an op names an op or a group that its rank
-    lacks."""
-    quotient = fold(schedule, cost, folded=folded)
+def lower(schedule: Schedule, cost: CostModel, *, folded: bool, folds: Folds | None = None) -> Plan:
+    """Fold and lower a schedule; `folds` remembers quotients of schedules like it. Raises ScheduleError where an op
+    names an op or a group that its rank lacks."""
+    known = folds if folded else None
+    quotient = known.fold(schedule, cost) if known is not None else fold(schedule, cost, folded=folded)
     names = _Numbers({}, {}, {})
     programs = [_Lowering(program, cost, names).run() for program in schedule.programs]
     number = {rank: n for n, rank in enumerate(quotient.representatives)}

@@ -31,7 +31,7 @@ from rtp_sim.engine.activities import (
 from rtp_sim.engine.blocked import deadlock
 from rtp_sim.engine.costs import CostModel, Phase
 from rtp_sim.engine.fluid import NS_PER_S, Network, Profile, Timed
-from rtp_sim.engine.fold import Usage
+from rtp_sim.engine.fold import Folds, Usage
 from rtp_sim.engine.lowering import (
     Gathering,
     Kernel,
@@ -52,13 +52,14 @@ _AFTER_ALL_ELSE = EventPriority(2)
 Wait = Generator[simpy.Event, Any, None]
 
 
-def simulate(schedule: Schedule, cost: CostModel, *, fold: bool = True) -> Timeline:
-    """When every op starts and ends. With `fold`, ranks that provably behave alike are simulated once.
+def simulate(schedule: Schedule, cost: CostModel, *, fold: bool = True, folds: Folds | None = None) -> Timeline:
+    """When every op starts and ends. With `fold`, ranks that provably behave alike are simulated once; `folds`
+    remembers which, for schedules like this one.
 
     The same input gives the same times, folded or not. Raises DeadlockError where no op can go on although
     some are left, ScheduleError where an op names an op, a group or a peer that its rank lacks.
     """
-    plan = lower_schedule(schedule, cost, folded=fold)
+    plan = lower_schedule(schedule, cost, folded=fold, folds=folds)
     run = _Run(plan)
     run.play()
     times = {

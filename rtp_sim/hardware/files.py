@@ -208,10 +208,18 @@ class CalibrationFile(_Model):
     memory_efficiency: Fraction | None = None
     kernel_floor: Time | None = None
     host_issue: Time | None = None
+    host_issue_backward: Time | None = None
+    message_issue: Time | None = None
     overlap_slowdown: Factor | None = None
     runtime_reserved: Bytes | None = None
     link_efficiency: dict[str, Fraction] = {}
     """For links of the profile, by name: in place of their efficiency."""
+    collective_chunk_inter: Time | None = None
+    collective_turn_piped: Time | None = None
+    """In place of those of the communication library (`spec.CommunicationParams`)."""
+    residual_p10: Plain | None = None
+    residual_p90: Plain | None = None
+    """Measured / predicted step time: what a tenth of the rows behind the fit is below, and above."""
 
 
 class ClusterFile(_Model):

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import rtp_sim
 from rtp_sim.errors import InputError
-from rtp_sim.hardware.spec import Cluster, CommunicationParams, Device, HostParams, MeasuredKernel, Number
+from rtp_sim.hardware.changes import changed
+from rtp_sim.hardware.spec import Cluster, CommunicationParams, Device, HostParams, MeasuredKernel, Number, Residuals
 from rtp_sim.hardware.topology import Fabric, Topology
 from rtp_sim.hardware.wiring import NodeTemplate
 from rtp_sim.units import parse_bandwidth, parse_flops, parse_time_ns
@@ -50,7 +51,8 @@ def load_cluster(
 ) -> Cluster:
     """A cluster by profile name, by path of a TOML file or by a `generic:` text.
 
-    `changes` replaces values of the profile for this load: {"calibration.matmul_efficiency": 0.7}, say, by dotted keys.
+    `changes` replaces values of the profile for this load: {"calibration.matmul_efficiency": 0.7}, say, by dotted keys
+    (changes.py).
 
     `gpus` is the number of devices in all. With one node it may be smaller than the node (the first ones
     are used) or a multiple of the node (then it says how many nodes); with several nodes each uses gpus /
@@ -59,9 +61,31 @@ def load_cluster(
     if name_or_path.startswith(GENERIC):
         from rtp_sim.hardware.generic import parse_generic
 
+        _no_changes(name_or_path, changes)
         return parse_generic(name_or_path, nodes, gpus)
     path = _find(name_or_path, "clusters")
     return _cluster_from_file(path, nodes, gpus, changes or {})
+
+
+def profile_contents(name_or_path: str, changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Everything that a cluster's numbers are read from, as plain tables: what results are kept under. Raises
+    InputError."""
+    if name_or_path.startswith(GENERIC):
+        from rtp_sim.hardware.generic import LIKE
+
+        _no_changes(name_or_path, changes)
+        device = name_or_path.removeprefix(GENERIC).split(",")[0].strip()
+        like = _find(LIKE, "clusters")
+        return {"generic": name_or_path, "device": _raw_device(device, None)[1], "like": read_toml(like)}
+    path = _find(name_or_path, "clusters")
+    raw, _, device_raw = _raw_cluster(path, changes or {})
+    return {"name": path.stem, "cluster": raw, "device": device_raw}
+
+
+def _no_changes(name: str, changes: Mapping[str, Any] | None) -> None:
+    if changes:
+        raise InputError(f"{name}: given changes of {', '.join(changes)}, expected a profile: of a generic cluster "
+                         f"change its text, for example nic=400Gb/s, or a TOML file")  # fmt: skip
 
 
 def cluster_shape(name: str, per_node: int, nodes: int, gpus: int | None) -> tuple[int, int]:
@@ -95,10 +119,16 @@ def read_device_file(name_or_path: str, beside: Path | None = None) -> tuple[str
     """
     from rtp_sim.hardware.files import DeviceFile, validated
 
+    path, raw = _raw_device(name_or_path, beside)
+    return path.stem, validated(DeviceFile, raw, path)
+
+
+def _raw_device(name_or_path: str, beside: Path | None) -> tuple[Path, dict[str, Any]]:
+    """The file of a device and its tables as they stand there."""
     if beside is not None and name_or_path.endswith(".toml") and (beside / name_or_path).is_file():
         name_or_path = str(beside / name_or_path)
     path = _find(name_or_path, "devices")
-    return path.stem, validated(DeviceFile, read_toml(path), path)
+    return path, read_toml(path)
 
 
 def device_from_file(name: str, file: DeviceFile) -> Device:
@@ -163,23 +193,18 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def _cluster_from_file(path: Path, nodes: int, gpus: int | None, changes: Mapping[str, Any]) -> Cluster:
-    from rtp_sim.hardware.files import ClusterFile, validated
+    from rtp_sim.hardware.files import ClusterFile, DeviceFile, validated
     from rtp_sim.hardware.nodes import communication_params, wiring_from_file
 
-    raw = _cluster(read_toml(path), path, depth=0)
-    for key, value in changes.items():
-        *tables, name = key.split(".")
-        table = raw
-        for part in tables:
-            table = table.setdefault(part, {})
-        table[name] = {"value": value, "kind": "assumed", "source": "given with the load"}
+    raw, device_path, device_raw = _raw_cluster(path, changes)
     for name, efficiency in raw.get("calibration", {}).get("link_efficiency", {}).items():
         if name not in raw.get("links", {}):
             raise InputError(f"{path}: calibration.link_efficiency.{name}: there is no link of that name in links")
         raw["links"][name] = {**raw["links"][name], "efficiency": efficiency}
     file = validated(ClusterFile, raw, path)
     try:
-        device = calibrated(device_from_file(*read_device_file(file.device, beside=path.parent)), file.calibration)
+        described = device_from_file(device_path.stem, validated(DeviceFile, device_raw, device_path))
+        device = calibrated(described, file.calibration)
     except InputError as error:
         raise InputError(f"{path}: device: {error}") from None
     nodes, used = cluster_shape(path.stem, file.gpus_per_node, nodes, gpus)
@@ -196,7 +221,7 @@ def _cluster_from_file(path: Path, nodes: int, gpus: int | None, changes: Mappin
     )
     try:
         topology = Topology(NodeTemplate(wiring_from_file(file)), fabric, nodes, used)
-        communication = communication_params(file.communication)
+        communication = _fitted(communication_params(file.communication), file.calibration)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     return Cluster(
@@ -209,7 +234,35 @@ def _cluster_from_file(path: Path, nodes: int, gpus: int | None, changes: Mappin
         topology=topology,
         notes=tuple(file.notes),
         host=None if file.host is None else HostParams(file.host.cores, file.host.core_time_per_megabyte),
+        residuals=_residuals(file.calibration),
     )
+
+
+def _raw_cluster(path: Path, changes: Mapping[str, Any]) -> tuple[dict[str, Any], Path, dict[str, Any]]:
+    """The tables of a cluster file, and path and tables of its device's, with the changes made."""
+    raw = _cluster(read_toml(path), path, depth=0)
+    if not isinstance(raw.get("device"), str):
+        # The schema says what is wrong with it.
+        return raw, path, {}
+    try:
+        device_path, device_raw = _raw_device(raw["device"], path.parent)
+    except InputError as error:
+        raise InputError(f"{path}: device: {error}") from None
+    changed(raw, device_raw, changes, path)
+    return raw, device_path, device_raw
+def _fitted(params: CommunicationParams, fitted: CalibrationFile) -> CommunicationParams:
+    """The communication parameters with those numbers that were fitted on this machine."""
+    given: dict[str, Any] = {
+        "collective_chunk_inter_ns": fitted.collective_chunk_inter,
+        "collective_turn_piped_ns": fitted.collective_turn_piped,
+    }
+    return replace(params, **{name: number for name, number in given.items() if number is not None})
+
+
+def _residuals(fitted: CalibrationFile) -> Residuals | None:
+    if fitted.residual_p10 is None or fitted.residual_p90 is None:
+        return None
+    return Residuals(fitted.residual_p10, fitted.residual_p90)
 
 
 def calibrated(device: Device, fitted: CalibrationFile) -> Device:
@@ -217,9 +270,12 @@ def calibrated(device: Device, fitted: CalibrationFile) -> Device:
     names = {
         "kernel_floor": "kernel_floor_ns",
         "host_issue": "host_issue_ns",
+        "host_issue_backward": "host_issue_backward_ns",
+        "message_issue": "message_issue_ns",
         "runtime_reserved": "runtime_reserved_bytes",
     }
-    given = {name: getattr(fitted, name) for name in type(fitted).model_fields if name != "link_efficiency"}
+    of_device = {name.removesuffix("_ns").removesuffix("_bytes") for name in Device.__dataclass_fields__}
+    given = {name: getattr(fitted, name) for name in type(fitted).model_fields if name in of_device}
     return replace(device, **{names.get(name, name): number for name, number in given.items() if number is not None})
 
 

@@ -44,7 +44,8 @@ class Device:
     `peak_flops` is dense FLOP/s by dtype. The efficiencies are the best fraction of the peak that large kernels of
     that class reach; those for fp32, which has no matrix units of its own, where they differ. `kernel_floor_ns` is
     the shortest time any kernel takes on the device, `host_issue_ns` what the
-    host thread spends to issue one op, `overlap_slowdown` (>= 1) how much longer compute takes while a communication
+    host thread spends to issue one op (kernels of the backward, communication and pipeline messages have figures of
+    their own where these differ), `overlap_slowdown` (>= 1) how much longer compute takes while a communication
     kernel runs beside it on the same device. `kernels`, by name and dtype, are those measured one by one: their times
     stand above the efficiencies of their class.
     """
@@ -67,6 +68,8 @@ class Device:
     tdp_w: Number | None = None
     price_usd_per_hour: Number | None = None
     communication_issue_ns: Number | None = None
+    host_issue_backward_ns: Number | None = None
+    message_issue_ns: Number | None = None
     kernels: Mapping[tuple[str, str], MeasuredKernel] = field(default_factory=dict)
 
 
@@ -121,8 +124,10 @@ class CommunicationParams:
     of the size; empty means 1 everywhere. `in_switch_reduction_min_ranks` is None where the switch cannot reduce
     (NVLink SHARP); `in_switch_base_ns` is what that takes before data flows, `in_switch_efficiency` the fraction of the
     port rate it then reaches. `collective_chunk_inter_ns` is how long a port between nodes is busy with one chunk of a
-    ring whatever its size (None: not at all): it paces rings that span nodes. `algorithms` lists which of ring, tree,
-    hierarchical, in-switch the library may pick. `kinds` are collectives (by the IR's names) that were measured by
+    ring whatever its size (None: not at all): it paces rings that span nodes. `collective_turn_piped_ns` is how much
+    longer the host takes to issue a collective, per member of its group, where the same ranks exchange pipeline
+    messages with other nodes (None: not at all). `algorithms` lists which of ring, tree, hierarchical, in-switch the
+    library may pick. `kinds` are collectives (by the IR's names) that were measured by
     themselves.
     """
 
@@ -138,12 +143,22 @@ class CommunicationParams:
     in_switch_base_ns: Number | None
     in_switch_efficiency: Number | None
     collective_chunk_inter_ns: Number | None = None
+    collective_turn_piped_ns: Number | None = None
     kinds: Mapping[str, KindParams] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Residuals:
+    """What is left of a machine's fit: the 10th and 90th percentile of measured / predicted step time."""
+
+    low: Number
+    high: Number
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """`nodes` nodes of `gpus_per_node` devices each, and how they are wired. Rank r sits on node r // gpus_per_node."""
+    """`nodes` nodes of `gpus_per_node` devices each, and how they are wired. Rank r sits on node r // gpus_per_node.
+    `residuals` are there where the profile was fitted to measured steps."""
 
     name: str
     description: str
@@ -154,8 +169,20 @@ class Cluster:
     topology: Topology
     notes: tuple[str, ...] = ()
     host: HostParams | None = None
+    residuals: Residuals | None = None
 
     @property
     def world_size(self) -> int:
         """Number of devices."""
         return self.nodes * self.gpus_per_node
+
+
+UNFITTED = (0.75, 1.4)
+"""The interval for machines without measured steps: about what the fitted machines missed before they were fitted."""
+
+
+def step_time_interval(cluster: Cluster) -> tuple[float, float]:
+    """(low, high): eight of ten measured step times lay between low x and high x the predicted one."""
+    if cluster.residuals is None:
+        return UNFITTED
+    return cluster.residuals.low.value, cluster.residuals.high.value

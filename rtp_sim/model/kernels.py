@@ -198,7 +198,7 @@ BACKWARD: Mapping[str, tuple[Rule, ...]] = {
     "cross_entropy": (Rule("cross_entropy.bwd", ("y1", "y2", "x1"), ("dx",)),),
     "log_softmax": (Rule("log_softmax.bwd", ("dy", "y", "x"), ("dx",)),),
     "nll": (Rule("nll.bwd", ("x1",), ("dx0",)),),
-    "upcast": (Rule("upcast.bwd", ("dy", "x"), ("dx",)),),
+    "upcast": (Rule("upcast.bwd", ("dy",), ("dx",)),),
     "copy": (Rule("copy", ("dy",), ("dx",)),),
     "maxpool2d": (Rule("maxpool2d.bwd", ("dy", "y1"), ("dx",)),),
 }

@@ -14,7 +14,7 @@ from rtp_sim.report.format import format_bytes, format_seconds
 from rtp_sim.report.html import note, page, section, write_page
 from rtp_sim.report.scatter import BOTTOM, axes, place
 from rtp_sim.report.svg import dot, frame, key
-from rtp_sim.validation.accuracy import GIB, Outcome
+from rtp_sim.validation.accuracy import Outcome
 
 INTRO = (
     "Errors are (predicted - measured) / measured. Fits may have used the calibration rows (a fixed half of each file, "
@@ -36,9 +36,9 @@ def accuracy_html(outcomes: Sequence[Outcome], worst: int) -> str:
         if o.estimate is not None and o.cells is not None and o.cells.step_time_s is not None
     ]
     memory = [
-        (o, float(o.estimate.peak_bytes), o.cells.peak_memory_gib * GIB)
+        (o, float(o.peak_bytes), o.cells.peak_memory_gib * o.reading.unit_bytes)
         for o in outcomes
-        if o.estimate is not None and o.cells is not None and o.cells.peak_memory_gib is not None
+        if o.peak_bytes is not None and o.cells is not None and o.cells.peak_memory_gib is not None
     ]
     charts = [
         section(

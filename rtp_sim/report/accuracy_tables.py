@@ -7,13 +7,19 @@ from collections.abc import Sequence
 
 from rtp_sim.report.diff_tables import Grid, Json, signed_percent
 from rtp_sim.report.format import MISSING, format_bytes, format_percent, format_seconds
-from rtp_sim.validation.accuracy import GIB, Errors, Fits, Outcome, Summary, strategy_of, summarise, worst
+from rtp_sim.schedule.ir import CATEGORIES
+from rtp_sim.validation.accuracy import Errors, Fits, Outcome, Summary, strategy_of, summarise, worst, worst_memory
+from rtp_sim.validation.reading import GIB
 
 SCHEMA = "rtp-sim/validate/1"
 HEADER = ("rows", "predicted", "median APE", "MAPE", "p90", "bias", "memory MAPE", "memory bias", "rank corr.")
 WORST_HEADER = (
     "row", "model", "strategy", "GPUs", "measured", "predicted", "error", "compute", "exposed comm.", "bubble",
     "of it host", "memory error",
+)  # fmt: skip
+
+WORST_MEMORY_HEADER = (
+    "row", "model", "strategy", "GPUs", "measured", "predicted", "error", *CATEGORIES, "op at the peak", "largest then",
 )  # fmt: skip
 
 
@@ -35,7 +41,8 @@ def accuracy_grids(outcomes: Sequence[Outcome], count: int) -> list[Grid]:
     for what in dict.fromkeys(name for name, _, _ in validation.groups):
         lines = tuple(_line(value, s) for name, value, s in validation.groups if name == what)
         grids.append(Grid(what, f"Validation rows by {what}", (what, *HEADER), lines))
-    return [*grids, fits_grid(summarise(outcomes, False).fits), *reason_grids(outcomes), worst_grid(outcomes, count)]
+    ends = [worst_grid(outcomes, count), worst_memory_grid(outcomes, count)]
+    return [*grids, fits_grid(summarise(outcomes, False).fits), *reason_grids(outcomes), *ends]
 
 
 def fits_grid(fits: Fits) -> Grid:
@@ -78,6 +85,25 @@ def worst_grid(outcomes: Sequence[Outcome], count: int) -> Grid:
     return Grid("worst", "Rows that are furthest off, and what the model thinks happened", WORST_HEADER, tuple(rows), 3)
 
 
+def worst_memory_grid(outcomes: Sequence[Outcome], count: int) -> Grid:
+    """The rows whose peak memory is furthest off, with what the fullest stage holds at its peak and when that is."""
+    rows = []
+    for o in worst_memory(outcomes, count):
+        assert o.cells is not None
+        assert o.estimate is not None
+        stage, measured = o.estimate.fullest, (o.cells.peak_memory_gib or 0) * o.reading.unit_bytes
+        largest = ", ".join(f"{name} {format_bytes(size)}" for name, size in stage.largest)
+        rows.append(
+            (
+                o.row_id, o.cells.model, strategy_of(o.cells), str(o.cells.gpus), format_bytes(round(measured)),
+                memory_text(o), signed_percent(o.peak_memory_error),
+                *(format_bytes(stage.held.get(c, 0)) for c in CATEGORIES), stage.op or MISSING, largest or MISSING,
+            )
+        )  # fmt: skip
+    title = "Peak memory that is furthest off, what tensors hold on the fullest stage, and the moment"
+    return Grid("worst-memory", title, WORST_MEMORY_HEADER, tuple(rows), 3)
+
+
 def verdict(outcomes: Sequence[Outcome]) -> str:
     """The answer in a sentence."""
     everything, half = summarise(outcomes, False), summarise(sets_of(outcomes)["validation"], False)
@@ -110,10 +136,10 @@ def row_json(o: Outcome) -> Json:
         "predicted_step_time_s": e.step_s if e else None,
         "measured_step_time_s": c.step_time_s if c else None,
         "step_time_error": o.step_time_error,
-        "predicted_peak_memory_gib": e.peak_bytes / GIB if e else None,
+        "predicted_peak_memory_gib": None if o.peak_bytes is None else o.peak_bytes / o.reading.unit_bytes,
         "measured_peak_memory_gib": c.peak_memory_gib if c else None,
         "peak_memory_error": o.peak_memory_error,
-        "predicted_fits": e.fits if e else None,
+        "predicted_fits": o.fits,
         "status": c.status if c else None,
         "skipped_reason": o.skipped or o.invalid or None,
         "valid": not o.invalid,
@@ -125,7 +151,10 @@ def row_json(o: Outcome) -> Json:
             "compute": e.compute_s, "exposed_communication": e.exposed_s, "bubble": e.bubble_s, "host_bound": e.host_s,
             "overlapped_communication": e.overlapped_s,
         } if e else None,
+        "memory_unit_bytes": o.reading.unit_bytes,
         "memory_by_category_gib": {k: v / GIB for k, v in e.memory_by_category.items()} if e else None,
+        "memory_peak_op": e.fullest.op if e else None,
+        "memory_largest_gib": [[name, size / GIB] for name, size in e.fullest.largest] if e else None,
     }  # fmt: skip
 
 
@@ -166,4 +195,4 @@ def _seconds(seconds: float | None) -> str:
 
 def memory_text(o: Outcome) -> str:
     """Predicted peak memory in words."""
-    return MISSING if o.estimate is None else format_bytes(o.estimate.peak_bytes)
+    return MISSING if o.peak_bytes is None else format_bytes(o.peak_bytes)

@@ -25,6 +25,11 @@ ROLES: dict[str, tuple[str, str]] = {
 }
 """Role -> (colour on light, colour on dark). "communication" is time spent sending, and its buffers."""
 
+_HUES = ("compute", "communication", "weights", "optimizer", "gradients", "activations", "predicted", "workspace")
+LINES = tuple(f"line-{n}" for n in range(1, len(_HUES) + 1))
+"""Roles of lines that are told apart and mean nothing by themselves, in charts that show no other roles."""
+ROLES |= {line: ROLES[hue] for line, hue in zip(LINES, _HUES, strict=True)}
+
 
 def in_stack_order(categories: Iterable[str]) -> list[str]:
     """Memory categories as every chart stacks them: in the schedule's order, unknown ones last."""

@@ -125,9 +125,11 @@ def compare_json(rows: Sequence[StepMetrics], inputs: Mapping[str, object]) -> d
     return {"schema": COMPARE_SCHEMA, "rows": [metrics_row(m) for m in rows], "inputs": dict(inputs)}
 
 
-def simulate_json(metrics: StepMetrics, inputs: Mapping[str, object]) -> dict[str, object]:
-    """The document of one simulation: {"schema", "row", "inputs"}."""
-    return {"schema": SIMULATE_SCHEMA, "row": metrics_row(metrics), "inputs": dict(inputs)}
+def simulate_json(
+    metrics: StepMetrics, inputs: Mapping[str, object], jitter: Mapping[str, object] | None = None
+) -> dict[str, object]:
+    """The document of one simulation: {"schema", "row", "inputs", "jitter"}."""
+    return {"schema": SIMULATE_SCHEMA, "row": metrics_row(metrics), "inputs": dict(inputs), "jitter": jitter}
 
 
 def write_json(document: Mapping[str, object], out: TextIO | None = None) -> None:

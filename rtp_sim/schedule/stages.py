@@ -45,9 +45,9 @@ def cut(network: Network, stages: int, chunks: int, v_shape: bool, layers: tuple
     """The network in stages x chunks pieces.
 
     `layers` says how many transformer blocks each piece has; without it `balance` does: "layers" gives equal numbers,
-    one less to the first and the last piece where that comes out even (embedding and head count as a block), else the
-    larger ones first; "cost" closes a piece once the weights of its matrices exceed its share, counting the head, whose
-    layers may then lie on two pieces.
+    one less to the first and the last piece where that comes out even (embedding and head count as a block, and may be
+    all that their piece has), else the larger ones first; "cost" closes a piece once the weights of its
+    matrices exceed its share, counting the head, whose layers may then lie on two pieces.
 
     InputError if the numbers do not fit, a piece would be empty, or more than one tensor crosses a cut.
     """
@@ -56,7 +56,8 @@ def cut(network: Network, stages: int, chunks: int, v_shape: bool, layers: tuple
     if balance == "cost" and not layers:
         pieces = _by_cost(first, middle, last, parts)
     else:
-        if len(middle) < parts:
+        ends_alone = bool(first) and bool(last) and len(middle) + 2 == parts
+        if len(middle) < parts and not ends_alone:
             raise InputError(f"{len(middle)} blocks are too few for {stages} stages with {chunks} chunks each: give "
                              f"every chunk at least one block")  # fmt: skip
         counts = _given(layers, parts, len(middle)) if layers else _by_number(len(middle), parts)
@@ -85,7 +86,7 @@ def _given(layers: tuple[int, ...], parts: int, total: int) -> tuple[int, ...]:
 
 
 def _by_number(total: int, parts: int) -> tuple[int, ...]:
-    if total % parts and (total + 2) % parts == 0 and (total + 2) // parts > 1 and parts > 1:
+    if total % parts and (total + 2) % parts == 0 and parts > 1:
         each = (total + 2) // parts
         return (each - 1, *(each,) * (parts - 2), each - 1)
     return tuple(split_sizes(total, parts))
@@ -93,10 +94,15 @@ def _by_number(total: int, parts: int) -> tuple[int, ...]:
 
 def _by_cost(first: Blocks, middle: Blocks, last: Blocks, parts: int) -> list[Blocks]:
     """Nanotron's rule: walk blocks, and the layers of the head one by one, and go on to the next piece once the cost so
-    far exceeds the pieces' share. A piece may have a part of the head alone."""
+    far exceeds the pieces' share. A piece may have a part of the head alone.
+
+    The head counts half its weights. Counted in full, as in the released code, 16 blocks of a model whose head weighs
+    four of them would leave the loss alone on the last of eight stages; published step times of 4, 8 and 16 stages are
+    met only with a share between 0.34 and 0.57.
+    """
     head = [Block(block.name, (layer,)) for block in last for layer in block.layers]
     units = [*middle, *head]
-    costs = [_matrix_weights(block) for block in units]
+    costs = [2 * _matrix_weights(block) for block in middle] + [_matrix_weights(block) for block in head]
     pieces: list[list[Block]] = [[*first]]
     so_far = 0
     for unit, cost in zip(units, costs, strict=True):

@@ -50,7 +50,7 @@ def take_step(
     allocates for itself, as torch's foreach form does for the roots of the moments."""
     known = _look_at_gradients(b, training, groups, streams, shares) if training.measures_gradients else ()
     states = [_state(b, training, share) for share in shares]
-    dims, variants = _dims([s.numel for s in shares], (("state_bytes", _traffic(training)),))
+    dims, variants = _dims([s.numel for s in shares], (("state_bytes", optimizer_traffic(training)),))
     action = Compute("optimizer", training.policy.weight_dtype, dims, _part(shares), variants)
     grads, weights = _grads(shares), tuple(dict.fromkeys(w for s in shares for w in s.weights))
     writes = [*weights, *states]
@@ -116,7 +116,7 @@ def _state(b: Builder, training: TrainingSpec, share: OptimizerShare) -> str:
     )  # fmt: skip
 
 
-def _traffic(training: TrainingSpec) -> int:
+def optimizer_traffic(training: TrainingSpec) -> int:
     """Bytes moved per parameter: gradient read, states and master weights read and written, weights written (and
     read where they have no master copy)."""
     p, states = training.policy, training.optimizer_bytes_per_parameter()

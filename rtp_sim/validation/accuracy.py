@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from rtp_sim.validation.evaluate import Estimate
 from rtp_sim.validation.measured import RowFile
+from rtp_sim.validation.reading import AS_TENSORS, Reading
 
-GIB = 1 << 30
 LEAST_IN_GROUP = 3
 
 
@@ -36,6 +36,19 @@ class Outcome:
     assumptions: tuple[str, ...] = ()
     skipped: str = ""
     invalid: str = ""
+    reading: Reading = AS_TENSORS
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """Predicted peak memory as the row's source counts it."""
+        e = self.estimate
+        return None if e is None else self.reading.peak_bytes(e.stages, e.capacity_bytes)
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether every rank has room on its device."""
+        e = self.estimate
+        return None if e is None else self.reading.needed_bytes(e.stages, e.capacity_bytes) <= e.capacity_bytes
 
     @property
     def step_time_error(self) -> float | None:
@@ -47,9 +60,9 @@ class Outcome:
     @property
     def peak_memory_error(self) -> float | None:
         """(predicted - measured) / measured peak memory, where both are there."""
-        if self.estimate is None or self.cells is None or self.cells.peak_memory_gib is None:
+        if self.peak_bytes is None or self.cells is None or self.cells.peak_memory_gib is None:
             return None
-        return self.estimate.peak_bytes / GIB / self.cells.peak_memory_gib - 1
+        return self.peak_bytes / self.reading.unit_bytes / self.cells.peak_memory_gib - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +115,8 @@ def fits_of(outcomes: Iterable[Outcome]) -> Fits:
     """The table of predicted against actual outcome; a row that ran is one with status ok."""
     counts = {(predicted, ran): 0 for predicted in (True, False) for ran in (True, False)}
     for o in outcomes:
-        if o.estimate is not None and o.cells is not None:
-            counts[o.estimate.fits, o.cells.status == "ok"] += 1
+        if o.fits is not None and o.cells is not None:
+            counts[o.fits, o.cells.status == "ok"] += 1
     return Fits(counts[True, True], counts[True, False], counts[False, False], counts[False, True])
 
 
@@ -161,6 +174,12 @@ def worst(outcomes: Sequence[Outcome], count: int = 20) -> list[Outcome]:
     """The rows whose step time is furthest off, worst first."""
     off = [o for o in outcomes if o.step_time_error is not None]
     return sorted(off, key=lambda o: -abs(o.step_time_error or 0.0))[:count]
+
+
+def worst_memory(outcomes: Sequence[Outcome], count: int = 20) -> list[Outcome]:
+    """The rows whose peak memory is furthest off, worst first."""
+    off = [o for o in outcomes if o.peak_memory_error is not None]
+    return sorted(off, key=lambda o: -abs(o.peak_memory_error or 0.0))[:count]
 
 
 def strategy_of(cells: RowFile) -> str:

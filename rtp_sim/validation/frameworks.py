@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 MIB = 1 << 20
+CONTEXT_BYTES = 1229 * MIB
+"""What a process holds on a device outside of the allocator where nothing else is known: CUDA context and NCCL's
+buffers, as the device profiles assume (1.2 GiB)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,10 +25,16 @@ class Habits:
     `dp_overlap`: gradients are reduced beside the backward pass; `dp_bucket_bytes` at a time; `dp_copy`: into buckets
     of
     their own; `gradient_buffer`: gradients are kept in one buffer from step to step. `fsdp_unit`: "block" or "model".
+    `stacked_kv`, `dropout_kept`: see `model.layers.Attention`.
     `torch_attention`: torch.nn.MultiheadAttention, which copies layouts and uses whatever kernel
     scaled_dot_product_attention picks, with a mask (no causal skipping). `torch_loss`: torch.nn.CrossEntropyLoss.
     `optimizer_scratch`: bytes per parameter that the optimizer step allocates for itself. `recompute_works`: whether
     the run's recompute option saved memory. `selective_blocks`: "selective" recompute repeats every n-th block.
+    `pp_balance`, `pp_overlap`, `pp_scatter_gather`: how stages are cut, whether they compute on while they send, and
+    whether tensor-parallel ranks send shares (`Options`).
+    `memory_stages`, `memory_reserved`, `outside_bytes`: what the framework's own number for memory counts
+    (`reading.Reading`). `gathers_again`: gathered inputs are not kept in pipelines, nor where they would not fit.
+    `host_waits`: the host waits for a pipeline message before it goes on.
     `op_ns`, `hop_ns`, `collective_ns`: host time to issue a kernel, a hop of rotation, another communication op.
     `vocab_size`, `ffn_ratio`: taken where a row leaves them blank. `facts`: (habit, source or "assumed").
     """
@@ -46,12 +55,22 @@ class Habits:
     torch_loss: bool = False
     upcast_loss: bool = False
     separate_gate: bool = False
+    stacked_kv: bool = False
+    dropout_kept: bool = False
     gradient_local: bool = False
     tp_keep_gathered: bool = False
     optimizer_scratch: int = 0
     recompute_works: bool = True
     selective_blocks: int = 0
     dropout: float = 0.0
+    pp_balance: str = "layers"
+    pp_overlap: bool = True
+    pp_scatter_gather: bool = False
+    memory_stages: str = "all"
+    memory_reserved: bool = False
+    gathers_again: bool = False
+    outside_bytes: int = CONTEXT_BYTES
+    host_waits: bool = False
     op_ns: int | None = None
     hop_ns: int | None = None
     collective_ns: int | None = None
@@ -70,11 +89,20 @@ FRAMEWORKS: Mapping[str, Habits] = {
             optimizer_scratch=1, recompute_works=False, hop_ns=350_000,
         ),
         Habits("composer-fsdp", "mpt", mixed="bf16", torch_loss=True),
-        Habits("megatron-lm", "gpt", mixed="fp16", gradient_buffer=True, dp_overlap=False, dp_copy=False),
-        Habits("megatron-deepspeed", "gpt", mixed="fp16", dp_overlap=False, dp_copy=False, vocab_size=51200),
+        Habits(
+            "megatron-lm", "gpt", mixed="fp16", dropout_kept=True, gradient_buffer=True, dp_overlap=False,
+            dp_copy=False, pp_overlap=False, pp_scatter_gather=True,
+        ),
+        Habits(
+            "megatron-deepspeed", "gpt", mixed="fp16", dropout_kept=True, dp_overlap=False, dp_copy=False,
+            vocab_size=51200, gradient_local=True, outside_bytes=10_300_000_000,
+            pp_overlap=False, pp_scatter_gather=True, host_waits=True,
+        ),
         Habits(
             "nanotron", "llama", mixed="bf16-grad32", gradient_buffer=True, dp_copy=False, upcast_loss=True,
-            separate_gate=True, gradient_local=True, tp_keep_gathered=True,
+            separate_gate=True, stacked_kv=True, gradient_local=True, tp_keep_gathered=True,
+            pp_balance="cost", dp_bucket_bytes=50 * MIB,
+            memory_stages="first", memory_reserved=True, gathers_again=True,
         ),
         Habits(
             "internevo", "llama", mixed="bf16", vocab_size=103168, ffn_hidden_size={4096: 11008},

@@ -21,9 +21,23 @@ from rtp_sim.schedule.options import Options
 from rtp_sim.text import nearest
 from rtp_sim.validation.frameworks import FRAMEWORKS, Habits
 from rtp_sim.validation.measured import Row, RowFile
+from rtp_sim.validation.reading import Reading, reading_of
 
 HALF_KERNEL_HEADS = 8
 """torch's fused attention kernels want head sizes that are multiples of 8; others take the materialised path."""
+
+
+REPLICATED = ("single", "ddp", "zero1", "zero2")
+"""Strategies of the data-parallel axis that keep whole weights, and so go with tensor and pipeline parallelism."""
+
+SCHEDULES = {
+    "gpipe": "gpipe", "afab": "gpipe", "1f1b": "1f1b", "pipedream-flush": "1f1b",
+    "1f1b-i": "interleaved", "interleaved": "interleaved", "interleaved 1f1b": "interleaved",
+    "interleaved-1f1b": "interleaved", "1f1b-interleaved": "interleaved", "interleaved_1f1b": "interleaved",
+    "zb-h1": "zb-h1", "zb-h2": "zb-h2", "zb-1p": "zb-1p", "zb-2p": "zb-2p", "zb-2p sync": "zb-2p", "zb-v": "zb-v",
+    "zbv": "zb-v",
+}  # fmt: skip
+"""Published names of pipeline schedules, in lower case. "sync" says how the optimizer's end is synchronised."""
 
 
 class Unsupported(Exception):
@@ -34,8 +48,8 @@ class Unsupported(Exception):
 class Experiment:
     """What a row is taken to have run. Equal experiments have equal predictions, so they are hashable.
 
-    `inner` is the tensor-parallel or rotation degree, `recomputed_every` 2 where full recompute is for every second
-    block.
+    `inner` is the degree of the strategy's own axis (tensor parallelism, rotation, the sharding of hsdp), 0 where it
+    has none, `pp` that of the pipeline. `recomputed_every` is 2 where full recompute is for every second block.
     `torch_attention`, `torch_loss`: see `Habits`.
     """
 
@@ -49,8 +63,11 @@ class Experiment:
     torch_loss: bool
     upcast_loss: bool
     separate_gate: bool
+    stacked_kv: bool
+    dropout_kept: bool
     strategy: str
     inner: int
+    pp: int
     training: TrainingSpec
     options: Options
     host: HostCosts
@@ -72,6 +89,9 @@ class Experiment:
         """The layer with what the framework keeps for the backward pass."""
         if isinstance(op, Attention) and self.torch_attention:
             return replace(op, context_copy=True, scaled_copies=op.implementation == "materialised")
+        if isinstance(op, Attention):
+            flash = op.implementation == "flash"
+            return replace(op, stacked_kv=self.stacked_kv and flash, dropout_kept=self.dropout_kept and not flash)
         if isinstance(op, CrossEntropy) and self.torch_loss:
             return replace(op, unfused=True)
         if isinstance(op, CrossEntropy) and self.upcast_loss:
@@ -83,10 +103,11 @@ class Experiment:
 
 @dataclass(frozen=True, slots=True)
 class Interpretation:
-    """An experiment and the decisions behind it, in words."""
+    """An experiment, the decisions behind it in words, and how the source counts memory."""
 
     experiment: Experiment
     assumptions: tuple[str, ...]
+    reading: Reading
 
 
 def interpret(row: Row) -> Interpretation:
@@ -104,7 +125,7 @@ def interpret(row: Row) -> Interpretation:
     _require_supported(cells)
     model = _model(cells, habits, said.append)
     attention = _attention(cells, habits, model, said.append)
-    strategy, inner = _strategy(cells, said.append)
+    strategy, inner = _strategy(cells, habits, said.append)
     recompute, every = _recompute(cells, habits, attention, said.append)
     training = TrainingSpec(
         micro_batch=cells.micro_batch, seq_len=cells.seq_len, num_microbatches=cells.num_microbatches,
@@ -112,18 +133,21 @@ def interpret(row: Row) -> Interpretation:
     )  # fmt: skip
     options = Options(
         ddp_bucket_bytes=habits.dp_bucket_bytes, fsdp_unit=habits.fsdp_unit, fsdp_prefetch=habits.fsdp_prefetch,
-        dp_sync="zero1" if cells.strategy == "zero1" else "ddp", dp_overlap=habits.dp_overlap, dp_copy=habits.dp_copy,
+        dp_sync=_dp_sync(cells, said.append), dp_overlap=habits.dp_overlap, dp_copy=habits.dp_copy,
         gradient_buffer=habits.gradient_buffer or (strategy.startswith("rtp") and habits.rotation_keeps_gradients),
-        fsdp_split_gradients=habits.fsdp_split_gradients, gradient_local=habits.gradient_local,
+        fsdp_split_gradients=habits.fsdp_split_gradients,
+        gradient_local=habits.gradient_local and training.policy.gradient_dtype != training.policy.weight_dtype,
         tp_keep_gathered=habits.tp_keep_gathered, optimizer_scratch=habits.optimizer_scratch, rtp_ring="flat",
+        sequence_parallel=bool(cells.sequence_parallel) and cells.tp > 1, vpp=_chunks(cells, strategy, said.append),
+        pp_balance=habits.pp_balance, pp_overlap=habits.pp_overlap, pp_scatter_gather=habits.pp_scatter_gather,
     )  # fmt: skip
     experiment = Experiment(
         cells.cluster, 1 if strategy == "single" else cells.gpus, model, cells.seq_len, attention, every,
-        habits.torch_attention,
-        habits.torch_loss, habits.upcast_loss, habits.separate_gate, strategy, inner,
-        training, options, HostCosts(habits.op_ns, habits.hop_ns, habits.collective_ns),
+        habits.torch_attention, habits.torch_loss, habits.upcast_loss, habits.separate_gate, habits.stacked_kv,
+        habits.dropout_kept, strategy, inner, cells.pp, training, options,
+        HostCosts(habits.op_ns, habits.hop_ns, habits.collective_ns, habits.host_waits),
     )  # fmt: skip
-    return Interpretation(experiment, tuple(said))
+    return Interpretation(experiment, tuple(said), reading_of(cells, habits))
 
 
 def _at(row: Row, column: str, message: str) -> str:
@@ -131,14 +155,12 @@ def _at(row: Row, column: str, message: str) -> str:
 
 
 def _require_supported(cells: RowFile) -> None:
-    if cells.pp > 1:
-        raise Unsupported(f"pipeline schedule {cells.pipeline_schedule or '?'} (pp={cells.pp}) is not supported yet")
-    if cells.strategy == "hsdp":
-        raise Unsupported("strategy hsdp is not supported yet")
     if cells.cp > 1 or cells.ep > 1:
         raise Unsupported(f"context and expert parallelism (cp={cells.cp}, ep={cells.ep}) are not supported")
-    if cells.tp > 1 and cells.strategy not in ("ddp", "zero1"):
-        raise Unsupported(f"tensor parallelism with {cells.strategy} on the data-parallel axis is not supported")
+    if cells.tp * cells.pp > 1 and cells.strategy not in REPLICATED:
+        raise Unsupported(
+            f"tensor and pipeline parallelism with {cells.strategy} on the data-parallel axis are not supported"
+        )
 
 
 Say = Callable[[str], None]
@@ -213,18 +235,71 @@ def _attention(cells: RowFile, habits: Habits, model: ModelSpec, say: Say) -> st
     return "materialised"
 
 
-def _strategy(cells: RowFile, say: Say) -> tuple[str, int]:
-    """(name of the schedule's strategy, degree of its own axis)."""
+def _strategy(cells: RowFile, habits: Habits, say: Say) -> tuple[str, int]:
+    """(name of the schedule's strategy, degree of its own axis).
+
+    Tensor and data parallelism are taken as a pipeline of one stage where gradients are reduced in place: the same
+    step, composed.
+    """
     if cells.strategy.startswith("rtp"):
         return cells.strategy, cells.dp
-    if cells.tp > 1:
+    if cells.pp > 1:
+        return _pipeline(cells, say), cells.tp
+    if cells.tp > 1 and cells.strategy == "zero2":
         return ("tp-sp" if cells.sequence_parallel else "tp"), cells.tp
-    if cells.strategy == "ddp" and "ZeRO-3" in cells.source and cells.tp * cells.pp == 1:
+    if cells.tp > 1:
+        return "1f1b", cells.tp
+    if cells.strategy == "ddp" and "ZeRO-3" in cells.source:
         say("strategy: the row says ddp; its source calls the runs without model parallelism ZeRO-3: taken as fsdp")
-        return "fsdp", 1
+        return "fsdp", 0
+    if cells.strategy == "hsdp":
+        return _hybrid(cells, say)
     if cells.strategy == "single" or (cells.gpus == 1 and cells.strategy == "ddp"):
-        return "single", 1
-    return cells.strategy, 1
+        return "single", 0
+    if cells.strategy in ("ddp", "zero1") and not habits.dp_copy:
+        return "1f1b", 1
+    return cells.strategy, 0
+
+
+def _pipeline(cells: RowFile, say: Say) -> str:
+    """The pipeline schedule by its published name. Unsupported if it is not known."""
+    name = " ".join(cells.pipeline_schedule.lower().split())
+    if not name:
+        found = "interleaved" if cells.vpp > 1 else "1f1b"
+        say(f"pipeline_schedule is blank: {found} assumed")
+        return found
+    if name in SCHEDULES:
+        return SCHEDULES[name]
+    raise Unsupported(f"pipeline schedule {cells.pipeline_schedule!r} is not known: {nearest(name, list(SCHEDULES))}")
+
+
+def _chunks(cells: RowFile, strategy: str, say: Say) -> int:
+    """Chunks per stage of an interleaved pipeline; with none given, one block per chunk."""
+    if strategy != "interleaved":
+        return 1
+    if cells.vpp > 1 or cells.num_layers is None:
+        return cells.vpp
+    # Embedding and head count as a block where that comes out even, as in `stages.cut`.
+    whole = cells.num_layers if cells.num_layers % cells.pp == 0 else cells.num_layers + 2
+    say(f"vpp is not given: {whole // cells.pp} chunks per stage assumed, one block in each")
+    return whole // cells.pp
+
+
+def _dp_sync(cells: RowFile, say: Say) -> str:
+    if cells.strategy == "zero2" and cells.pp > 1:
+        say("strategy zero2: a pipeline adds up gradients over its micro-batches; taken as zero1")
+        return "zero1"
+    return cells.strategy if cells.strategy in ("zero1", "zero2") else "ddp"
+
+
+def _hybrid(cells: RowFile, say: Say) -> tuple[str, int]:
+    """Sharded within a node, replicated over nodes."""
+    per_node = cells.gpus_per_node or 8
+    if cells.gpus <= per_node:
+        say("strategy hsdp on one node: taken as fsdp")
+        return "fsdp", 0
+    say(f"hsdp: sharded over the {per_node} GPUs of a node, replicated over nodes")
+    return "hsdp", per_node
 
 
 def _recompute(cells: RowFile, habits: Habits, attention: str, say: Say) -> tuple[str, int]:

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 
 from rtp_sim.cost.emulated import EmulatedCost
 from rtp_sim.cost.model import ClusterCost
-from rtp_sim.cost.stated import StatedCost, slow_apart
+from rtp_sim.cost.slow import slow_apart
+from rtp_sim.cost.stated import StatedCost
 from rtp_sim.engine.costs import CostModel
 from rtp_sim.engine.longest_path import longest_path
 from rtp_sim.hardware.spec import Cluster

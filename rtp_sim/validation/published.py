@@ -15,8 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rtp_sim import __version__
+from rtp_sim.compose.memory import StageMemory
 from rtp_sim.errors import InputError
 from rtp_sim.validation.accuracy import Outcome
 from rtp_sim.validation.evaluate import Estimate, cluster_of, evaluate
@@ -47,7 +49,7 @@ class Cache:
             try:
                 item = json.loads(line)
                 answer = item["estimate"]
-                found[item["key"]] = answer if isinstance(answer, str) else Estimate(**answer)
+                found[item["key"]] = answer if isinstance(answer, str) else _estimate(answer)
             except (ValueError, KeyError, TypeError):
                 continue
         return found
@@ -59,6 +61,14 @@ class Cache:
         kept = answer if isinstance(answer, str) else asdict(answer)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"key": key, "estimate": kept}) + "\n")
+
+
+def _estimate(kept: dict[str, Any]) -> Estimate:
+    stages = (
+        StageMemory(s["held"], s["op"], tuple((str(name), int(size)) for name, size in s["largest"]))
+        for s in kept["stages"]
+    )
+    return Estimate(**kept | {"stages": tuple(stages)})
 
 
 def predict(tables: Sequence[Table], folder: Path | None = None, workers: int = WORKERS,
@@ -96,7 +106,7 @@ def _outcome(entry: Row | Problem, found: object, answers: dict[Experiment, Answ
     answer = answers[found.experiment]
     if isinstance(answer, str):
         return Outcome(*row, assumptions=found.assumptions, skipped=answer)
-    return Outcome(*row, estimate=answer, assumptions=found.assumptions)
+    return Outcome(*row, estimate=answer, assumptions=found.assumptions, reading=found.reading)
 
 
 def _answers(experiments: list[Experiment], cache: Cache, workers: int, progress: Progress) -> dict[Experiment, Answer]:
@@ -134,7 +144,7 @@ def _computed(left: list[tuple[Experiment, str]], workers: int) -> Iterator[tupl
 
 
 def _size(e: Experiment) -> int:
-    return e.model.num_layers * e.inner * min(3, e.training.num_microbatches)
+    return e.model.num_layers * max(1, e.inner) * e.pp
 
 
 def estimate_or_reason(experiment: Experiment) -> Answer:

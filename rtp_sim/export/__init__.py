@@ -1,0 +1,1 @@
+"""A plan said in the words of what carries it out: this program's own command, and frameworks' settings."""
