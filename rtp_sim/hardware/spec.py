@@ -43,10 +43,10 @@ class Device:
 
     `peak_flops` is dense FLOP/s by dtype. The efficiencies are the best fraction of the peak that large kernels of
     that class reach; those for fp32, which has no matrix units of its own, where they differ. `kernel_floor_ns` is
-    the shortest time any kernel takes on the device, `host_issue_ns` what the
-    host thread spends to issue one op (kernels of the backward, communication and pipeline messages have figures of
-    their own where these differ), `overlap_slowdown` (>= 1) how much longer compute takes while a communication
-    kernel runs beside it on the same device. `kernels`, by name and dtype, are those measured one by one: their times
+    the shortest time any kernel takes on the device, `host_issue_ns` what the host thread spends to issue one op
+    (kernels of the backward, communication and pipeline messages have figures of their own where these differ),
+    `overlap_slowdown` (>= 1) how much longer compute takes while a communication kernel runs beside it on the same
+    device. `kernels`, by name and dtype, are those measured one by one: their times
     stand above the efficiencies of their class.
     """
 

@@ -72,11 +72,14 @@ def link_parameter(name: str) -> Parameter:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """Values by key, as profiles have them, and the errors of the rows that were fitted."""
+    """Values by key, as profiles have them, and the errors of the rows that were fitted; `low` and `high` are the 10th
+    and 90th percentile of their measured / predicted step times."""
 
     values: Mapping[str, float | str]
     errors: Errors
     rows: int
+    low: float
+    high: float
 
 
 def fit(
@@ -100,7 +103,8 @@ def fit(
 
         at, left = _minimise(residuals, start, low, high, iterations, tell)
     values = {p.key: p.text(exp(v)) for p, v in zip(parameters, at, strict=True)}
-    return Fit(values, errors_of(float(exp(r) - 1) for r in left), len(rows))
+    low, high = (float(q) for q in np.quantile(np.exp(-left), (0.1, 0.9)))
+    return Fit(values, errors_of(float(exp(r) - 1) for r in left), len(rows), low, high)
 
 
 def _seconds(job: tuple[Experiment, Mapping[str, float | str]]) -> float:
