@@ -5,7 +5,7 @@ for 2 and for 4 ranks (`rtp-sim calibrate`; profiles that are there already are 
 setting: each launch is a fresh set of processes, a case's time the median over its launches of the launch's median
 step. In every step each rank watches the pace of its core (rtp_sim/executor/pace.py): a virtual machine's
 neighbours slow it down for a second or so and show in nothing else. Steps at another pace than the calibration's do
-not count. A launch of which fewer than two steps count, or during which other programs took more than `--foreign` of
+not count. A launch of which no step counts, or during which other programs took more than `--foreign` of
 the cores, is made again, up to three times in a row. Every launch is written to DIR/launches.jsonl at once, so that a
 benchmark that was interrupted goes on where it was, and `--report` predicts again without measuring, with the program
 as it is now. Nothing is fitted to these cases.
@@ -49,7 +49,7 @@ STATED_PROFILE, STATED_STEP_NS = "dgx-a100-80g", 300_000_000
 """Ranks that sleep take what this profile predicts, stretched to a step of about this long."""
 RETRIES = 3
 STATED_STEPS = 3
-FEWEST_STEPS = 2
+FEWEST_STEPS = 1
 PATIENCE_S = 60
 
 
@@ -162,23 +162,29 @@ def run_request(a: argparse.Namespace, job: Job) -> RunRequest:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One launch: the median of the steps at the usual pace (of all, if there are none), how many these were of how
-    many, and what other programs took of the cores meanwhile."""
+    """One launch: its steps' times, the pace of the slowest core in each, and what other programs took of the cores
+    meanwhile."""
 
     setting: str
     case: str
-    median_ns: int
-    steady: int
-    steps: int
+    times_ns: tuple[int, ...]
+    pace_ns: tuple[int, ...]
     foreign: float
-    counts: bool
+
+    def steady_ns(self, usual_ns: int) -> list[int]:
+        """Times of the steps at the usual pace."""
+        return [t for t, pace in zip(self.times_ns, self.pace_ns, strict=True) if steady(pace, usual_ns)]
+
+    def counts(self, most_foreign: float, usual_ns: int) -> bool:
+        """Whether the launch was quiet enough."""
+        enough = len(self.steady_ns(usual_ns)) >= min(FEWEST_STEPS, len(self.times_ns))
+        return self.foreign <= most_foreign and enough
 
 
 def measure(a: argparse.Namespace, job: Job) -> Launch:
     """Runs the job once on fresh processes."""
     run, request = RunDirectory(a.output / "run"), run_request(a, job)
     run.prepare(job.prepared.schedule, request, job.times)
-    usual_ns = 0 if job.times is not None else usual_pace_ns(calibrated(a, job.setting))
     busy_s, own_s, start_s = _busy_core_s(), _own_core_s(), time.monotonic()
     run_ranks(run, job.setting.ranks)
     took_s = time.monotonic() - start_s
@@ -186,10 +192,7 @@ def measure(a: argparse.Namespace, job: Job) -> Launch:
     foreign = max(0.0, others_s / took_s / (os.cpu_count() or 1))
     result = collect(run, job.prepared.schedule, request)
     times, paces = result["step_times_ns"], result["pace_ns"][request.warmup :]
-    usual = [t for t, pace in zip(times, paces, strict=True) if steady(pace, usual_ns)]
-    counts = foreign <= a.foreign and len(usual) >= min(FEWEST_STEPS, len(times))
-    median_ns = int(statistics.median(usual or times))
-    return Launch(job.setting.name, job.case.name, median_ns, len(usual), len(times), foreign, counts)
+    return Launch(job.setting.name, job.case.name, tuple(times), tuple(paces), foreign)
 
 
 def run_ranks(run: RunDirectory, ranks: int) -> None:
@@ -243,8 +246,11 @@ def _own_core_s() -> float:
 def measure_all(a: argparse.Namespace, jobs: Sequence[Job], log: Path) -> None:
     """Round after round over all cases, so that a case's launches lie apart in time; not again what is on file."""
     done: dict[tuple[str, str], int] = {}
+    usual = {job.setting.name: 0 if job.times is not None else usual_pace_ns(calibrated(a, job.setting))
+             for job in jobs}  # fmt: skip
     for one in read(log):
-        done[one.setting, one.case] = done.get((one.setting, one.case), 0) + one.counts
+        if one.setting in usual and one.counts(a.foreign, usual[one.setting]):
+            done[one.setting, one.case] = done.get((one.setting, one.case), 0) + 1
     for number in range(a.launches):
         for job in jobs:
             key = (job.setting.name, job.case.name)
@@ -254,10 +260,11 @@ def measure_all(a: argparse.Namespace, jobs: Sequence[Job], log: Path) -> None:
                 found = measure(a, job)
                 with log.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(asdict(found)) + "\n")
-                again = "" if found.counts else ", again"
-                say(f"{job.setting.name}, launch {number + 1}: {job.case.name}: {found.median_ns / 1e6:.1f} ms, others "
-                    f"{found.foreign:.0%}, {found.steady}/{found.steps} steps{again}")  # fmt: skip
-                if found.counts:
+                counts, times = found.counts(a.foreign, usual[key[0]]), found.steady_ns(usual[key[0]])
+                say(f"{job.setting.name}, launch {number + 1}: {job.case.name}: "
+                    f"{statistics.median(times or found.times_ns) / 1e6:.1f} ms, others {found.foreign:.0%}, "
+                    f"{len(times)}/{len(found.times_ns)} steps{'' if counts else ', again'}")  # fmt: skip
+                if counts:
                     break
 
 
@@ -266,7 +273,9 @@ def read(log: Path) -> Iterator[Launch]:
     if log.exists():
         for line in log.read_text(encoding="utf-8").splitlines(keepends=True):
             if line.endswith("\n"):
-                yield Launch(**json.loads(line))
+                record = json.loads(line)
+                times, paces = tuple(record.pop("times_ns")), tuple(record.pop("pace_ns"))
+                yield Launch(**record, times_ns=times, pace_ns=paces)
 
 
 def calibrated(a: argparse.Namespace, setting: Setting) -> Path:
@@ -314,22 +323,24 @@ class Row:
 
 def rows(a: argparse.Namespace, jobs: Sequence[Job], log: Path) -> list[Row]:
     """Every case that has been measured, predicted now."""
-    launches = [one for one in read(log) if one.counts]
+    launches = list(read(log))
     found = []
     for job in jobs:
-        mine = [one for one in launches if (one.setting, one.case) == (job.setting.name, job.case.name)]
+        usual_ns = 0 if job.times is not None else usual_pace_ns(calibrated(a, job.setting))
+        of_case = [one for one in launches if (one.setting, one.case) == (job.setting.name, job.case.name)]
+        mine = [one for one in of_case if one.counts(a.foreign, usual_ns)]
         if not mine:
             continue
         cluster = job.prepared.cluster
         if job.times is None:
             cluster = load_cluster(str(calibrated(a, job.setting)), 1, job.setting.ranks)
         predicted_ns = predict(job.prepared.schedule, cluster, job.conditions).step_time_ns
-        times = [one.median_ns for one in mine]
+        times = [statistics.median(one.steady_ns(usual_ns)) for one in mine]
         measured_ns = statistics.median(times)
         cv = statistics.stdev(times) / statistics.fmean(times) if len(times) > 1 else 0.0
         found.append(Row(
             job.setting.name, job.case.name, predicted_ns / 1e6, measured_ns / 1e6, predicted_ns / measured_ns - 1, cv,
-            len(times), sum(one.steady for one in mine) / sum(one.steps for one in mine),
+            len(times), sum(len(x.steady_ns(usual_ns)) for x in mine) / sum(len(x.times_ns) for x in mine),
             max(one.foreign for one in mine),
         ))  # fmt: skip
     return found

@@ -410,6 +410,8 @@ def _run(p: argparse.ArgumentParser) -> None:
     group.add_argument("--load", metavar="DIR", help="go on from the newest state there, of any layout")
     group.add_argument("--profile-trace", action="store_true", help="one more step under PyTorch's profiler")
     group.add_argument("-o", "--output", required=True, metavar="DIR", help="run directory")
+    group.add_argument("--schedule", metavar="FILE",
+                       help="run this one, of schedule --format text or json, perhaps edited by hand")
     group.add_argument("--prepare", action="store_true", help="only write the run directory, for torchrun")
     group.add_argument("--format", choices=("table", "json"), default="table")
     group.add_argument("--quiet", action="store_true", help="no progress on stderr")

@@ -29,6 +29,8 @@ from rtp_sim.report.format import format_bytes, format_count, format_percent, fo
 from rtp_sim.report.tables import print_table, write_json
 from rtp_sim.schedule.checks import check
 from rtp_sim.schedule.ir import Schedule
+from rtp_sim.schedule.parse import from_text as schedule_from_text
+from rtp_sim.schedule.serialize import from_json as schedule_from_json
 from rtp_sim.stated import StatedTimes
 
 Result = dict[str, Any]
@@ -37,7 +39,7 @@ Result = dict[str, Any]
 def execute(a: Namespace, prepared: Prepared) -> int:
     """Runs the prepared schedule on processes of this machine. Exit code 1 if the run fails or --check does not hold;
     InputError for a set-up that cannot work."""
-    schedule = prepared.schedule
+    schedule = prepared.schedule if a.schedule is None else _read_schedule(Path(a.schedule), prepared.schedule)
     request = RunRequest(
         network=prepared.network, training=prepared.training, steps=a.steps, warmup=a.warmup, seed=a.seed,
         device=a.device, transport=a.transport, timeout_s=a.timeout, threads=a.threads, check=a.check, pin=a.pin,
@@ -82,6 +84,20 @@ def execute(a: Namespace, prepared: Prepared) -> int:
     if not held:
         print(f"rtp-sim: --check: the first step differs from dense training: {result['check']}", file=sys.stderr)
     return 0 if held else 1
+
+
+def _read_schedule(path: Path, planned: Schedule) -> Schedule:
+    """A schedule from a file, as text or JSON. InputError if it is none, or not for as many ranks as are asked for."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise InputError(f"--schedule {path}: {why}; write one with: rtp-sim schedule --format text") from None
+    schedule = schedule_from_json(text) if text.lstrip().startswith("{") else schedule_from_text(text)
+    if schedule.world_size != planned.world_size:
+        raise InputError(f"--schedule {path}: it is for {schedule.world_size} ranks, the run for {planned.world_size}; "
+                         f"expected --nproc-per-node {schedule.world_size}")  # fmt: skip
+    return schedule
 
 
 def _absolute(directory: str | None) -> str:

@@ -53,7 +53,7 @@ MAY_IMPORT = {
     | {"hardware", "cost", "executor.calibrate", "executor.calibrate.fit", "executor.calibrate.residuals"},
     "export": BASE | {"model", "hardware", "schedule", "experiment"},
     "commands_export": BASE | {"experiment", "export", "planner", "report"},
-    "commands_plan": BASE | {"hardware", "planner", "commands_export", "report"},
+    "commands_plan": BASE | {"hardware", "experiment", "planner", "commands_export", "report"},
     "commands_import": BASE | {"hardware", "importing"},
     "commands_trace": BASE | {"timeline_file", "traces", "validation", "validation.traced", "report"},
     "timeline_file": BASE | {"schedule", "timeline"},

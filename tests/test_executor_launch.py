@@ -25,7 +25,12 @@ from rtp_sim.executor.parameters import initial_parameters
 from rtp_sim.executor.progress import Progress, read_place
 from rtp_sim.executor.request import RunRequest
 from rtp_sim.executor.rundir import RunDirectory
-from rtp_sim.schedule.serialize import from_json
+from rtp_sim.experiment import Request
+from rtp_sim.experiment import prepare as experiment
+from rtp_sim.schedule.ir import Schedule
+from rtp_sim.schedule.parse import from_text
+from rtp_sim.schedule.serialize import from_json, to_json
+from rtp_sim.schedule.text import to_text
 from rtp_sim.timeline_file import load_timeline
 
 CASE = Case("rtp", "rtp", 2)
@@ -50,6 +55,61 @@ def worker(path: Path, **variables: object) -> subprocess.CompletedProcess[str]:
 
 
 # ---- a run
+
+
+def planned() -> Schedule:
+    """What `run` plans with the options of `given`."""
+    request = Request("gpt2-tiny", "cpu-local", "rtp", gpus=2, micro_batch=2, seq_len=8, precision="fp32")
+    return experiment(request).schedule
+
+
+def given(tmp_path: Path, text: str, *more: object) -> subprocess.CompletedProcess[str]:
+    """A run of a schedule from a file."""
+    path = tmp_path / "given.txt"
+    path.write_text(text, encoding="utf-8")
+    words = ("--strategy", "rtp", "--rtp", 2, "--micro-batch", 2, "--steps", 2, "--schedule", path)
+    return run(*words, "-o", tmp_path / "run", *more)
+
+
+def test_a_schedule_edited_by_hand_runs(tmp_path: Path):
+    schedule = planned()
+    text = to_text(schedule)
+    (line,) = [line for line in text.splitlines() if " m0.h0.attn.F0.hop " in line]
+    # The hop waits for an op more, and is named otherwise.
+    edited = line.replace(" after ", " after %1 ").replace("m0.h0.attn.F0.hop", "first-hop")
+    done = given(tmp_path, text.replace(line, edited), "--check")
+    assert done.returncode == 0, done.stderr
+    ran = from_json((tmp_path / "run" / "schedule.json").read_text(encoding="utf-8"))
+    (hop,) = [op for op in ran.program(0).ops if op.name == "first-hop"]
+    assert hop.after == (1, *next(op for op in schedule.program(0).ops if op.name == "m0.h0.attn.F0.hop").after)
+
+
+def test_a_schedule_without_one_of_its_dependencies_does_not_run(tmp_path: Path):
+    schedule = planned()
+    text = to_text(schedule)
+    (line,) = [line for line in text.splitlines() if " m0.h0.attn.F1.0.linear " in line]
+    broken = text.replace(line, line.partition(" after ")[0])
+    done = given(tmp_path, broken)
+    assert done.returncode == 2
+    assert "missing dependency" in done.stderr
+    assert "m0.h0.attn.F1.0.linear" in done.stderr
+    assert not (tmp_path / "run").exists()
+    # Nor where torchrun starts what was changed after it had been checked.
+    assert given(tmp_path, text, "--prepare").returncode == 0
+    (tmp_path / "run" / "schedule.json").write_text(to_json(from_text(broken)), encoding="utf-8")
+    done = worker(tmp_path / "run")
+    assert done.returncode == 2
+    assert "missing dependency" in done.stderr
+
+
+def test_a_schedule_that_cannot_be_the_one_to_run(tmp_path: Path):
+    schedule = planned()
+    done = given(tmp_path, to_text(schedule), "--rtp", 3)
+    assert done.returncode == 2
+    assert "it is for 2 ranks, the run for 3; expected --nproc-per-node 2" in done.stderr
+    done = run("--strategy", "rtp", "--rtp", 2, "--schedule", tmp_path / "none.txt", "-o", tmp_path / "run")
+    assert done.returncode == 2
+    assert "none.txt: No such file" in done.stderr
 
 
 def test_one_command_runs_checks_and_reports(tmp_path: Path):

@@ -141,5 +141,7 @@ def test_a_composed_pipeline_has_no_slow_gpus() -> None:
     request = Request("gpt2-medium", "dgx-a100-80g", "1f1b", gpus=4, pp=4, micro_batches=8, slow_gpus=((1, 2.0),))
     with pytest.raises(InputError, match="expected --engine simpy"):
         estimate(request)
+    with pytest.raises(InputError, match="in lockstep all ranks are equal"):
+        estimate(Request("gpt2-tiny", "dgx-a100-80g", "ddp", gpus=4, slow_gpus=((1, 2.0),)), engine="lockstep")
     slow, healthy = (experiment(prepare(r)).metrics.step_time_s for r in (request, replace(request, slow_gpus=())))
     assert slow > healthy

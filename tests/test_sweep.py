@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import sweep_points
 from sweep_points import FOLDER, InThisProcess, calls, tiny_grid
+from test_cli import documented_keys
 
 from rtp_sim.cli import main
 from rtp_sim.compose.estimate import estimate
@@ -209,6 +210,8 @@ def test_a_point_that_cannot_be_laid_out_is_a_row(capsys: pytest.CaptureFixture[
     assert "4 heads over 8 ranks" in found["8", "tp"]["reason"]
     assert "12 / 8 = 1.5 nodes" in found["12", "ddp"]["reason"]
     assert document["schema"] == "rtp-sim/sweep/1"
+    assert list(document) == documented_keys("sweep")
+    assert all(list(row) == documented_keys("A point") for row in document["rows"])
     # ddp, at 4 and at 8 GPUs.
     assert document["fastest"] == {"tp": 0, "ddp": 2}
 

@@ -16,6 +16,7 @@ from test_cli import documented_keys
 from test_report_html import Elements, run_browser
 from test_validation_measured import NASTY, row, run, table  # noqa: F401
 
+from rtp_sim.compose.memory import StageMemory
 from rtp_sim.report.decisions_tables import decision_grids, decision_verdict, plan_of
 from rtp_sim.validation.accuracy import Fits, Outcome
 from rtp_sim.validation.decisions import decisions_of, quantile, summarise_decisions
@@ -26,7 +27,8 @@ def outcome(name: str, predicted: float | None, measured: float | None, fits: bo
     """A row that was predicted (or not) and ran (or failed)."""
     status = "failed" if measured is None else "ok"
     cells = row(row_id=name, step_time_s="" if measured is None else str(measured), status=status, **changes).cells
-    estimate = None if predicted is None else Estimate(predicted, predicted, 0, 0, 0, 0, 1, {}, 2 if fits else 0)
+    stages, room = (StageMemory({"weights": 1}),), 2 if fits else 0
+    estimate = None if predicted is None else Estimate(predicted, predicted, 0, 0, 0, 0, stages, room)
     return Outcome("runs.csv", 2, name, cells, False, estimate)
 
 

@@ -13,6 +13,7 @@ from test_cli import Answer, documented_keys
 from test_report_html import Elements, run_browser
 
 from rtp_sim.cli import main
+from rtp_sim.compose.memory import StageMemory
 from rtp_sim.cost.lockstep import LockstepCost
 from rtp_sim.cost.model import ClusterCost
 from rtp_sim.engine.longest_path import unshared_ns
@@ -234,7 +235,9 @@ def outcome(
     predicted: float, measured: float | None, fits: bool = True, status: str = "ok", name: str = "r"
 ) -> Outcome:
     cells = row(row_id=name, step_time_s="" if measured is None else str(measured), status=status).cells
-    estimate = Estimate(predicted, predicted, 0, 0, 0, 0, 1 << 30, {}, (2 << 30) if fits else 1)
+    estimate = Estimate(
+        predicted, predicted, 0, 0, 0, 0, (StageMemory({"weights": 1 << 30}),), (2 << 30) if fits else 1
+    )
     return Outcome("runs.csv", 2, name, cells, False, estimate)
 
 

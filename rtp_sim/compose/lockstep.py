@@ -13,6 +13,7 @@ from rtp_sim.compose.memory import StageMemory
 from rtp_sim.cost.lockstep import LockstepCost
 from rtp_sim.engine.longest_path import longest_path
 from rtp_sim.engine.memory import MemoryProfile, memory_profiles
+from rtp_sim.errors import InputError
 from rtp_sim.experiment import Setting, built, cost_provenance, usable_memory_bytes
 from rtp_sim.metrics import NS_PER_S, StepMetrics, critical_rank, peak_memory_rank, step_metrics
 from rtp_sim.schedule.ir import Compute
@@ -34,8 +35,11 @@ class Lockstep(NamedTuple):
 def in_lockstep(setting: Setting) -> Lockstep:
     """The step of a setting.
 
-    The longest path slows nothing; each overlapped ns of compute takes (slowdown - 1) ns more.
+    The longest path slows nothing; each overlapped ns of compute takes (slowdown - 1) ns more. InputError where some
+    GPUs are slow: in lockstep all are equal.
     """
+    if setting.request.slow_gpus:
+        raise InputError("slow GPUs: in lockstep all ranks are equal; expected the engine simpy or longest-path")
     cost = LockstepCost(setting.cluster, setting.groups, setting.cost.host)
     prepared = built(replace(setting, cost=cost))
     timeline = longest_path(prepared.schedule, cost)

@@ -48,9 +48,11 @@ class Progress:
 
 
 def walk(
-    stages: Sequence[Progress], turns: Sequence[Sequence[Turn]], slowdown_permille: int = 1000, paced: bool = False
-) -> None:
-    """All stages through their turns; `paced`, kernels wait for the sends before them.
+    stages: Sequence[Progress], turns: Sequence[Sequence[Turn]], slowdown_permille: int = 1000, paced: bool = False,
+    waits: bool = False,
+) -> None:  # fmt: skip
+    """All stages through their turns; `paced`, kernels wait for the sends before them; with `waits`, hosts wait for
+    what they receive (when the other half of a message was issued is then taken as without waiting).
 
     ValueError where none can go on: the stages' orders do not fit together.
     """
@@ -67,6 +69,9 @@ def walk(
                     break
                 if paced:
                     stage.clocks["compute"] = max(stage.clocks.get("compute", 0), _sent_ns(stage))
+                if waits and turn.receives is not None:
+                    issued = arrived[turn.receives] - turn.stretch.receive_issue_ns
+                    stage.clocks[HOST] = max(stage.clocks[HOST], issued)
                 _take(stage, turn, posted, arrived, slowdown_permille)
                 at[number] += 1
                 going = True

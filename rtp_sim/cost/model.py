@@ -11,9 +11,11 @@ from rtp_sim.cost.host import NO_HOST_COSTS, HostCosts
 from rtp_sim.engine.costs import OpCost, Phase
 from rtp_sim.hardware.spec import Cluster
 from rtp_sim.model.kernels import is_empty
-from rtp_sim.schedule.ir import Collective, Compute, Dims, Op
+from rtp_sim.schedule.ir import Collective, Compute, Dims, Op, Recv, Send
 
 NOTHING: Mapping[str, int] = {}
+BACKWARD = (".bwd", ".dgrad", ".wgrad", "accumulate")
+"""How the names of kernels end that autograd launches by itself, without a framework's Python."""
 
 
 def handled_bytes(op: Op) -> int:
@@ -47,6 +49,8 @@ class ClusterCost:
         self._issue_ns = round(device.host_issue_ns.value)
         to_communicate = device.communication_issue_ns or device.host_issue_ns
         self._communication_issue_ns = round(to_communicate.value)
+        self._backward_issue_ns = round((device.host_issue_backward_ns or device.host_issue_ns).value)
+        self._message_issue_ns = round((device.message_issue_ns or to_communicate).value)
 
     @property
     def overlap_slowdown_permille(self) -> int:
@@ -70,12 +74,16 @@ class ClusterCost:
 
     def host_issue_ns(self, op: Op) -> int:
         """Host time to issue one op: cutting out and putting in place what communication moves may take longer."""
-        default_ns = self._issue_ns if isinstance(op.action, Compute) else self._communication_issue_ns
-        issue_ns = self.host.issue_ns(op, default_ns + self._handling_ns(op))
+        issue_ns = self.host.issue_ns(op, self._usual_issue_ns(op) + self._handling_ns(op))
         turn = self.cluster.communication.collective_turn_piped_ns
         if turn is not None and isinstance(op.action, Collective) and op.action.group in self.piped:
             return issue_ns + round(turn.value * self.piped[op.action.group])
         return issue_ns
+
+    def _usual_issue_ns(self, op: Op) -> int:
+        if isinstance(op.action, Compute):
+            return self._backward_issue_ns if op.action.kernel.endswith(BACKWARD) else self._issue_ns
+        return self._message_issue_ns if isinstance(op.action, Send | Recv) else self._communication_issue_ns
 
     def _handling_ns(self, op: Op) -> int:
         """On a CPU, whose host itself lays buffers end to end for a collective and cuts up what arrives: as long as

@@ -4,7 +4,7 @@ longer or shorter, on every rank by itself.
 What is played again is the timeline: each op keeps the time it took in it (contention and overlap included), and starts
 when its stream, its host, what it depends on and its partners allow. Without noise that gives the timeline back to the
 nanosecond. What noise does to contention itself is left out: transfers that meet on a link in the timeline slow each
-other by what they did there.
+other by what they did there; a hop whose two messages differ in size keeps the time of the longer.
 
 Factors are log-normal with mean 1, exp(sigma z - sigma^2 / 2): of each kernel, of each message or collective, and one
 per rank and step for all kernels of a rank. With a small probability a rank is a straggler in a step, and its kernels
@@ -94,7 +94,7 @@ class _Pass:
                 del self.end[node]
         cells = enumerate(self.order.cells)
         lasts = [self.end[c, i].max(axis=0) for c, cell in cells for i in cell.last]
-        return np.asarray(np.maximum.reduce(lasts))
+        return np.asarray(np.maximum.reduce(lasts)) if lasts else np.zeros(self.samples)
 
     def take(self, node: Node) -> None:
         """An op is ready; a kernel runs."""

@@ -1,13 +1,14 @@
 """The pace of a core: what a fixed piece of work takes, so that one can see when neighbours slow the core down.
 
-Where a virtual machine shares its cores with others (two threads of one core, say), everything takes up to 1.8 times
-as long for a second or so, and the system's own figures show nothing of it. An interpreter's loop feels that the most:
-products on the vector units much less, a sleeping rank not at all. CPU time is taken, so that other processes of
-this machine that take turns on the core do not count. Standard library only.
+A virtual machine's cores may be threads of shared ones. Its host moves them about: two of them on one core, or one
+beside a neighbour's, take up to 1.8 times as long for everything, for seconds or minutes, and the system's own figures
+show nothing of it. An interpreter's loop feels that the most, products on the vector units less. CPU time is taken, so
+that other processes of this machine that take turns on the core do not count. Standard library only.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,9 +18,8 @@ from rtp_sim.schedule.ir import Compute, Op
 ROUNDS, TURNS = 3, 2500
 INTERVAL_NS = 15_000_000
 """How long a step goes on between two readings: they cost it less than 0.2 %."""
-USUAL_QUANTILE = 0.1
-TOLERANCE = 0.12
-"""How much slower than usual a core may be and still count as steady."""
+TOLERANCE = 0.15
+"""How much slower or faster than usual a core may be and still count as steady."""
 
 
 def pace_ns() -> int:
@@ -62,8 +62,8 @@ class PaceWatch:
 
 
 def usual_ns(readings: Sequence[int]) -> int:
-    """The pace of the cores when nobody disturbs them: a low quantile of many readings (0 if there are none)."""
-    return sorted(readings)[int(USUAL_QUANTILE * len(readings))] if readings else 0
+    """The pace that the cores have most of the time: the median of many readings (0 if there are none)."""
+    return int(statistics.median(readings)) if readings else 0
 
 
 def steady(reading_ns: int, usual: int) -> bool:

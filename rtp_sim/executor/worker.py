@@ -37,6 +37,7 @@ from rtp_sim.executor.pace import PaceWatch
 from rtp_sim.executor.progress import Progress
 from rtp_sim.executor.request import RunRequest
 from rtp_sim.executor.rundir import TRACE, Record, RunDirectory
+from rtp_sim.schedule.checks import check
 from rtp_sim.schedule.ir import Compute, Schedule
 
 if TYPE_CHECKING:
@@ -65,6 +66,9 @@ def main(arguments: Sequence[str]) -> int:
             die_with_parent()
         schedule, request = run.load()
         _require_world(schedule, request, environment)
+        if not environment.watched:
+            # Our launcher has checked it; under torchrun the file may have been edited since.
+            check(schedule)
         if request.only_rank is not None:
             environment = replace(environment, rank=request.only_rank)
     except InputError as error:

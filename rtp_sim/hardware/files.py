@@ -208,6 +208,8 @@ class CalibrationFile(_Model):
     memory_efficiency: Fraction | None = None
     kernel_floor: Time | None = None
     host_issue: Time | None = None
+    host_issue_backward: Time | None = None
+    message_issue: Time | None = None
     overlap_slowdown: Factor | None = None
     runtime_reserved: Bytes | None = None
     link_efficiency: dict[str, Fraction] = {}

@@ -252,7 +252,7 @@ def _raw_cluster(path: Path, changes: Mapping[str, Any]) -> tuple[dict[str, Any]
     return raw, device_path, device_raw
 def _fitted(params: CommunicationParams, fitted: CalibrationFile) -> CommunicationParams:
     """The communication parameters with those numbers that were fitted on this machine."""
-    given = {
+    given: dict[str, Any] = {
         "collective_chunk_inter_ns": fitted.collective_chunk_inter,
         "collective_turn_piped_ns": fitted.collective_turn_piped,
     }
@@ -270,6 +270,8 @@ def calibrated(device: Device, fitted: CalibrationFile) -> Device:
     names = {
         "kernel_floor": "kernel_floor_ns",
         "host_issue": "host_issue_ns",
+        "host_issue_backward": "host_issue_backward_ns",
+        "message_issue": "message_issue_ns",
         "runtime_reserved": "runtime_reserved_bytes",
     }
     of_device = {name.removesuffix("_ns").removesuffix("_bytes") for name in Device.__dataclass_fields__}

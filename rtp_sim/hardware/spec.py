@@ -44,7 +44,8 @@ class Device:
     `peak_flops` is dense FLOP/s by dtype. The efficiencies are the best fraction of the peak that large kernels of
     that class reach; those for fp32, which has no matrix units of its own, where they differ. `kernel_floor_ns` is
     the shortest time any kernel takes on the device, `host_issue_ns` what the
-    host thread spends to issue one op, `overlap_slowdown` (>= 1) how much longer compute takes while a communication
+    host thread spends to issue one op (kernels of the backward, communication and pipeline messages have figures of
+    their own where these differ), `overlap_slowdown` (>= 1) how much longer compute takes while a communication
     kernel runs beside it on the same device. `kernels`, by name and dtype, are those measured one by one: their times
     stand above the efficiencies of their class.
     """
@@ -67,6 +68,8 @@ class Device:
     tdp_w: Number | None = None
     price_usd_per_hour: Number | None = None
     communication_issue_ns: Number | None = None
+    host_issue_backward_ns: Number | None = None
+    message_issue_ns: Number | None = None
     kernels: Mapping[tuple[str, str], MeasuredKernel] = field(default_factory=dict)
 
 
@@ -121,10 +124,10 @@ class CommunicationParams:
     of the size; empty means 1 everywhere. `in_switch_reduction_min_ranks` is None where the switch cannot reduce
     (NVLink SHARP); `in_switch_base_ns` is what that takes before data flows, `in_switch_efficiency` the fraction of the
     port rate it then reaches. `collective_chunk_inter_ns` is how long a port between nodes is busy with one chunk of a
-    ring whatever its size (None: not at all): it paces rings that span nodes. `collective_turn_piped_ns` is how much longer the host
-    takes to issue a collective, per member of its group, where the same ranks exchange pipeline messages with other
-    nodes (None: not at all). `algorithms` lists which of ring, tree,
-    hierarchical, in-switch the library may pick. `kinds` are collectives (by the IR's names) that were measured by
+    ring whatever its size (None: not at all): it paces rings that span nodes. `collective_turn_piped_ns` is how much
+    longer the host takes to issue a collective, per member of its group, where the same ranks exchange pipeline
+    messages with other nodes (None: not at all). `algorithms` lists which of ring, tree, hierarchical, in-switch the
+    library may pick. `kinds` are collectives (by the IR's names) that were measured by
     themselves.
     """
 

@@ -28,6 +28,10 @@ HEADER = (
     "decision", "choices", "predicted", "ran", "attempts", "regret", f"best of {TRIES}", "blind", "rank corr.",
     "fits right", "picked", "best",
 )  # fmt: skip
+FILE_HEADER = (
+    "file", "decisions", "left out", "median", "p90", "worst", f"p90, best of {TRIES}", "blind, median", "best found",
+    "first failed", "no pick", "fits right",
+)  # fmt: skip
 SIDES_HEADER = (
     "decision", "", "plan", "measured", "predicted", "error", "compute", "exposed comm.", "bubble", "memory",
 )  # fmt: skip
@@ -44,11 +48,34 @@ def decision_grids(outcomes: Sequence[Outcome], count: int) -> list[Grid]:
     found, _ = decisions_of(outcomes)
     lines = tuple(_line(d) for d in sorted(found, key=lambda d: -d.regret))
     return [
+        file_grid(outcomes),
         Grid("decisions", "Decisions, the costliest first", HEADER, lines),
         fits_grid(summarise_decisions(outcomes).fits),
         _sides_grid(found, count),
         *(grid for grid in reason_grids(outcomes) if grid.name != "assumed"),
     ]
+
+
+def by_file(outcomes: Sequence[Outcome]) -> dict[str, DecisionSummary]:
+    """The statistics of each file's decisions."""
+    files: dict[str, list[Outcome]] = {}
+    for o in outcomes:
+        files.setdefault(o.file, []).append(o)
+    return {name: summarise_decisions(rows) for name, rows in files.items()}
+
+
+def file_grid(outcomes: Sequence[Outcome]) -> Grid:
+    """A line per file."""
+    lines = tuple(
+        (
+            name, str(s.decisions), str(s.left_out), ratio(s.median), ratio(s.p90), ratio(s.worst),
+            ratio(s.p90_of_tries),
+            ratio(s.median_blind), str(s.best_found), str(s.first_pick_failed), str(s.no_pick),
+            MISSING if s.fits_right is None else format_percent(s.fits_right),
+        )
+        for name, s in by_file(outcomes).items()
+    )  # fmt: skip
+    return Grid("files", "Decisions by file", FILE_HEADER, lines)
 
 
 def decision_verdict(outcomes: Sequence[Outcome]) -> str:
@@ -83,6 +110,7 @@ def decisions_json(outcomes: Sequence[Outcome]) -> Json:
     return {
         "schema": SCHEMA,
         "summary": summary_json(summarise_decisions(outcomes)),
+        "files": {name: summary_json(s) for name, s in by_file(outcomes).items()},
         "decisions": [_decision_json(d) for d in found],
     }
 
@@ -159,6 +187,6 @@ def _side(name: str, what: str, o: Outcome) -> tuple[str, ...]:
     if e is None or measured is None:
         return (name, what, plan_of(o), format_seconds(measured), *(MISSING,) * 6)
     shares = (format_percent(part / e.step_s) for part in (e.compute_s, e.exposed_s, e.bubble_s))
-    fits = f"{e.peak_bytes / 2**30:.1f} of {e.capacity_bytes / 2**30:.1f} GiB"
+    fits = f"{(o.peak_bytes or 0) / 2**30:.1f} of {e.capacity_bytes / 2**30:.1f} GiB"
     error = f"{100 * (e.step_s / measured - 1):+.1f} %"
     return (name, what, plan_of(o), format_seconds(measured), format_seconds(e.step_s), error, *shares, fits)

@@ -127,7 +127,7 @@ def _decision(group: Group, rows: Sequence[Outcome]) -> Decision | None:
     if len(ran) < LEAST_RUNS:
         return None
     best = min(ran, key=_time)
-    fitting = [o for o in rows if o.estimate is not None and o.estimate.fits]
+    fitting = [o for o in rows if o.fits]
     ranked = tuple(sorted(fitting, key=_predicted_s))
     places = [place for place, o in enumerate(ranked) if _measured_s(o) is not None]
     known = [(_predicted_s(o), _time(o)) for o in ran if o.estimate is not None]

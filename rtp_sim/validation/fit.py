@@ -52,6 +52,8 @@ PARAMETERS: Mapping[str, Parameter] = {
         Parameter("calibration.host_issue", 10.0, 1.0, 120.0, "us"),
         Parameter("communication.collective_step_intra", 0.8, 0.1, 60.0, "us"),
         Parameter("communication.collective_base", 6.6, 1.0, 200.0, "us"),
+        Parameter("calibration.host_issue_backward", 10.0, 1.0, 120.0, "us"),
+        Parameter("calibration.message_issue", 100.0, 1.0, 5000.0, "us"),
         Parameter("calibration.collective_chunk_inter", 42.0, 5.0, 120.0, "us"),
         Parameter("calibration.collective_turn_piped", 350.0, 10.0, 1000.0, "us"),
     )

@@ -145,7 +145,7 @@ def interpret(row: Row) -> Interpretation:
         cells.cluster, 1 if strategy == "single" else cells.gpus, model, cells.seq_len, attention, every,
         habits.torch_attention, habits.torch_loss, habits.upcast_loss, habits.separate_gate, habits.stacked_kv,
         habits.dropout_kept, strategy, inner, cells.pp, training, options,
-        HostCosts(habits.op_ns, habits.hop_ns, habits.collective_ns),
+        HostCosts(habits.op_ns, habits.hop_ns, habits.collective_ns, habits.host_waits),
     )  # fmt: skip
     return Interpretation(experiment, tuple(said), reading_of(cells, habits))
 
