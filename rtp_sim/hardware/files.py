@@ -110,6 +110,7 @@ class DeviceFile(_Model):
     scale_up_bandwidth: Bandwidth | None = None
     pcie_bandwidth: Bandwidth | None = None
     communication_issue: Time | None = None
+    blocking_issue: Time | None = None
     kernels: list[KernelFile] = []
 
 
@@ -208,6 +209,7 @@ class CalibrationFile(_Model):
     memory_efficiency: Fraction | None = None
     kernel_floor: Time | None = None
     host_issue: Time | None = None
+    blocking_issue: Time | None = None
     overlap_slowdown: Factor | None = None
     runtime_reserved: Bytes | None = None
     link_efficiency: dict[str, Fraction] = {}

@@ -45,7 +45,8 @@ class Device:
     that class reach; those for fp32, which has no matrix units of its own, where they differ. `kernel_floor_ns` is
     the shortest time any kernel takes on the device, `host_issue_ns` what the
     host thread spends to issue one op, `overlap_slowdown` (>= 1) how much longer compute takes while a communication
-    kernel runs beside it on the same device. `kernels`, by name and dtype, are those measured one by one: their times
+    kernel runs beside it on the same device. `blocking_issue_ns` is what every kernel costs on top where launches block
+    the host until the kernel is done (CUDA_LAUNCH_BLOCKING=1): nothing hides the launch of the next. `kernels`, by name and dtype, are those measured one by one: their times
     stand above the efficiencies of their class.
     """
 
@@ -67,6 +68,7 @@ class Device:
     tdp_w: Number | None = None
     price_usd_per_hour: Number | None = None
     communication_issue_ns: Number | None = None
+    blocking_issue_ns: Number | None = None
     kernels: Mapping[tuple[str, str], MeasuredKernel] = field(default_factory=dict)
 
 
