@@ -43,6 +43,8 @@ FITTED = {
     "message_issue=500",
     "hf-h100-efa": "matmul_efficiency=0.5 attention_efficiency memory_efficiency host_issue=107 link:efa=0.92 "
     "collective_turn_piped=300 collective_chunk_inter=52",
+    "sail-a100-80g-roce": "matmul_efficiency=0.6 memory_efficiency host_issue",
+    "jeanzay-a100-80g-opa": "matmul_efficiency=0.6 memory_efficiency blocking_issue=120 link:opa=0.9",
     "ibm-vela-a100": "matmul_efficiency memory_efficiency",
     "ibm-h100": "matmul_efficiency memory_efficiency",
 }

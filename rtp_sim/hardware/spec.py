@@ -46,7 +46,9 @@ class Device:
     the shortest time any kernel takes on the device, `host_issue_ns` what the host thread spends to issue one op
     (kernels of the backward, communication and pipeline messages have figures of their own where these differ),
     `overlap_slowdown` (>= 1) how much longer compute takes while a communication kernel runs beside it on the same
-    device. `kernels`, by name and dtype, are those measured one by one: their times
+    device. `blocking_issue_ns` is what every kernel costs on top where launches block the host until the kernel is done
+    (CUDA_LAUNCH_BLOCKING=1): nothing hides the launch of the next. `kernels`, by name and dtype, are those measured one
+    by one: their times
     stand above the efficiencies of their class.
     """
 
@@ -70,6 +72,7 @@ class Device:
     communication_issue_ns: Number | None = None
     host_issue_backward_ns: Number | None = None
     message_issue_ns: Number | None = None
+    blocking_issue_ns: Number | None = None
     kernels: Mapping[tuple[str, str], MeasuredKernel] = field(default_factory=dict)
 
 

@@ -50,6 +50,7 @@ PARAMETERS: Mapping[str, Parameter] = {
         Parameter("calibration.attention_efficiency_fp32", 0.5, 0.05, 1.0),
         Parameter("calibration.overlap_slowdown", 1.15, 1.0001, 2.0),
         Parameter("calibration.host_issue", 10.0, 1.0, 120.0, "us"),
+        Parameter("calibration.blocking_issue", 20.0, 1.0, 400.0, "us"),
         Parameter("communication.collective_step_intra", 0.8, 0.1, 60.0, "us"),
         Parameter("communication.collective_base", 6.6, 1.0, 200.0, "us"),
         Parameter("calibration.host_issue_backward", 10.0, 1.0, 120.0, "us"),
