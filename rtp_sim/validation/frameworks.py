@@ -25,7 +25,7 @@ class Habits:
     `dp_overlap`: gradients are reduced beside the backward pass; `dp_bucket_bytes` at a time; `dp_copy`: into buckets
     of
     their own; `gradient_buffer`: gradients are kept in one buffer from step to step. `fsdp_unit`: "block" or "model".
-    `stacked_kv`, `dropout_kept`: see `model.layers.Attention`.
+    `stacked_kv`, `dropout_kept`, `fused_matrices`: see `model.layers.Attention`.
     `torch_attention`: torch.nn.MultiheadAttention, which copies layouts and uses whatever kernel
     scaled_dot_product_attention picks, with a mask (no causal skipping). `torch_loss`: torch.nn.CrossEntropyLoss.
     `optimizer_scratch`: bytes per parameter that the optimizer step allocates for itself. `recompute_works`: whether
@@ -56,6 +56,7 @@ class Habits:
     separate_gate: bool = False
     stacked_kv: bool = False
     dropout_kept: bool = False
+    fused_matrices: int = 0
     gradient_local: bool = False
     tp_keep_gathered: bool = False
     optimizer_scratch: int = 0
@@ -93,7 +94,7 @@ FRAMEWORKS: Mapping[str, Habits] = {
         ),
         Habits(
             "megatron-deepspeed", "gpt", mixed="fp16", dropout_kept=True, dp_overlap=False, dp_copy=False,
-            vocab_size=51200, gradient_local=True, outside_bytes=10_300_000_000,
+            vocab_size=51200, gradient_local=True, fused_matrices=4, outside_bytes=10_300_000_000,
             pp_overlap=False, pp_scatter_gather=True,
         ),
         Habits(
