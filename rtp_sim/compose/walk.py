@@ -32,7 +32,8 @@ class Turn:
 class Progress:
     """Where a stage is: its clocks (host and streams), the ends that later turns refer to, what it has done.
 
-    `host_ns` is by how much the host held the compute stream up, turn by turn.
+    `host_ns` is by how much the host held the compute stream up, turn by turn, without what it issues behind a message
+    that it waits for.
     `meets_ns` is when it came to the collective that ended its last stretch."""
 
     clocks: dict[str, int] = field(default_factory=lambda: {HOST: 0})

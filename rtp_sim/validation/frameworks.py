@@ -35,7 +35,7 @@ class Habits:
     `memory_stages`, `memory_reserved`, `outside_bytes`: what the framework's own number for memory counts
     (`reading.Reading`). `gathers_again`: gathered inputs are not kept in pipelines, nor where they would not fit.
     `op_ns`, `hop_ns`, `collective_ns`: host time to issue a kernel, a hop of rotation, another communication op.
-    `vocab_size`, `ffn_ratio`: taken where a row leaves them blank. `facts`: (habit, source or "assumed").
+    `vocab_size`, `ffn_ratio`: taken where a row leaves them blank; `vocab_unsplit` instead where nothing splits it. `facts`: (habit, source or "assumed").
     """
 
     name: str
@@ -74,6 +74,7 @@ class Habits:
     hop_ns: int | None = None
     collective_ns: int | None = None
     vocab_size: int | None = None
+    vocab_unsplit: int | None = None
     ffn_hidden_size: Mapping[int, int] | None = None
     facts: tuple[tuple[str, str], ...] = ()
 
@@ -94,7 +95,7 @@ FRAMEWORKS: Mapping[str, Habits] = {
         ),
         Habits(
             "megatron-deepspeed", "gpt", mixed="fp16", dropout_kept=True, dp_overlap=False, dp_copy=False,
-            vocab_size=51200, gradient_local=True, fused_matrices=4, outside_bytes=10_300_000_000,
+            vocab_size=51200, vocab_unsplit=50257, gradient_local=True, fused_matrices=4, outside_bytes=10_300_000_000,
             pp_overlap=False, pp_scatter_gather=True,
         ),
         Habits(

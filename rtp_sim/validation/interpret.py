@@ -177,7 +177,7 @@ def _model(cells: RowFile, habits: Habits, say: Say) -> ModelSpec:
         say(f"ffn_hidden_size is blank: {ffn} assumed")
     vocab = cells.vocab_size
     if vocab is None:
-        vocab = habits.vocab_size or 51200
+        vocab = (habits.vocab_unsplit if cells.tp == 1 else None) or habits.vocab_size or 51200
         say(f"vocab_size is blank: {vocab} assumed")
     layers = cells.num_layers or _layers(cells, ffn, vocab, gated, say)
     heads = cells.num_heads
