@@ -100,7 +100,7 @@ def meet(members: Sequence[Progress], stream: str, duration_ns: int) -> None:
         stage.clocks[stream] = end_ns
 
 
-def _receive_hosts(stages: Sequence[Progress], turns: Sequence[Sequence[Turn]]) -> Mapping[Key, int]:
+def _receive_hosts(stages: Sequence[Progress], turns: Sequence[Sequence[Turn]]) -> dict[Key, int]:
     """When the receiver's host has issued each receive, up to the first that it waits for."""
     posted: dict[Key, int] = {}
     for stage, mine in zip(stages, turns, strict=True):

@@ -35,7 +35,8 @@ class Habits:
     `memory_stages`, `memory_reserved`, `outside_bytes`: what the framework's own number for memory counts
     (`reading.Reading`). `gathers_again`: gathered inputs are not kept in pipelines, nor where they would not fit.
     `op_ns`, `hop_ns`, `collective_ns`: host time to issue a kernel, a hop of rotation, another communication op.
-    `vocab_size`, `ffn_ratio`: taken where a row leaves them blank; `vocab_unsplit` instead where nothing splits it. `facts`: (habit, source or "assumed").
+    `vocab_size`, `ffn_ratio`: taken where a row leaves them blank; `vocab_unsplit` instead where nothing splits it.
+    `facts`: (habit, source or "assumed").
     """
 
     name: str
