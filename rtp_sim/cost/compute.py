@@ -38,6 +38,10 @@ ALIGNED_HEAD = 8
 KEY_FILL = 128
 """Keys' worth of time that a block of query rows spends before and after its loop over the keys."""
 
+HALVES, ALIGNED = ("bf16", "fp16"), 8
+"""Matrix units load rows of half precision 16 bytes at a time (NVIDIA, Matrix Multiplication Background): other sizes
+run on slower kernels, where a profile says how slow."""
+
 REREADS = {"layernorm": 1.5, "rmsnorm": 1.5, "layernorm.bwd": 5 / 3, "rmsnorm.bwd": 5 / 3}
 """Memory traffic over that of touching each operand once: norms read their inputs twice (statistics, then values; in
 the backward for the input's gradient, then for the weights')."""
@@ -96,7 +100,8 @@ class ComputeCost:
             compute_ns = sum(max(self._product_ns(p, rate), self._floor_ns) for p in launches)
             between_ns *= len(launches)
             duration_ns = max(compute_ns, memory_ns)
-        return OpCost(max(1, round(duration_ns + between_ns)), "interpolated" if efficiency.kind == "measured" else "assumed")
+        basis = "interpolated" if efficiency.kind == "measured" else "assumed"
+        return OpCost(max(1, round(duration_ns + between_ns)), basis)
 
     def _efficiency(self, kind: str, dtype: str) -> Number:
         """The fraction of the peak that large kernels of this kind reach in `dtype`."""
@@ -124,7 +129,10 @@ class ComputeCost:
         """The fastest way to cut the product's output into tiles, one per compute unit at a time: the last wave of
         tiles is paid in full. A single unit (a CPU core) has no other units to leave idle, and its tiles are small:
         64 x 64 x 64 in fp32 was measured at the rate of large products."""
-        flops_per_ns = self.peak_flops_per_s(dtype) * self._efficiency("matmul", dtype).value / self._units / 1e9
+        efficiency, ragged = self._efficiency("matmul", dtype), self.device.matmul_efficiency_ragged
+        if ragged is not None and dtype in HALVES and any(n % ALIGNED for n in (p.m, p.k, p.n)):
+            efficiency = ragged
+        flops_per_ns = self.peak_flops_per_s(dtype) * efficiency.value / self._units / 1e9
         if self._units == 1:
             return self._floor_ns + 2 * p.m * p.k * p.n * p.copies / flops_per_ns
         add_up_ns = p.m * p.n * p.copies * ACCUMULATOR_BYTES / self._bytes_per_ns

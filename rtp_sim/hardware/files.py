@@ -205,6 +205,7 @@ class CalibrationFile(_Model):
     matmul_efficiency: Fraction | None = None
     matmul_efficiency_fp32: Fraction | None = None
     attention_efficiency_fp32: Fraction | None = None
+    matmul_efficiency_ragged: Fraction | None = None
     attention_efficiency: Fraction | None = None
     memory_efficiency: Fraction | None = None
     kernel_floor: Time | None = None

@@ -42,7 +42,8 @@ class Device:
     """One accelerator (or one CPU core pool), as the cost model sees it.
 
     `peak_flops` is dense FLOP/s by dtype. The efficiencies are the best fraction of the peak that large kernels of
-    that class reach; those for fp32, which has no matrix units of its own, where they differ. `kernel_floor_ns` is
+    that class reach; those for fp32, which has no matrix units of its own, where they differ, and that of
+    half-precision products with a size that is no multiple of 8 (`matmul_efficiency_ragged`). `kernel_floor_ns` is
     the shortest time any kernel takes on the device, `host_issue_ns` what the host thread spends to issue one op
     (kernels of the backward, communication and pipeline messages have figures of their own where these differ),
     `overlap_slowdown` (>= 1) how much longer compute takes while a communication kernel runs beside it on the same
@@ -67,6 +68,7 @@ class Device:
     runtime_reserved_bytes: Number
     matmul_efficiency_fp32: Number | None = None
     attention_efficiency_fp32: Number | None = None
+    matmul_efficiency_ragged: Number | None = None
     tdp_w: Number | None = None
     price_usd_per_hour: Number | None = None
     communication_issue_ns: Number | None = None

@@ -291,6 +291,10 @@ class Activation(LayerOp):
         return _single(self.function, _dims(numel=numel), numel)
 
 
+UNFUSED_SOFTMAX = ("cast", "scaled_scores", "masked", "cast_back")
+"""What the kernels around a softmax that is not fused leave behind."""
+
+
 @dataclass(frozen=True, slots=True)
 class Attention(LayerOp):
     """Self-attention with its input and output projections. Split "heads": whole groups of query heads with their
@@ -302,7 +306,9 @@ class Attention(LayerOp):
     output, as torch's own fallback does. `stacked_kv`: keys and values are stacked once more for the rotary kernel,
     while the queries still hold on to the storage of all three. `dropout_kept`: dropout inside materialised attention
     is taken as a part of the softmax, whose kernel leaves the dropped probabilities and a mask behind as well
-    (5 bytes per score in half precision, arXiv 2205.05198); unlike `dropout` it costs memory, but no kernel."""
+    (5 bytes per score in half precision, arXiv 2205.05198); unlike `dropout` it costs memory, but no kernel.
+    `fused_matrices`: the softmax of materialised attention fuses the cast to fp32 and back, the scale and the mask only
+    for whole multiples of so many matrices (sequences x heads of a rank); else each is a kernel of its own."""
 
     hidden: int
     heads: int
@@ -318,6 +324,7 @@ class Attention(LayerOp):
     scaled_copies: bool = False
     stacked_kv: bool = False
     dropout_kept: bool = False
+    fused_matrices: int = 0
 
     def _heads(self, split: Split) -> tuple[int, int]:
         kv = split.share(self.kv_heads, "heads")
@@ -373,11 +380,12 @@ class Attention(LayerOp):
             tensors["scaled"], operands = Tensor(numel), ("qkv", "scaled")
             scaled.append(Call("copy", _dims(numel=numel), ("qkv",), ("scaled",)))
         kept = ("dropped", "probs", "mask") if self.dropout_kept else ("probs",)
-        calls = [
-            *scaled,
-            Call("attn.scores", shape, operands, ("scores",)),
-            Call("softmax", _dims(rows=b * heads * s, width=s), ("scores",), kept),
-        ]
+        calls = [*scaled, Call("attn.scores", shape, operands, ("scores",))]
+        read = "scores"
+        for name in UNFUSED_SOFTMAX if self.fused_matrices and b * heads % self.fused_matrices else ():
+            calls.append(Call("copy", _dims(numel=scores.numel), (read,), (name,)))
+            tensors[name], read = scores, name
+        calls.append(Call("softmax", _dims(rows=b * heads * s, width=s), (read,), kept))
         probs = kept[0]
         if self.dropout_kept:
             tensors |= {"dropped": scores, "mask": Tensor(scores.numel, "uint8")}

@@ -48,6 +48,7 @@ PARAMETERS: Mapping[str, Parameter] = {
         Parameter("calibration.memory_efficiency", 0.7, 0.15, 0.95),
         Parameter("calibration.matmul_efficiency_fp32", 0.9, 0.4, 1.0),
         Parameter("calibration.attention_efficiency_fp32", 0.5, 0.05, 1.0),
+        Parameter("calibration.matmul_efficiency_ragged", 0.3, 0.05, 0.97),
         Parameter("calibration.overlap_slowdown", 1.15, 1.0001, 2.0),
         Parameter("calibration.host_issue", 10.0, 1.0, 120.0, "us"),
         Parameter("calibration.blocking_issue", 20.0, 1.0, 400.0, "us"),

@@ -25,7 +25,7 @@ class Habits:
     `dp_overlap`: gradients are reduced beside the backward pass; `dp_bucket_bytes` at a time; `dp_copy`: into buckets
     of
     their own; `gradient_buffer`: gradients are kept in one buffer from step to step. `fsdp_unit`: "block" or "model".
-    `stacked_kv`, `dropout_kept`: see `model.layers.Attention`.
+    `stacked_kv`, `dropout_kept`, `fused_matrices`: see `model.layers.Attention`.
     `torch_attention`: torch.nn.MultiheadAttention, which copies layouts and uses whatever kernel
     scaled_dot_product_attention picks, with a mask (no causal skipping). `torch_loss`: torch.nn.CrossEntropyLoss.
     `optimizer_scratch`: bytes per parameter that the optimizer step allocates for itself. `recompute_works`: whether
@@ -34,9 +34,9 @@ class Habits:
     whether tensor-parallel ranks send shares (`Options`).
     `memory_stages`, `memory_reserved`, `outside_bytes`: what the framework's own number for memory counts
     (`reading.Reading`). `gathers_again`: gathered inputs are not kept in pipelines, nor where they would not fit.
-    `host_waits`: the host waits for a pipeline message before it goes on.
     `op_ns`, `hop_ns`, `collective_ns`: host time to issue a kernel, a hop of rotation, another communication op.
-    `vocab_size`, `ffn_ratio`: taken where a row leaves them blank. `facts`: (habit, source or "assumed").
+    `vocab_size`, `ffn_ratio`: taken where a row leaves them blank; `vocab_unsplit` instead where nothing splits it.
+    `facts`: (habit, source or "assumed").
     """
 
     name: str
@@ -57,6 +57,7 @@ class Habits:
     separate_gate: bool = False
     stacked_kv: bool = False
     dropout_kept: bool = False
+    fused_matrices: int = 0
     gradient_local: bool = False
     tp_keep_gathered: bool = False
     optimizer_scratch: int = 0
@@ -70,11 +71,11 @@ class Habits:
     memory_reserved: bool = False
     gathers_again: bool = False
     outside_bytes: int = CONTEXT_BYTES
-    host_waits: bool = False
     op_ns: int | None = None
     hop_ns: int | None = None
     collective_ns: int | None = None
     vocab_size: int | None = None
+    vocab_unsplit: int | None = None
     ffn_hidden_size: Mapping[int, int] | None = None
     facts: tuple[tuple[str, str], ...] = ()
 
@@ -95,8 +96,8 @@ FRAMEWORKS: Mapping[str, Habits] = {
         ),
         Habits(
             "megatron-deepspeed", "gpt", mixed="fp16", dropout_kept=True, dp_overlap=False, dp_copy=False,
-            vocab_size=51200, gradient_local=True, outside_bytes=10_300_000_000,
-            pp_overlap=False, pp_scatter_gather=True, host_waits=True,
+            vocab_size=51200, vocab_unsplit=50257, gradient_local=True, fused_matrices=4, outside_bytes=10_300_000_000,
+            pp_overlap=False, pp_scatter_gather=True,
         ),
         Habits(
             "nanotron", "llama", mixed="bf16-grad32", gradient_buffer=True, dp_copy=False, upcast_loss=True,

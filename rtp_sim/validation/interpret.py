@@ -68,6 +68,7 @@ class Experiment:
     separate_gate: bool
     stacked_kv: bool
     dropout_kept: bool
+    fused_matrices: int
     strategy: str
     inner: int
     pp: int
@@ -94,7 +95,8 @@ class Experiment:
             return replace(op, context_copy=True, scaled_copies=op.implementation == "materialised")
         if isinstance(op, Attention):
             flash = op.implementation == "flash"
-            return replace(op, stacked_kv=self.stacked_kv and flash, dropout_kept=self.dropout_kept and not flash)
+            return replace(op, stacked_kv=self.stacked_kv and flash, dropout_kept=self.dropout_kept and not flash,
+                           fused_matrices=self.fused_matrices)  # fmt: skip
         if isinstance(op, CrossEntropy) and self.torch_loss:
             return replace(op, unfused=True)
         if isinstance(op, CrossEntropy) and self.upcast_loss:
@@ -147,8 +149,8 @@ def interpret(row: Row) -> Interpretation:
     experiment = Experiment(
         cells.cluster, 1 if strategy == "single" else cells.gpus, model, cells.seq_len, attention, every,
         habits.torch_attention, habits.torch_loss, habits.upcast_loss, habits.separate_gate, habits.stacked_kv,
-        habits.dropout_kept, strategy, inner, cells.pp, training, options,
-        HostCosts(habits.op_ns, habits.hop_ns, habits.collective_ns, habits.host_waits),
+        habits.dropout_kept, habits.fused_matrices, strategy, inner, cells.pp, training, options,
+        HostCosts(habits.op_ns, habits.hop_ns, habits.collective_ns),
     )  # fmt: skip
     return Interpretation(experiment, tuple(said), reading_of(cells, habits))
 
@@ -178,7 +180,7 @@ def _model(cells: RowFile, habits: Habits, say: Say) -> ModelSpec:
         say(f"ffn_hidden_size is blank: {ffn} assumed")
     vocab = cells.vocab_size
     if vocab is None:
-        vocab = habits.vocab_size or 51200
+        vocab = (habits.vocab_unsplit if cells.tp == 1 else None) or habits.vocab_size or 51200
         say(f"vocab_size is blank: {vocab} assumed")
     layers = cells.num_layers or _layers(cells, ffn, vocab, gated, say)
     heads = cells.num_heads or _heads(cells, say)
