@@ -1,6 +1,10 @@
 """Fits the `[calibration]` of the machines of published runs to the calibration half of their rows, and writes it.
 
     python benchmarks/fit_measured.py FOLDER [CLUSTER ...] [--write]
+    python benchmarks/fit_measured.py FOLDER [CLUSTER ...] --spread VALIDATE.json
+
+With --spread nothing is fitted: what `rtp-sim validate --all FOLDER --format json` found for the calibration rows gives
+the machines' prediction intervals, which are written.
 
 Prints the values, and the errors of both halves: the calibration rows that the fit saw and the validation rows that
 it did
@@ -11,10 +15,13 @@ with a precision that is not calibrated (fp8), are left out.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from rtp_sim.errors import InputError
 from rtp_sim.hardware.profiles import load_cluster
@@ -32,16 +39,16 @@ FITTED = {
     "selene-a100-80g": "matmul_efficiency memory_efficiency link:nvlink3",
     "rtp-a100-80g": f"{KERNELS} matmul_efficiency_fp32 attention_efficiency_fp32 host_issue link:hdr",
     "rtp-v100-32g": "matmul_efficiency memory_efficiency matmul_efficiency_fp32 host_issue link:edr link:nvlink2",
-    "vtrain-a100": "matmul_efficiency=0.8 memory_efficiency=0.45 host_issue=76 matmul_efficiency_ragged=0.28",
+    "vtrain-a100": "matmul_efficiency=0.8 memory_efficiency=0.5 host_issue=78 matmul_efficiency_ragged=0.28",
     "hf-h100-efa": "matmul_efficiency=0.5 attention_efficiency memory_efficiency host_issue=107 link:efa=0.92 "
     "collective_turn_piped=300 collective_chunk_inter=52",
+    "sail-a100-80g-roce": "matmul_efficiency=0.6 memory_efficiency host_issue",
+    "jeanzay-a100-80g-opa": "matmul_efficiency=0.6 memory_efficiency blocking_issue=120 link:opa=0.9",
     "ibm-vela-a100": "matmul_efficiency memory_efficiency",
     "ibm-h100": "matmul_efficiency memory_efficiency",
 }
 """What each machine's rows can tell, with a start of its own where the usual one is on the wrong side of a bound: the
 host costs nothing as long as the device is slower."""
-SAMPLED = {"vtrain-a100": 6}
-"""Every so many-th of the calibration rows is fitted, in the order of the file, where there are hundreds of a kind."""
 PROFILES = Path(__file__).parent.parent / "hardware_profiles" / "clusters"
 MARK = "# Fitted by benchmarks/fit_measured.py"
 
@@ -78,7 +85,8 @@ def written(result: Fit, parts: str) -> str:
     e = result.errors
     source = f"fit to {result.rows} calibration rows of {parts}: median error {e.median_ape:.1%}, mean {e.mape:.1%}"
     tables: dict[str, list[str]] = {}
-    for key, value in result.values.items():
+    spread = {"calibration.residual_p10": round(result.low, 4), "calibration.residual_p90": round(result.high, 4)}
+    for key, value in {**spread, **result.values}.items():
         table, _, name = key.rpartition(".")
         shown = f'"{value}"' if isinstance(value, str) else f"{value:g}"
         tables.setdefault(table, []).append(f'{name} = {{ value = {shown}, kind = "measured", source = "{source}" }}')
@@ -90,6 +98,36 @@ def put(cluster: str, text: str) -> None:
     path = PROFILES / f"{cluster}.toml"
     kept = re.split(rf"\n*{re.escape(MARK)}", path.read_text(encoding="utf-8"))[0].rstrip("\n")
     path.write_text(f"{kept}\n\n{text}", encoding="utf-8")
+
+
+def put_spread(cluster: str, ratios: list[float]) -> None:
+    """Writes the 10th and 90th percentile of measured / predicted into the profile's [calibration]."""
+    path, low, high = PROFILES / f"{cluster}.toml", *(float(q) for q in np.quantile(ratios, (0.1, 0.9)))
+    source = f"{len(ratios)} calibration rows of {cluster}: 8 of 10 lie between"
+    lines = [
+        f'residual_{name} = {{ value = {value:.3f}, kind = "measured", source = "{source}" }}'
+        for name, value in (("p10", low), ("p90", high))
+    ]
+    kept = [x for x in path.read_text(encoding="utf-8").split("\n") if not x.startswith("residual_p")]
+    if "[calibration]" not in kept:
+        kept += ["[calibration]"] if kept[-1] else [MARK, "[calibration]", ""]
+    at = kept.index("[calibration]") + 1
+    path.write_text("\n".join(kept[:at] + lines + kept[at:]), encoding="utf-8")
+
+
+def spread(folder: Path, clusters: list[str], validated: Path) -> None:
+    """The prediction intervals of the clusters from a document of `rtp-sim validate`."""
+    rows = {(r["file"], r["row_id"]): r for r in json.loads(validated.read_text(encoding="utf-8"))["rows"]}
+    for cluster in clusters:
+        ratios = []
+        for path in sorted(folder.glob("*.csv")):
+            for entry in read_measured(path).entries:
+                if isinstance(entry, Row) and entry.calibration and entry.cells.cluster == cluster:
+                    error = rows.get((path.name, entry.cells.row_id), {}).get("step_time_error")
+                    ratios += [] if error is None else [1 / (1 + error)]
+        if ratios:
+            put_spread(cluster, ratios)
+            print(f"{cluster}: {len(ratios)} rows")
 
 
 def shown(name: str, e: Errors) -> str:
@@ -104,15 +142,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("clusters", nargs="*", default=list(FITTED))
+    parser.add_argument("--most", type=int, default=0, help="fit to so many rows at most, every so many-th")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--iterations", type=int, default=3)
+    parser.add_argument("--spread", type=Path, help="a document of rtp-sim validate --format json")
     a = parser.parse_args()
+    if a.spread:
+        spread(a.folder, a.clusters, a.spread)
+        return
     for cluster in a.clusters:
         rows = rows_of(a.folder, cluster)
         names = FITTED[cluster].split()
         parameters = [parameter(name) for name in names]
         seen = [(experiment, seconds) for experiment, seconds, calibration in rows if calibration]
-        seen = seen[:: SAMPLED.get(cluster, 1)]
+        if a.most and len(seen) > a.most:
+            seen = seen[:: -(-len(seen) // a.most)]
         if not seen:
             continue
         print(f"{cluster}: {len(seen)} of {len(rows)} rows", flush=True)

@@ -354,9 +354,10 @@ def markdown(found: Sequence[Row]) -> Iterator[str]:
         mine = [row for row in found if row.setting == setting.name]
         if mine:
             bar = "none" if setting.mean is None else f"{setting.mean:.0%} / {setting.most:.0%}"
-            cv = statistics.median(row.cv for row in mine)
+            repeated = [row.cv for row in mine if row.launches > 1]
+            cv = f"{statistics.median(repeated):.1%}" if repeated else "-"
             yield (f"| {setting.name} | {len(mine)} | {mean_error(mine):.1%} | {largest_error(mine):.1%} | {bar} | "
-                   f"{'yes' if holds(setting, mine) else 'NO'} | {cv:.1%} |")  # fmt: skip
+                   f"{'yes' if holds(setting, mine) else 'NO'} | {cv} |")  # fmt: skip
     for setting in SETTINGS:
         mine = [row for row in found if row.setting == setting.name]
         if mine:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from rtp_sim.errors import InputError
-from rtp_sim.experiment import DEFAULT_SEQ_LEN
 from rtp_sim.hardware.profiles import load_cluster
 from rtp_sim.hardware.spec import Cluster
 from rtp_sim.planner.answer import make_plan
@@ -22,15 +21,12 @@ from rtp_sim.planner.search import Question, Searched, search
 from rtp_sim.planner.sensitivity import Swing, swings
 from rtp_sim.planner.space import DEFAULT_STRATEGIES, EVERY_STRATEGY
 from rtp_sim.planner.what_if import break_even, largest_micro_batch, longest_sequence
-from rtp_sim.planner.workload import Workload
+from rtp_sim.planner.workload import Workload, default_batch
 from rtp_sim.report.diff_tables import print_grid
 from rtp_sim.report.plan_tables import memory_table, offers_table, others_table, plans_table, stages_table
 from rtp_sim.report.sensitivity_tables import sensitivity_grid, sensitivity_json
 from rtp_sim.report.tables import print_table, write_json
 from rtp_sim.text import nearest
-
-TOKENS_PER_STEP = 1 << 22
-"""Tokens of a step where only the tokens of the whole run are given."""
 
 
 def plan(a: Namespace) -> int:
@@ -111,7 +107,7 @@ def question_of(a: Namespace) -> Question:
     if batch is None:
         if a.tokens is None:
             raise InputError("--global-batch is missing: expected the sequences of a step, for example 512")
-        batch = max(1, TOKENS_PER_STEP // (a.seq_len or DEFAULT_SEQ_LEN))
+        batch = default_batch(a.seq_len)
     workload = Workload(
         model=a.model, global_batch=batch, seq_len=a.seq_len, precision=a.precision, optimizer=a.optimizer,
         attention=a.attention, clip_norm=a.clip_norm, loss_scale=a.loss_scale, dropout=a.dropout,

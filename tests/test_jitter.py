@@ -100,6 +100,11 @@ def test_slower_kernels_give_the_engine_s_own_times(
     assert replay.step_times_ns(Noise(straggler=1, straggler_factor=2), 1, 0).tolist() == [slow]
 
 
+def test_a_step_without_ops_takes_no_time() -> None:
+    step_ns, replay = replayed(one_ring(2, Builder().program()), ToyCost(2))
+    assert replay.step_times_ns(NONE, 2, 0).tolist() == [0, 0] == [step_ns] * 2
+
+
 def test_ranks_of_one_program_that_send_along_a_chain() -> None:
     """Rank 1 waits for rank 0 in the first op, though both run the same program: every rank is taken by itself."""
     b = Builder()

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 from planner_helpers import evaluate, question, search, small_model
 
-from rtp_sim.planner.search import Searched
+from rtp_sim.hardware.profiles import load_cluster
+from rtp_sim.planner.search import Question, Searched
+from rtp_sim.planner.workload import Workload
 
 NEARLY = 1 - 1e-9
 """Bounds are sums of floats, times whole nanoseconds."""
@@ -64,3 +69,22 @@ def test_the_best_few_are_those_of_an_exhaustive_search_in_little_memory(tmp_pat
     key = (lambda e: (e[0], e[1])) if objective == "time" else (lambda e: (e[1], e[0]))
     wanted = [key(e) for e in sorted(fitting, key=key)[:4]]
     assert [key((o.metrics.step_time_s, o.metrics.peak_memory_bytes)) for o in searched.best[:4]] == wanted
+
+
+@pytest.mark.parametrize(
+    ("nodes", "gpus", "batch", "seed"), [(2, 12, 24, 1), (2, 16, 32, 2), (3, 12, 36, 3), (2, 8, 64, 4)]
+)
+def test_bounds_are_true_across_nodes(tmp_path, nodes: int, gpus: int, batch: int, seed: int):
+    """A few candidates of every strategy, on nodes that are used in part, in groups that lie across them."""
+    model = small_model(tmp_path, num_hidden_layers=6, tie_word_embeddings=seed % 2 == 0)
+    cluster = load_cluster("dgx-a100-80g", nodes, gpus)
+    asked = Question(Workload(model, batch, 256), (cluster,), processes=1, front=False, top=1)
+    searched = search(asked)
+    site, picks = searched.sites[0], random.Random(seed)
+    for number in np.unique(site.space.strategy):
+        mine = np.flatnonzero((site.space.strategy == number) & (site.space.inner <= 8)).tolist()
+        for place in picks.sample(mine, min(4, len(mine))):
+            candidate = site.space.candidate(place)
+            metrics, _ = evaluate(asked.workload, candidate, cluster, searched.network, site.model)
+            assert site.lower_s[place] * NEARLY <= metrics.step_time_s, candidate
+            assert site.memory[:, place].sum() <= metrics.peak_memory_bytes, candidate

@@ -13,6 +13,7 @@ from test_cli import Answer, documented_keys
 from test_report_html import Elements, run_browser
 
 from rtp_sim.cli import main
+from rtp_sim.compose.memory import StageMemory
 from rtp_sim.cost.lockstep import LockstepCost
 from rtp_sim.cost.model import ClusterCost
 from rtp_sim.engine.longest_path import unshared_ns
@@ -234,7 +235,9 @@ def outcome(
     predicted: float, measured: float | None, fits: bool = True, status: str = "ok", name: str = "r"
 ) -> Outcome:
     cells = row(row_id=name, step_time_s="" if measured is None else str(measured), status=status).cells
-    estimate = Estimate(predicted, predicted, 0, 0, 0, 0, 1 << 30, {}, (2 << 30) if fits else 1)
+    estimate = Estimate(
+        predicted, predicted, 0, 0, 0, 0, (StageMemory({"weights": 1 << 30}),), (2 << 30) if fits else 1
+    )
     return Outcome("runs.csv", 2, name, cells, False, estimate)
 
 
@@ -265,17 +268,19 @@ def test_fits_by_hand():
 
 
 def test_json_has_the_documented_keys_and_names_bad_rows(run: Any, table: Callable[..., Path]):
-    path = table({}, {"gpus": "16"}, {"cp": "2", "dp": "4"}, {"cluster": "nowhere"}, {"micro_batch": "4"})
+    path = table({}, {"gpus": "16"}, {"cp": "2", "dp": "4"}, {"cluster": "nowhere"}, {"micro_batch": "4"},
+                 {"num_heads": "30"})  # fmt: skip
     answer = run("validate", "--measured", path, "--format", "json", "--quiet")
     document = json.loads(answer.out)
     assert answer.code == 1
     assert "runs.csv, line 3, column gpus: given 16" in answer.err
     assert "runs.csv, line 5, column cluster: unknown cluster 'nowhere'" in answer.err
+    assert "runs.csv, line 7: model 'GPT-tiny': num_heads is 30" in answer.err
     assert document["schema"] == "rtp-sim/validate/1"
-    assert [r["predicted_step_time_s"] is not None for r in document["rows"]] == [True, False, False, False, True]
+    assert [r["predicted_step_time_s"] is not None for r in document["rows"]] == [True, *[False] * 3, True, False]
     assert document["rows"][2]["skipped_reason"].startswith("context and expert parallelism")
     summary = document["summary"]
-    assert (summary["rows"], summary["predicted"], summary["skipped"], summary["invalid"]) == (5, 2, 3, 2)
+    assert (summary["rows"], summary["predicted"], summary["skipped"], summary["invalid"]) == (6, 2, 4, 3)
     documented = set(documented_keys("validate --measured"))
     assert set(document) | set(document["rows"][0]) | set(summary) <= documented
 

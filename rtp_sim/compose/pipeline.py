@@ -81,7 +81,7 @@ def compose_pipeline(
     progress = [Progress() for _ in range(stages.count)]
     turns = [_turns(stages, s, orders[s], tables[s], prices) for s in range(stages.count)]
     paced = not setting.request.options.pp_overlap
-    walk(progress, turns, permille, paced)
+    walk(progress, turns, permille, paced, setting.cost.host.waits)
     _finish(progress, tables, short, prices, paced)
     held = _memories(setting, short, orders)
     return [_result(short, progress[s], s, orders[s], prices, held[s]) for s in range(stages.count)]

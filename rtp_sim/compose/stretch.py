@@ -26,8 +26,8 @@ Vector = dict[str, int]
 class Stretch:
     """`ends[stream]` is the end of each stream, and of each op that a later stretch asks for; `source` when what is
     sent is ready to go (None: nothing is). `meets` is when the rank comes to the collective that ends the stretch, in
-    which another stage takes part. `issued` is when the host has issued all ops: it waits for a receive that blocks it.
-    `receive_issue_ns` is its time until the receive is issued.
+    which another stage takes part. `issue_ns` is the host's time for all ops, `receive_issue_ns` until the receive is
+    issued.
 
     `compute_ns` is the kernels' time and `exposed_ns` that of communication beside which none runs, where the stretch
     starts with everything ready; `slowed_ns` how much longer it takes if kernels beside communication are slower.
@@ -39,7 +39,7 @@ class Stretch:
     receive: Op | None
     send: Op | None
     send_ns: int
-    issued: Vector
+    issue_ns: int
     receive_issue_ns: int
     compute_ns: int
     exposed_ns: int
@@ -62,17 +62,14 @@ def stretch(
     known: dict[int, Vector] = {}
     source = meets = None
     receive = send = None
-    receive_issue_ns = send_ns = 0
-    host: Vector = {HOST: 0}
+    host_ns = receive_issue_ns = send_ns = 0
     for op in ops[first:stop]:
-        host = {name: constant + issue_ns[op.index] for name, constant in host.items()}
+        host_ns += issue_ns[op.index]
         if isinstance(op.action, Recv):
-            receive, receive_issue_ns = op, host[HOST]
+            receive, receive_issue_ns = op, host_ns
             known[op.index] = {RECEIVED: 0}
-            # A message arrives only after the host has asked for it.
-            host = {HOST: host[HOST], RECEIVED: 0} if op.blocks_host else host
             continue
-        start: Vector = dict(host)
+        start: Vector = {HOST: host_ns}
         _later(start, ends.get(op.stream) or {op.stream: 0})
         for d in op.after:
             if d in known:
@@ -96,7 +93,7 @@ def stretch(
         if op.index in wanted:
             ends[mark_of(op.index)] = end
     compute_ns, exposed_ns, slowed_ns = _at_rest(ops[first:stop], duration_ns, slowdown_permille)
-    return Stretch(ends, source, meets, receive, send, send_ns, host, receive_issue_ns, compute_ns, exposed_ns,
+    return Stretch(ends, source, meets, receive, send, send_ns, host_ns, receive_issue_ns, compute_ns, exposed_ns,
                    slowed_ns)  # fmt: skip
 
 

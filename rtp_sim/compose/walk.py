@@ -1,8 +1,7 @@
 """The walk: every stage applies its stretches in order, and messages join them, until all have come to their end.
 
 A message goes when what it carries is ready, the message before it on the same wire is through, and both hosts have
-issued their halves: where the receiver's host runs ahead of everything, its times are known beforehand, and where it
-waits for messages, as soon as it comes to the turn.
+issued their halves; the receiver's host runs ahead of everything, so that its times are known beforehand.
 """
 
 from __future__ import annotations
@@ -32,8 +31,7 @@ class Turn:
 class Progress:
     """Where a stage is: its clocks (host and streams), the ends that later turns refer to, what it has done.
 
-    `host_ns` is by how much the host held the compute stream up, turn by turn, without what it issues behind a message
-    that it waits for.
+    `host_ns` is by how much the host held the compute stream up, turn by turn.
     `meets_ns` is when it came to the collective that ended its last stretch."""
 
     clocks: dict[str, int] = field(default_factory=lambda: {HOST: 0})
@@ -49,26 +47,17 @@ class Progress:
         return max((t for name, t in self.clocks.items() if name != HOST), default=0)
 
 
-@dataclass(frozen=True, slots=True)
-class _Pending:
-    """A message that is ready at its sender, on a stream of which it takes `send_ns`."""
-
-    stage: Progress
-    stream: str
-    ready_ns: int
-    send_ns: int
-
-
 def walk(
-    stages: Sequence[Progress], turns: Sequence[Sequence[Turn]], slowdown_permille: int = 1000, paced: bool = False
-) -> None:
-    """All stages through their turns; `paced`, kernels wait for the sends before them.
+    stages: Sequence[Progress], turns: Sequence[Sequence[Turn]], slowdown_permille: int = 1000, paced: bool = False,
+    waits: bool = False,
+) -> None:  # fmt: skip
+    """All stages through their turns; `paced`, kernels wait for the sends before them; with `waits`, hosts wait for
+    what they receive (when the other half of a message was issued is then taken as without waiting).
 
     ValueError where none can go on: the stages' orders do not fit together.
     """
     posted = _receive_hosts(stages, turns)
     arrived: dict[Key, int] = {}
-    pending: dict[Key, _Pending] = {}
     at = [0] * len(stages)
     going = True
     while going:
@@ -76,19 +65,16 @@ def walk(
         for number, (stage, mine) in enumerate(zip(stages, turns, strict=True)):
             while at[number] < len(mine):
                 turn = mine[at[number]]
-                if turn.receives is not None:
-                    posted.setdefault(turn.receives, stage.clocks[HOST] + turn.stretch.receive_issue_ns)
-                _deliver(pending, posted, arrived)
                 if turn.receives is not None and turn.receives not in arrived:
-                    break
-                if paced and any(message.stage is stage for message in pending.values()):
                     break
                 if paced:
                     stage.clocks["compute"] = max(stage.clocks.get("compute", 0), _sent_ns(stage))
-                _take(stage, turn, arrived, pending, slowdown_permille)
+                if waits and turn.receives is not None:
+                    issued = arrived[turn.receives] - turn.stretch.receive_issue_ns
+                    stage.clocks[HOST] = max(stage.clocks[HOST], issued)
+                _take(stage, turn, posted, arrived, slowdown_permille)
                 at[number] += 1
                 going = True
-    _deliver(pending, posted, arrived)
     if any(at[number] < len(mine) for number, mine in enumerate(turns)):
         raise ValueError(f"the stages stand still at their turns {at}")
 
@@ -100,31 +86,20 @@ def meet(members: Sequence[Progress], stream: str, duration_ns: int) -> None:
         stage.clocks[stream] = end_ns
 
 
-def _receive_hosts(stages: Sequence[Progress], turns: Sequence[Sequence[Turn]]) -> dict[Key, int]:
-    """When the receiver's host has issued each receive, up to the first that it waits for."""
+def _receive_hosts(stages: Sequence[Progress], turns: Sequence[Sequence[Turn]]) -> Mapping[Key, int]:
+    """When the receiver's host has issued each receive."""
     posted: dict[Key, int] = {}
     for stage, mine in zip(stages, turns, strict=True):
         clock_ns = stage.clocks[HOST]
         for turn in mine:
             if turn.receives is not None:
                 posted[turn.receives] = clock_ns + turn.stretch.receive_issue_ns
-            if RECEIVED in turn.stretch.issued:
-                break
-            clock_ns += turn.stretch.issued[HOST]
+            clock_ns += turn.stretch.issue_ns
     return posted
 
 
-def _deliver(pending: dict[Key, _Pending], posted: Mapping[Key, int], arrived: dict[Key, int]) -> None:
-    """The messages whose receivers have asked for them, in the order of their sending."""
-    for key in [key for key in pending if key in posted]:
-        message = pending.pop(key)
-        clocks = message.stage.clocks
-        ready_ns = max(message.ready_ns, clocks.get(message.stream, 0), posted[key])
-        arrived[key] = clocks[message.stream] = ready_ns + message.send_ns
-
-
 def _take(
-    stage: Progress, turn: Turn, arrived: Mapping[Key, int], pending: dict[Key, _Pending], slowdown_permille: int
+    stage: Progress, turn: Turn, posted: Mapping[Key, int], arrived: dict[Key, int], slowdown_permille: int
 ) -> None:
     """One turn of a stage whose receive has arrived."""
     stretch, clocks = turn.stretch, stage.clocks
@@ -144,11 +119,11 @@ def _take(
     if stretch.receive is not None and turn.receives is not None:
         clocks[stretch.receive.stream] = arrived[turn.receives]
     if stretch.send is not None and stretch.source is not None and turn.sends is not None:
-        ready_ns = after(stretch.source, state) + slowed
-        pending[turn.sends] = _Pending(stage, stretch.send.stream, ready_ns, turn.send_ns)
+        ready_ns = max(after(stretch.source, state) + slowed, posted[turn.sends])
+        arrived[turn.sends] = clocks[stretch.send.stream] = ready_ns + turn.send_ns
     if stretch.meets is not None:
         stage.meets_ns = after(stretch.meets, state) + slowed
-    clocks[HOST] = after(stretch.issued, state)
+    clocks[HOST] = state[HOST] + stretch.issue_ns
     stage.compute_ns += stretch.compute_ns + slowed
     stage.exposed_ns += stretch.exposed_ns
     if turn.known_as is not None:

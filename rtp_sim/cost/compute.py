@@ -33,6 +33,8 @@ HEAD_ALIGNMENT, HEAD_FILL, FULL_HEAD = 32, 32, 128
 """Heads are padded to multiples of 32; d lanes run at d / (d + 32) of the rate, up to that of 128 lanes."""
 RAGGED_HEAD = 0.83
 """Rate of heads that need padding, over that of whole ones (on top of the padding)."""
+ALIGNED_HEAD = 8
+"""Numbers in 16 bytes of half precision."""
 KEY_FILL = 128
 """Keys' worth of time that a block of query rows spends before and after its loop over the keys."""
 
@@ -57,6 +59,12 @@ def _line_ns(measured: MeasuredKernel, k: Kernel, sizes: dict[str, int], dtype: 
     return measured.floor_ns + work(k, sizes) * measured.ns_per_flop + moved_ns
 
 
+def _scalar(kernel: str, sizes: dict[str, int], dtype: str) -> bool:
+    """Whether a product misses the matrix units: those of half precision load 16 bytes at a time, and rows of heads
+    that are no multiple of 8 numbers start in between. It then runs on the scalar units, at the rate of fp32."""
+    return dtype in ("fp16", "bf16") and kernel.startswith("attn.") and sizes["head_dim"] % ALIGNED_HEAD != 0
+
+
 class ComputeCost:
     """Kernel times on one device. Basis: "interpolated" where an efficiency was measured, else "assumed"."""
 
@@ -64,6 +72,8 @@ class ComputeCost:
         self.device = device
         self._units = int(device.compute_units.value)
         self._floor_ns = device.kernel_floor_ns.value
+        # Launches that block: the host's time for a kernel stands between it and the one before.
+        self._between_ns = device.blocking_issue_ns.value if device.blocking_issue_ns else 0.0
         self._bytes_per_ns = device.memory_bandwidth_bytes_per_s.value * device.memory_efficiency.value / 1e9
         self.cost = lru_cache(maxsize=None)(self._cost)
 
@@ -75,6 +85,7 @@ class ComputeCost:
             duration_ns = _line_ns(measured, k, sizes, dtype)
             basis = "interpolated" if measured.provenance.kind == "measured" else "assumed"
             return OpCost(max(1, round(duration_ns)), basis)
+        between_ns = self._between_ns
         memory_ns = k.bytes_moved(sizes, dtype) * REREADS.get(kernel, 1.0) / self._bytes_per_ns
         if k.kind == "memory":
             efficiency = self.device.memory_efficiency
@@ -85,9 +96,11 @@ class ComputeCost:
         else:
             efficiency = self._efficiency("matmul", dtype)
             launches = products(kernel, sizes)
-            compute_ns = sum(max(self._product_ns(p, dtype), self._floor_ns) for p in launches)
+            rate = "fp32" if _scalar(kernel, sizes, dtype) else dtype
+            compute_ns = sum(max(self._product_ns(p, rate), self._floor_ns) for p in launches)
+            between_ns *= len(launches)
             duration_ns = max(compute_ns, memory_ns)
-        return OpCost(max(1, round(duration_ns)), "interpolated" if efficiency.kind == "measured" else "assumed")
+        return OpCost(max(1, round(duration_ns + between_ns)), "interpolated" if efficiency.kind == "measured" else "assumed")
 
     def _efficiency(self, kind: str, dtype: str) -> Number:
         """The fraction of the peak that large kernels of this kind reach in `dtype`."""

@@ -10,11 +10,14 @@ from rtp_sim.schedule.ir import Compute, Op, Shift
 
 @dataclass(frozen=True, slots=True)
 class HostCosts:
-    """Host time per op in ns; None leaves it to the device profile. `hop_ns` is for a hop of rotation (a shift)."""
+    """Host time per op in ns; None leaves it to the device profile. `hop_ns` is for a hop of rotation (a shift).
+    `waits`: the host waits for a pipeline message before it issues what follows, so that it never runs ahead of one
+    (composed steps only)."""
 
     kernel_ns: int | None = None
     hop_ns: int | None = None
     collective_ns: int | None = None
+    waits: bool = False
 
     def issue_ns(self, op: Op, default_ns: int) -> int:
         """Time to issue `op`."""

@@ -80,6 +80,11 @@ class ClusterCost:
             return issue_ns + round(turn.value * self.piped[op.action.group])
         return issue_ns
 
+    def _usual_issue_ns(self, op: Op) -> int:
+        if isinstance(op.action, Compute):
+            return self._backward_issue_ns if op.action.kernel.endswith(BACKWARD) else self._issue_ns
+        return self._message_issue_ns if isinstance(op.action, Send | Recv) else self._communication_issue_ns
+
     def _handling_ns(self, op: Op) -> int:
         """On a CPU, whose host itself lays buffers end to end for a collective and cuts up what arrives: as long as
         copies of as many bytes."""
@@ -87,11 +92,6 @@ class ClusterCost:
         if self._cores is None or line is None or not isinstance(op.action, Collective):
             return 0
         return round(2 * handled_bytes(op) * line.ns_per_byte)
-
-    def _usual_issue_ns(self, op: Op) -> int:
-        if isinstance(op.action, Compute):
-            return self._backward_issue_ns if op.action.kernel.endswith(BACKWARD) else self._issue_ns
-        return self._message_issue_ns if isinstance(op.action, Send | Recv) else self._communication_issue_ns
 
     def link_capacity(self, link: int) -> int:
         """Bytes/s of a wire; of a pool of cores, cores x weight x 1e9."""

@@ -94,7 +94,7 @@ class _Pass:
                 del self.end[node]
         cells = enumerate(self.order.cells)
         lasts = [self.end[c, i].max(axis=0) for c, cell in cells for i in cell.last]
-        return np.asarray(np.maximum.reduce(lasts))
+        return np.asarray(np.maximum.reduce(lasts)) if lasts else np.zeros(self.samples)
 
     def take(self, node: Node) -> None:
         """An op is ready; a kernel runs."""

@@ -110,6 +110,7 @@ class DeviceFile(_Model):
     scale_up_bandwidth: Bandwidth | None = None
     pcie_bandwidth: Bandwidth | None = None
     communication_issue: Time | None = None
+    blocking_issue: Time | None = None
     kernels: list[KernelFile] = []
 
 
@@ -211,6 +212,7 @@ class CalibrationFile(_Model):
     host_issue: Time | None = None
     host_issue_backward: Time | None = None
     message_issue: Time | None = None
+    blocking_issue: Time | None = None
     overlap_slowdown: Factor | None = None
     runtime_reserved: Bytes | None = None
     link_efficiency: dict[str, Fraction] = {}

@@ -150,6 +150,7 @@ def device_from_file(name: str, file: DeviceFile) -> Device:
         tdp_w=file.tdp_w,
         price_usd_per_hour=file.price_usd_per_hour,
         communication_issue_ns=file.communication_issue,
+        blocking_issue_ns=file.blocking_issue,
         kernels=dict(_measured_kernel(name, kernel) for kernel in file.kernels),
     )
 
@@ -252,7 +253,7 @@ def _raw_cluster(path: Path, changes: Mapping[str, Any]) -> tuple[dict[str, Any]
     return raw, device_path, device_raw
 def _fitted(params: CommunicationParams, fitted: CalibrationFile) -> CommunicationParams:
     """The communication parameters with those numbers that were fitted on this machine."""
-    given = {
+    given: dict[str, Any] = {
         "collective_chunk_inter_ns": fitted.collective_chunk_inter,
         "collective_turn_piped_ns": fitted.collective_turn_piped,
     }
@@ -272,6 +273,7 @@ def calibrated(device: Device, fitted: CalibrationFile) -> Device:
         "host_issue": "host_issue_ns",
         "host_issue_backward": "host_issue_backward_ns",
         "message_issue": "message_issue_ns",
+        "blocking_issue": "blocking_issue_ns",
         "runtime_reserved": "runtime_reserved_bytes",
     }
     of_device = {name.removesuffix("_ns").removesuffix("_bytes") for name in Device.__dataclass_fields__}

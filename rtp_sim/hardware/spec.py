@@ -44,10 +44,12 @@ class Device:
     `peak_flops` is dense FLOP/s by dtype. The efficiencies are the best fraction of the peak that large kernels of
     that class reach; those for fp32, which has no matrix units of its own, where they differ, and that of
     half-precision products with a size that is no multiple of 8 (`matmul_efficiency_ragged`). `kernel_floor_ns` is
-    the shortest time any kernel takes on the device, `host_issue_ns` what the
-    host thread spends to issue one op (kernels of the backward, communication and pipeline messages have figures of
-    their own where these differ), `overlap_slowdown` (>= 1) how much longer compute takes while a communication
-    kernel runs beside it on the same device. `kernels`, by name and dtype, are those measured one by one: their times
+    the shortest time any kernel takes on the device, `host_issue_ns` what the host thread spends to issue one op
+    (kernels of the backward, communication and pipeline messages have figures of their own where these differ),
+    `overlap_slowdown` (>= 1) how much longer compute takes while a communication kernel runs beside it on the same
+    device. `blocking_issue_ns` is what every kernel costs on top where launches block the host until the kernel is done
+    (CUDA_LAUNCH_BLOCKING=1): nothing hides the launch of the next. `kernels`, by name and dtype, are those measured one
+    by one: their times
     stand above the efficiencies of their class.
     """
 
@@ -72,6 +74,7 @@ class Device:
     communication_issue_ns: Number | None = None
     host_issue_backward_ns: Number | None = None
     message_issue_ns: Number | None = None
+    blocking_issue_ns: Number | None = None
     kernels: Mapping[tuple[str, str], MeasuredKernel] = field(default_factory=dict)
 
 

@@ -170,13 +170,13 @@ def _plain(space: Space, model: Model, name: str) -> tuple[Floats, Floats]:
     every = space.sync == SYNCS.index("zero2") if name not in SYNCS else np.full(len(space), name == "zero2")
     rounds = np.where(every, m, 1)
     # A reduction begins once the forward before it is through.
-    behind = m * f + (m - 1) * b + reduce
+    behind = np.where(every, f + m * reduce, m * f + (m - 1) * b + reduce)
     # From the second micro-batch on kernels wait for every reduction, to add its shard to the earlier ones; they may be
     # waiting for other messages at the same time.
     exposed = m * np.maximum(f + b - kernels_f - kernels_b, 0.0)
     waiting = np.where(every, np.maximum((m - 1) * (reduce + adds) - exposed, 0.0), 0.0)
     kernels = m * (f + b) + rounds * copies + waiting
-    lower = np.maximum(np.maximum(kernels, behind + waiting), m * (issue_f + issue_b)) + update + gather
+    lower = np.maximum(np.maximum(kernels, behind), m * (issue_f + issue_b)) + update + gather
     upper = m * ((kernels_f + kernels_b) * model.slowdown + messages) + rounds * (reduce + copies) + update + gather
     return lower, np.maximum(lower, upper)
 

@@ -43,6 +43,10 @@ OBJECTIVES = ("time", "memory", "gpus", "cost", "energy")
 ROUND = 4
 """Candidates that are estimated together before the search looks whether it is done."""
 
+SLACK = 0.003
+"""Estimates are composed or continued in straight lines, and can come out this much below what the whole step would
+take; the search goes on until the bounds are so far above the last plan."""
+
 Say = Callable[[str], None]
 
 
@@ -231,7 +235,7 @@ def _best_first(searched: Searched, queue: Queue, run: Run) -> None:
     while at < len(queue.site):
         if len(searched.best) >= top:
             last = score_of(searched, searched.best[top - 1])
-            if (queue.first[at], queue.second[at]) > last:
+            if _out_of_reach(searched.question.objective, queue.first[at], queue.second[at], last):
                 break
         round_of = [(int(queue.site[i]), int(queue.place[i])) for i in range(at, min(at + ROUND, len(queue.site)))]
         add(searched, run(round_of))
@@ -239,11 +243,19 @@ def _best_first(searched: Searched, queue: Queue, run: Run) -> None:
     searched.waiting = [(int(s), int(p)) for s, p in zip(queue.site[at:], queue.place[at:], strict=True)]
 
 
+def _out_of_reach(objective: str, first: float, second: float, last: tuple[float, float]) -> bool:
+    """Whether a candidate with this bound, and so all after it, cannot come before the last plan."""
+    if objective in ("gpus", "memory"):
+        # Not times: these are known exactly.
+        return (first, second * (1 - SLACK)) > last
+    return first * (1 - SLACK) > last[0]
+
+
 def add(searched: Searched, found: Sequence[Found]) -> None:
     """Takes up estimated candidates; counts those that are below their bounds."""
     for one in found:
         site = searched.sites[one.site]
-        searched.violated += bool(one.metrics.step_time_s < site.lower_s[one.place] * (1 - 1e-9))
+        searched.violated += bool(one.metrics.step_time_s < site.lower_s[one.place] * (1 - SLACK))
     searched.found += found
     searched.best = sorted(
         (one for one in searched.found if one.good), key=lambda one: (*score_of(searched, one), one.site, one.place)

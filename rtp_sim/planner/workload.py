@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rtp_sim.experiment import Request, find_network
+from rtp_sim.experiment import DEFAULT_SEQ_LEN, Request, find_network
 from rtp_sim.model.network import Network
+
+TOKENS_PER_STEP = 1 << 22
+"""Tokens of a step where only the tokens of the whole run are given."""
+
+
+def default_batch(seq_len: int | None) -> int:
+    """Sequences of a step of `TOKENS_PER_STEP`."""
+    return max(1, TOKENS_PER_STEP // (seq_len or DEFAULT_SEQ_LEN))
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,6 +51,7 @@ PARAMETERS: Mapping[str, Parameter] = {
         Parameter("calibration.matmul_efficiency_ragged", 0.3, 0.05, 0.97),
         Parameter("calibration.overlap_slowdown", 1.15, 1.0001, 2.0),
         Parameter("calibration.host_issue", 10.0, 1.0, 120.0, "us"),
+        Parameter("calibration.blocking_issue", 20.0, 1.0, 400.0, "us"),
         Parameter("communication.collective_step_intra", 0.8, 0.1, 60.0, "us"),
         Parameter("communication.collective_base", 6.6, 1.0, 200.0, "us"),
         Parameter("calibration.host_issue_backward", 10.0, 1.0, 120.0, "us"),
@@ -73,11 +74,14 @@ def link_parameter(name: str) -> Parameter:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """Values by key, as profiles have them, and the errors of the rows that were fitted."""
+    """Values by key, as profiles have them, and the errors of the rows that were fitted; `low` and `high` are the 10th
+    and 90th percentile of their measured / predicted step times."""
 
     values: Mapping[str, float | str]
     errors: Errors
     rows: int
+    low: float
+    high: float
 
 
 def fit(
@@ -101,7 +105,8 @@ def fit(
 
         at, left = _minimise(residuals, start, low, high, iterations, tell)
     values = {p.key: p.text(exp(v)) for p, v in zip(parameters, at, strict=True)}
-    return Fit(values, errors_of(float(exp(r) - 1) for r in left), len(rows))
+    low, high = (float(q) for q in np.quantile(np.exp(-left), (0.1, 0.9)))
+    return Fit(values, errors_of(float(exp(r) - 1) for r in left), len(rows), low, high)
 
 
 def _seconds(job: tuple[Experiment, Mapping[str, float | str]]) -> float:

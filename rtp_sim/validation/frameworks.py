@@ -34,6 +34,7 @@ class Habits:
     whether tensor-parallel ranks send shares (`Options`).
     `memory_stages`, `memory_reserved`, `outside_bytes`: what the framework's own number for memory counts
     (`reading.Reading`). `gathers_again`: gathered inputs are not kept in pipelines, nor where they would not fit.
+    `host_waits`: the host waits for a pipeline message before it goes on.
     `op_ns`, `hop_ns`, `collective_ns`: host time to issue a kernel, a hop of rotation, another communication op.
     `vocab_size`, `ffn_ratio`: taken where a row leaves them blank; `vocab_unsplit` instead where nothing splits it.
     `facts`: (habit, source or "assumed").
@@ -71,6 +72,7 @@ class Habits:
     memory_reserved: bool = False
     gathers_again: bool = False
     outside_bytes: int = CONTEXT_BYTES
+    host_waits: bool = False
     op_ns: int | None = None
     hop_ns: int | None = None
     collective_ns: int | None = None
@@ -97,7 +99,7 @@ FRAMEWORKS: Mapping[str, Habits] = {
         Habits(
             "megatron-deepspeed", "gpt", mixed="fp16", dropout_kept=True, dp_overlap=False, dp_copy=False,
             vocab_size=51200, vocab_unsplit=50257, gradient_local=True, fused_matrices=4, outside_bytes=10_300_000_000,
-            pp_overlap=False, pp_scatter_gather=True,
+            pp_overlap=False, pp_scatter_gather=True, host_waits=True,
         ),
         Habits(
             "nanotron", "llama", mixed="bf16-grad32", gradient_buffer=True, dp_copy=False, upcast_loss=True,

@@ -23,6 +23,9 @@ from rtp_sim.validation.frameworks import FRAMEWORKS, Habits
 from rtp_sim.validation.measured import Row, RowFile
 from rtp_sim.validation.reading import Reading, reading_of
 
+BIGSCIENCE_HEADS = 96
+"""NHEADS of the 200B model that the prequel to BLOOM's chronicles starts from; its tables name heads only later."""
+
 HALF_KERNEL_HEADS = 8
 """torch's fused attention kernels want head sizes that are multiples of 8; others take the materialised path."""
 
@@ -147,7 +150,7 @@ def interpret(row: Row) -> Interpretation:
         cells.cluster, 1 if strategy == "single" else cells.gpus, model, cells.seq_len, attention, every,
         habits.torch_attention, habits.torch_loss, habits.upcast_loss, habits.separate_gate, habits.stacked_kv,
         habits.dropout_kept, habits.fused_matrices, strategy, inner, cells.pp, training, options,
-        HostCosts(habits.op_ns, habits.hop_ns, habits.collective_ns),
+        HostCosts(habits.op_ns, habits.hop_ns, habits.collective_ns, habits.host_waits),
     )  # fmt: skip
     return Interpretation(experiment, tuple(said), reading_of(cells, habits))
 
@@ -180,10 +183,7 @@ def _model(cells: RowFile, habits: Habits, say: Say) -> ModelSpec:
         vocab = (habits.vocab_unsplit if cells.tp == 1 else None) or habits.vocab_size or 51200
         say(f"vocab_size is blank: {vocab} assumed")
     layers = cells.num_layers or _layers(cells, ffn, vocab, gated, say)
-    heads = cells.num_heads
-    if heads is None:
-        heads = min((n for n in range(1, hidden + 1) if hidden % n == 0), key=lambda n: abs(hidden / n - 128))
-        say(f"num_heads is blank: {heads} assumed (heads of about 128)")
+    heads = cells.num_heads or _heads(cells, say)
     if cells.num_kv_heads is None:
         say("num_kv_heads is blank: as many as heads assumed")
     style = {
@@ -204,6 +204,17 @@ def _model(cells: RowFile, habits: Habits, say: Say) -> ModelSpec:
         num_kv_heads=cells.num_kv_heads or 0, ffn_hidden_size=ffn, vocab_size=vocab, max_positions=cells.seq_len,
         gated_mlp=gated, tied_embeddings=tied, dropout=habits.dropout, **style,  # type: ignore[arg-type]
     )  # fmt: skip
+
+
+def _heads(cells: RowFile, say: Say) -> int:
+    """The heads of a source that names them for the model it starts from, else heads of about 128."""
+    hidden = cells.hidden_size
+    if "BLOOM prequel" in cells.source and hidden % BIGSCIENCE_HEADS == 0:
+        say(f"num_heads is blank: {BIGSCIENCE_HEADS} assumed, as the source says of its first 200B model")
+        return BIGSCIENCE_HEADS
+    heads = min((n for n in range(1, hidden + 1) if hidden % n == 0), key=lambda n: abs(hidden / n - 128))
+    say(f"num_heads is blank: {heads} assumed (heads of about 128)")
+    return heads
 
 
 def _layers(cells: RowFile, ffn: int, vocab: int, gated: bool, say: Say) -> int:

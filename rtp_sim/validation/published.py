@@ -91,8 +91,12 @@ def _interpreted(entry: Row | Problem) -> Interpretation | Unsupported | InputEr
         return None
     try:
         return interpret(entry)
-    except (Unsupported, InputError) as error:
+    except Unsupported as error:
         return error
+    except InputError as error:
+        # What is wrong with a model's numbers is said by the model, which knows no files.
+        where = f"{entry.file}, line {entry.line}"
+        return error if str(error).startswith(where) else InputError(f"{where}: {error}")
 
 
 def _outcome(entry: Row | Problem, found: object, answers: dict[Experiment, Answer]) -> Outcome:

@@ -95,7 +95,7 @@ def write_stage(step: Step, stages: Stages, actions: Sequence[Action]) -> None:
     if step.options.dp_sync == "zero2":
         raise InputError("--dp-sync zero2: a pipeline adds up gradients over its micro-batches; expected ddp or zero1")
     step.take_part(stages.blocks(step.stage))
-    stage = _Stage(step, stages, plain=stages.chunks == 1 and all(a.kind in "FB" for a in actions))
+    stage = _Stage(step, stages)
     last = max(a.micro for a in actions)
     for action in actions:
         step.actions.append((action, step.b.count))
@@ -113,9 +113,8 @@ def write_stage(step: Step, stages: Stages, actions: Sequence[Action]) -> None:
 class _Stage:
     """One stage: what it computes, and what it exchanges with its neighbours."""
 
-    def __init__(self, step: Step, stages: Stages, plain: bool) -> None:
+    def __init__(self, step: Step, stages: Stages) -> None:
         self.step, self.stages = step, stages
-        self._waits = plain and not step.options.pp_overlap
         self.tensor = Tensor(step, step.options.sequence_parallel)
         self.sync = DataParallel(step, step.options.dp_sync)
         self._put_off: dict[tuple[int, int], list[PutOff]] = {}
@@ -241,9 +240,7 @@ class _Stage:
             return buffer
         target = self._share_buffer(buffer) if shared else buffer
         size_bytes = step.b.bytes_of(target) if shared else size_bytes
-        # Megatron's plain schedule synchronises the device behind each exchange: the host issues nothing meanwhile.
-        step.b.op(f"{name}.recv", f"recv.{what}{offset:+d}", Recv(GROUP, (offset,), size_bytes, name), (), (target,),
-                  blocks_host=self._waits)  # fmt: skip
+        step.b.op(f"{name}.recv", f"recv.{what}{offset:+d}", Recv(GROUP, (offset,), size_bytes, name), (), (target,))
         if shared:
             step.collective("all_gather", "tp", "tp", f"{name}.gather", self._padded(buffer), (target,), (buffer,),
                             step.b.declared(buffer).dtype)  # fmt: skip
