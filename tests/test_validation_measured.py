@@ -119,9 +119,11 @@ def test_the_calibration_half_is_fixed_and_never_more_than_half():
 
 def test_blanks_are_filled_by_stated_rules():
     found = interpret(row(vocab_size="", num_heads="", num_kv_heads="", framework="megatron-deepspeed"))
-    assert (found.experiment.model.vocab_size, found.experiment.model.num_heads) == (51200, 8)
-    assert "vocab_size is blank: 51200 assumed" in found.assumptions
+    assert (found.experiment.model.vocab_size, found.experiment.model.num_heads) == (50257, 8)
+    assert "vocab_size is blank: 50257 assumed" in found.assumptions
     assert "num_heads is blank: 8 assumed (heads of about 128)" in found.assumptions
+    split = row(vocab_size="", framework="megatron-deepspeed", dp="1", tp="2", gpus="2")
+    assert interpret(split).experiment.model.vocab_size == 51200
 
 
 def test_layers_follow_from_the_parameters_in_the_name():
