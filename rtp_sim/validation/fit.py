@@ -105,8 +105,8 @@ def fit(
 
         at, left = _minimise(residuals, start, low, high, iterations, tell)
     values = {p.key: p.text(exp(v)) for p, v in zip(parameters, at, strict=True)}
-    low, high = (float(q) for q in np.quantile(np.exp(-left), (0.1, 0.9)))
-    return Fit(values, errors_of(float(exp(r) - 1) for r in left), len(rows), low, high)
+    tenth, last = (float(q) for q in np.quantile(np.exp(-left), (0.1, 0.9)))
+    return Fit(values, errors_of(float(exp(r) - 1) for r in left), len(rows), tenth, last)
 
 
 def _seconds(job: tuple[Experiment, Mapping[str, float | str]]) -> float:
