@@ -96,7 +96,8 @@ class ComputeCost:
             compute_ns = sum(max(self._product_ns(p, rate), self._floor_ns) for p in launches)
             between_ns *= len(launches)
             duration_ns = max(compute_ns, memory_ns)
-        return OpCost(max(1, round(duration_ns + between_ns)), "interpolated" if efficiency.kind == "measured" else "assumed")
+        basis = "interpolated" if efficiency.kind == "measured" else "assumed"
+        return OpCost(max(1, round(duration_ns + between_ns)), basis)
 
     def _efficiency(self, kind: str, dtype: str) -> Number:
         """The fraction of the peak that large kernels of this kind reach in `dtype`."""
