@@ -49,8 +49,7 @@ class Device:
     `overlap_slowdown` (>= 1) how much longer compute takes while a communication kernel runs beside it on the same
     device. `blocking_issue_ns` is what every kernel costs on top where launches block the host until the kernel is done
     (CUDA_LAUNCH_BLOCKING=1): nothing hides the launch of the next. `kernels`, by name and dtype, are those measured one
-    by one: their times
-    stand above the efficiencies of their class.
+    by one: their times stand above the efficiencies of their class.
     """
 
     name: str
