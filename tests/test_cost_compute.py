@@ -78,7 +78,7 @@ def test_memory_bound_kernels_take_the_floor_and_their_bytes() -> None:
 def test_nothing_is_faster_than_the_floor() -> None:
     cost = ComputeCost(device(kernel_floor_ns=number(10_000)))
     assert cost.cost("linear", "fp16", (("m", 1), ("k", 1), ("n", 1))).duration_ns == 10_000
-    tiny = (("batch", 1), ("heads", 1), ("kv_heads", 1), ("q", 1), ("kv", 1), ("head_dim", 1))
+    tiny = (("batch", 1), ("heads", 1), ("kv_heads", 1), ("q", 1), ("kv", 1), ("head_dim", 8))
     assert cost.cost("attn.scores.bwd", "fp16", tiny).duration_ns == 20_000  # two launches
 
 
