@@ -56,7 +56,7 @@ def test_pipelines_beside_other_strategies(capsys: pytest.CaptureFixture[str]) -
         ("--strategy 1f1b --pp 2 --rtp 2", "strategy 1f1b has no --rtp axis: leave --rtp 2 out"),
         ("--strategy 1f1b --pp 3", "--tp x --pp 3 does not divide 4 GPUs"),
         ("--strategy 1f1b --pp 2 --pp-layers 2,x", "argument --pp-layers: 'x' is not a whole number"),
-        ("--strategy 1f1b --pp 4", "2 blocks are too few for 4 stages"),
+        ("--strategy interleaved --pp 4 --vpp 2 --micro-batches 4", "2 blocks are too few for 4 stages with 2 chunks"),
         ("--strategy interleaved --pp 2 --vpp 1 --micro-batches 2 --global-batch 4", "are both given"),
         ("--strategy 1f1b --pp 2 --engine estimate --trace t.json", "--engine estimate has no timeline for --trace"),
     ],
