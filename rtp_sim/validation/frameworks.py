@@ -89,7 +89,7 @@ FRAMEWORKS: Mapping[str, Habits] = {
             torch_attention=True, torch_loss=True,
             optimizer_scratch=1, recompute_works=False, hop_ns=350_000,
         ),
-        Habits("composer-fsdp", "mpt", mixed="bf16", torch_loss=True),
+        Habits("composer-fsdp", "mpt", mixed="bf16"),
         Habits(
             "megatron-lm", "gpt", mixed="fp16", dropout_kept=True, gradient_buffer=True, dp_overlap=False,
             dp_copy=False, pp_overlap=False, pp_scatter_gather=True,
