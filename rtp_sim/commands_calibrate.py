@@ -14,7 +14,7 @@ from rtp_sim.errors import InputError
 from rtp_sim.executor.calibrate.fit import fit_kernels, fit_lines, fit_transfers, tune
 from rtp_sim.executor.calibrate.residuals import Residual, residuals
 from rtp_sim.executor.calibrate.samples import Measurements
-from rtp_sim.executor.calibrate.shapes import QUICK_SHAPES, SHAPES
+from rtp_sim.executor.calibrate.shapes import ISSUE_SHAPE, QUICK_SHAPES, SHAPES
 from rtp_sim.executor.calibrate.write import Files, Fitted, matmul_efficiency, samples_json, write_profiles
 from rtp_sim.experiment import Request, find_network, prepare
 from rtp_sim.hardware.profiles import load_cluster
@@ -38,7 +38,7 @@ def calibrate(a: Namespace) -> int:
 
     check_device(a.device, a.nproc)
     plan = Plan(
-        a.device, a.nproc, a.threads, a.pin, a.quick, a.timeout, a.transport, issue_probe(),
+        a.device, a.nproc, a.threads, a.pin, a.quick, a.timeout, a.transport, issue_probe(a.device),
         probes(a.nproc, a.quick) if a.device == "cpu" else (),
     )  # fmt: skip
     measured = measure(plan, lambda text: None if a.quiet else print(f"rtp-sim: {text}", file=sys.stderr))
@@ -90,16 +90,21 @@ def fit(measured: Measurements) -> Fitted:
     return Fitted(kernels, transfers, fit_lines(measured.steps))
 
 
-def issue_probe() -> Probe:
-    """A step of a tiny model on one rank, which shows what the executor's host adds to ops."""
-    return _probe(find_network(ISSUE_MODEL, ISSUE_TOKENS), "ddp", 1, 1)
+def issue_probe(device: str) -> Probe:
+    """A step on one rank, which shows what the executor's host adds to ops: on CUDA of a tiny model, whose kernels it
+    does not wait for; on CPUs of a larger one, after whose kernels the host finds its caches full of their data."""
+    if device == "cuda":
+        return _probe(find_network(ISSUE_MODEL, ISSUE_TOKENS), "ddp", 1, 1)
+    return _probe(ISSUE_SHAPE.network(), "ddp", 1, ISSUE_SHAPE.micro_batch)
 
 
 def probes(ranks: int, quick: bool) -> tuple[Probe, ...]:
-    """Steps of small GPT and Llama models, whole and sharded over `ranks` ranks, for the times of their kernels."""
+    """Steps of small GPT and Llama models, whole and sharded over `ranks` ranks, for the times of their kernels. Tensor
+    parallelism only where every rank gets a head."""
     found = []
     for shape in QUICK_SHAPES if quick else SHAPES:
-        for strategy in ("ddp", "rtp", "tp-sp") if ranks > 1 and not quick else ("ddp",):
+        sharded = ("rtp", "tp-sp") if shape.heads >= ranks else ("rtp",)
+        for strategy in ("ddp", *sharded) if ranks > 1 and not quick else ("ddp",):
             found.append(_probe(shape.network(), strategy, ranks, shape.micro_batch))
     return tuple(found)
 

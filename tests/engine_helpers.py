@@ -46,7 +46,7 @@ class ToyCost:
     issue_ns: int = 0
     slowdown_permille: int = 1000
     cap_bytes_per_s: int | None = None
-    pools: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    pools: Mapping[int, int] = field(default_factory=dict)
     issue_by_name: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -77,7 +77,7 @@ class ToyCost:
         half = Phase(self.latency_ns * (n - 1), -(-size_bytes * (n - 1) // n), usage, self.cap_bytes_per_s)
         return (half, half) if kind == "all_reduce" else (half,)
 
-    def compute_pool(self, rank: int) -> tuple[int, int] | None:
+    def compute_pool(self, rank: int) -> int | None:
         return self.pools.get(rank)
 
 

@@ -261,7 +261,7 @@ class FlatCost:
     def collective(self, kind: str, ranks: tuple[int, ...], size_bytes: int, dtype: str) -> tuple[Phase, ...]:
         return (Phase(self.message_ns, 0, {}),)
 
-    def compute_pool(self, rank: int) -> tuple[int, int] | None:
+    def compute_pool(self, rank: int) -> int | None:
         return None
 
 

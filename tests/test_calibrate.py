@@ -21,7 +21,7 @@ from rtp_sim.cost.compute import ComputeCost
 from rtp_sim.cost.model import ClusterCost
 from rtp_sim.errors import InputError
 from rtp_sim.executor.calibrate.fit import (
-    core_ns_per_byte,
+    core_share,
     fit_kernels,
     fit_lines,
     fit_transfers,
@@ -95,7 +95,7 @@ def transfers(
     for size in SIZES:
         fraction = (curve or {}).get(size, 1.0)
         ns = p2p_ns + size / (p2p_rate * fraction) * 1e9
-        samples.append(TransferSample("shift", n, size, (round(ns),), 50_000 + n * size // 2))
+        samples.append(TransferSample("shift", n, size, (round(ns),), round(0.75 * n * ns)))
         for kind, rounds in (("all_reduce", 2), ("all_gather", 1), ("reduce_scatter", 1)):
             steps = rounds * (n - 1)
             ns = base_ns + steps * step_ns + size * steps / n / (rate * fraction) * 1e9
@@ -207,9 +207,12 @@ def test_a_size_curve_is_found_where_there_is_one() -> None:
     assert fit.bandwidth_bytes_per_s == pytest.approx(1.5e9, rel=0.02)
 
 
-def test_core_time_is_the_slope_of_cpu_time_over_bytes() -> None:
-    assert core_ns_per_byte(transfers(4, 1, 1, 1, 1e9, 1e9)) == pytest.approx(0.5, rel=1e-3)
-    assert core_ns_per_byte([]) == 0.0
+def test_core_time_is_that_of_the_cores_kept_busy() -> None:
+    # Three quarters of a core while 2 GB/s pass: 0.375 ns of core time a byte.
+    samples = transfers(4, 1, 1, 1, 1e9, 2e9)
+    assert core_share(samples) == pytest.approx(0.75, rel=1e-3)
+    assert fit_transfers(samples).core_ns_per_byte == pytest.approx(0.375, rel=1e-2)
+    assert core_share([]) == 0.0
 
 
 def test_fits_need_both_sides() -> None:
@@ -280,7 +283,8 @@ def test_the_samples_are_kept_with_their_spread(tmp_path: Path) -> None:
     assert kept["facts"]["date"] == "2026-01-02T03:04:05+00:00"
     assert kept["options"] == {"nproc": 2}
     assert len(kept["kernels"]) == len(kernels())
-    assert kept["transfers"][0].keys() >= {"median_ns", "p10_ns", "p90_ns", "predicted_ns", "times_ns", "cpu_ns"}
+    numbers = {"median_ns", "mean_ns", "p10_ns", "p90_ns", "predicted_ns", "times_ns", "core_ns"}
+    assert kept["transfers"][0].keys() >= numbers
     assert kept["residuals"]["messages"]["count"] == len(SIZES)
 
 
@@ -307,10 +311,13 @@ def test_a_transfer_counts_from_the_last_rank_that_was_ready() -> None:
     assert torch
     from rtp_sim.executor.calibrate.transfers import RankTimes, combined
 
-    early = RankTimes("shift", 64, (100, 1000), (180, 1090), 30)
-    late = RankTimes("shift", 64, (150, 1000), (190, 1060), 50)
-    (sample,) = combined([[early], [late]], shared_clock=True)
-    assert sample == TransferSample("shift", 2, 64, (40, 90), 40)
+    early = RankTimes("shift", 64, (100, 1000), (180, 1090), (), (30, 90, 40))
+    late = RankTimes("shift", 64, (150, 1000), (190, 1060), (), (50, 60))
+    # Computing lost 40 and 55 in the median, on each of as many cores as the two ranks have.
+    (sample,) = combined([[early], [late]], shared_clock=True, cores=8)
+    assert sample == TransferSample("shift", 2, 64, (40, 90), 95)
+    (sample,) = combined([[early], [late]], shared_clock=True, cores=1)
+    assert sample.core_ns == 48
     # Each device knows only its own times: the rank that waited least saw the transfer alone.
     (sample,) = combined([[early], [late]], shared_clock=False)
     assert sample.times_ns == (40, 60)
@@ -321,10 +328,10 @@ def test_transfers_beside_a_slow_core_count_only_where_there_are_no_others() -> 
     from rtp_sim.executor.calibrate.transfers import RankTimes, combined
 
     start, usual = (0,) * 8, (100,) * 8
-    first = RankTimes("shift", 64, start, (40, 41, 42, 43, 90, 45, 46, 47), 0, (*usual[:4], 170, *usual[:3]))
-    second = RankTimes("shift", 64, start, (40, 41, 42, 99, 44, 45, 46, 47), 0, (*usual[:3], 150, 100, 110, 100, 100))
-    disturbed = RankTimes("shift", 128, (0,), (70,), 0, (160,))
-    quiet = RankTimes("shift", 128, (0,), (60,), 0, usual[:1])
+    first = RankTimes("shift", 64, start, (40, 41, 42, 43, 90, 45, 46, 47), (*usual[:4], 170, *usual[:3]))
+    second = RankTimes("shift", 64, start, (40, 41, 42, 99, 44, 45, 46, 47), (*usual[:3], 150, 100, 110, 100, 100))
+    disturbed = RankTimes("shift", 128, (0,), (70,), (160,))
+    quiet = RankTimes("shift", 128, (0,), (60,), usual[:1])
     small, large = combined([[first, disturbed], [second, quiet]], shared_clock=True)
     # The fourth and the fifth had a rank that was slow; 10 % off is as usual. The only one of 128 bytes stays.
     assert small.times_ns == (40, 41, 42, 45, 46, 47)
@@ -347,7 +354,7 @@ def test_kernels_in_slow_steps_count_only_where_no_other_step_has_them() -> None
 def test_the_usual_pace_is_what_the_cores_have_most_of_the_time() -> None:
     from rtp_sim.executor.pace import pace_ns, steady, usual_ns
 
-    assert usual_ns([160, 101, 100, 155, 102]) == 102
+    assert usual_ns([160, 101, 100, 155, 102]) == 101  # one in five is faster
     assert usual_ns([]) == 0
     # 15 % either way: 86.7 to 117.3.
     assert [reading for reading in (86, 87, 117, 118) if steady(reading, 102)] == [87, 117]
@@ -371,7 +378,7 @@ def test_a_quick_calibration_of_this_machine(tmp_path: Path, capsys: pytest.Capt
     cluster = load_cluster(str(profile))
     errors = [
         abs(
-            ClusterCost(cluster).compute(k["kernel"], k["dtype"], tuple(k["dims"].items())).duration_ns / k["median_ns"]
+            ClusterCost(cluster).compute(k["kernel"], k["dtype"], tuple(k["dims"].items())).duration_ns / k["mean_ns"]
             - 1
         )
         for k in kept["steps"]

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from cost_helpers import loopback, switched
+from cost_helpers import P2P_NS, loopback, number, switched
 from engine_helpers import one_ring
 
 from rtp_sim.cost.cores import CORE_NS_PER_KILOBYTE
 from rtp_sim.cost.model import ClusterCost, handled_bytes
 from rtp_sim.engine.simulate import simulate
 from rtp_sim.hardware.profiles import load_cluster
-from rtp_sim.hardware.spec import MeasuredKernel
+from rtp_sim.hardware.spec import KindParams, MeasuredKernel
 from rtp_sim.schedule.ir import Collective, Compute, Hop, Op, Program, Shift
 
 WORK = (("numel", 10**7),)
@@ -38,8 +38,8 @@ def test_the_pool_is_a_link_after_the_wires() -> None:
     cluster = loopback(4)
     cost = ClusterCost(cluster, host_cores=3)
     pool = len(cluster.topology.links)
-    assert cost.compute_pool(0) == cost.compute_pool(3) == (pool, 1000)
-    assert cost.link_capacity(pool) == 3 * 1000 * 10**9
+    assert cost.compute_pool(0) == cost.compute_pool(3) == pool
+    assert cost.link_capacity(pool) == 3 * 10**12
     assert cost.link_capacity(pool - 1) == 10**9
 
 
@@ -65,9 +65,21 @@ def test_the_cores_bound_what_many_ranks_can_send() -> None:
     (phase,) = cost.collective("all_gather", tuple(range(6)), 6 * 10**6, "fp32")
     rate = min(cost.link_capacity(link) // weight for link, weight in phase.usage.items())
     assert rate == 10**12 // (6 * 380)
-    assert ClusterCost(loopback(6), host_cores=64).collective("all_gather", tuple(range(6)), 6 * 10**6, "fp32") == (
-        phase,
-    )
+    (wide,) = ClusterCost(loopback(6), host_cores=64).collective("all_gather", tuple(range(6)), 6 * 10**6, "fp32")
+    assert wide.usage == phase.usage
+    # The base of 10 us and five steps of 1 us are work as well: bytes that would pass meanwhile.
+    assert (phase.latency_ns, phase.work_bytes) == (0, 5 * 10**6 + round(15e-6 * 10**12 / (6 * 380)))
+    assert (wide.latency_ns, wide.work_bytes) == (0, 5 * 10**6 + 15_000)
+
+
+def test_a_kind_with_a_rate_of_its_own_keeps_the_cores_as_busy_as_messages() -> None:
+    cluster = loopback(2)
+    kinds = {"reduce_scatter": KindParams(number(3_000), number(0.5))}
+    cost = ClusterCost(replace(cluster, communication=replace(cluster.communication, kinds=kinds)), host_cores=2)
+    (phase,), pool = cost.collective("reduce_scatter", (0, 1), 10**6, "fp32"), len(cluster.topology.links)
+    # Half the rate of a message, twice the core time a byte; the step of 3 us as bytes at that rate.
+    assert phase.usage[pool] == 2 * 2 * CORE_NS_PER_KILOBYTE
+    assert (phase.cap_bytes_per_s, phase.work_bytes) == (5 * 10**8, 5 * 10**5 + 1_500)
 
 
 def test_a_transfer_slows_computing_on_the_same_cores() -> None:
@@ -82,7 +94,9 @@ def test_a_transfer_slows_computing_on_the_same_cores() -> None:
     )
     timeline = simulate(one_ring(2, Program("p", {}, ops)), cost)
     took_ns = max(int(times.end_ns[1] - times.start_ns[1]) for times in timeline.ranks.values())
-    assert 2 * kernel_ns < took_ns <= 2 * kernel_ns + 2 * size * 380 // 1000 + 2
+    # A message's base is work, too: as many bytes as pass in it at 1 GB/s.
+    passed = size + P2P_NS
+    assert 2 * kernel_ns < took_ns <= 2 * kernel_ns + 2 * passed * 380 // 1000 + 2
 
 
 def test_the_local_profile_has_two_cores() -> None:
@@ -90,9 +104,9 @@ def test_the_local_profile_has_two_cores() -> None:
     cost = ClusterCost(cluster)
     pool = cost.compute_pool(3)
     assert pool is not None
-    assert cost.link_capacity(pool[0]) == 2 * pool[1] * 10**9
+    assert cost.link_capacity(pool) == 2 * 10**12
     # 5.26 GB/s of messages at most: the 5.6 GB/s that were measured over loopback, from the other side.
-    assert cost.link_capacity(pool[0]) / CORE_NS_PER_KILOBYTE == pytest.approx(5.6e9, rel=0.07)
+    assert cost.link_capacity(pool) / CORE_NS_PER_KILOBYTE == pytest.approx(5.6e9, rel=0.07)
 
 
 @pytest.mark.parametrize(

@@ -154,11 +154,11 @@ def costs(draw: st.DrawFn, inner: int, outer: int) -> ToyCost:
     cores."""
     world = inner * outer
     slow = draw(st.lists(st.integers(0, 2 * world + 2 * outer - 1), max_size=2))
-    pools: Mapping[int, tuple[int, int]] = {}
+    pools: Mapping[int, int] = {}
     capacities = dict.fromkeys(slow, GB_PER_S // 3)
     if draw(st.booleans()):
-        pools = {r: (1000 + r // inner, 1) for r in range(world)}
-        capacities |= {1000 + o: 2 * GB_PER_S for o in range(outer)}
+        pools = {r: 1000 + r // inner for r in range(world)}
+        capacities |= {1000 + o: 2 * 10**12 for o in range(outer)}
     path = draw(st.sampled_from([switch_path(world), node_path(inner, world)]))
     return ToyCost(
         world,

@@ -247,7 +247,7 @@ def test_two_communications_at_once_slow_no_more_than_one() -> None:
 def test_four_ranks_on_two_cores_take_twice_as_long() -> None:
     b = Builder()
     b.kernel(1000)
-    cores = ToyCost(4, capacities={99: 2 * GB_PER_S}, pools=dict.fromkeys(range(4), (99, 1)))
+    cores = ToyCost(4, capacities={99: 2 * 10**12}, pools=dict.fromkeys(range(4), 99))
     for fold in (True, False):
         assert simulate(one_ring(4, b.program()), cores, fold=fold).step_time_ns == 2000
 
@@ -255,24 +255,24 @@ def test_four_ranks_on_two_cores_take_twice_as_long() -> None:
 def test_two_ranks_on_two_cores_do_not_notice() -> None:
     b = Builder()
     b.kernel(1000)
-    cores = ToyCost(2, capacities={99: 2 * GB_PER_S}, pools=dict.fromkeys(range(2), (99, 1)))
+    cores = ToyCost(2, capacities={99: 2 * 10**12}, pools=dict.fromkeys(range(2), 99))
     assert simulate(one_ring(2, b.program()), cores).step_time_ns == 1000
 
 
-def test_a_transfer_takes_its_share_of_the_cores() -> None:
-    """One core for two ranks, weight 1,000 a core-ns; a byte costs 1 core-ns (weight 1,000) on the pool.
-    Kernels of 100 on both and a shift of 100 bytes each way: four equal users of one core, 100 units each:
-    400 ns."""
+def test_transfers_take_what_they_need_of_the_cores_first() -> None:
+    """One core for two ranks; a byte costs 1 core-ns. Kernels of 100 ns on both and a shift of 100 bytes each way. At
+    equal amounts a second a kernel gets one ps while a byte, 1,000 ps, passes: both ways 2.002 ns a byte, so the shifts
+    end after 200.2 ns, rounded up. The kernels have got 100 ps each by then; 99.9 ns at half speed end at 400.8."""
     b = Builder()
     b.kernel(100)
     b.add(ring(100), "shift")
     cost = ToyCost(
         2,
-        capacities={99: 1000 * GB_PER_S},
-        pools=dict.fromkeys(range(2), (99, 1000)),
+        capacities={99: 10**12},
+        pools=dict.fromkeys(range(2), 99),
         path=lambda src, dst: {99: 1000},
     )
-    assert spans(simulate(one_ring(2, b.program()), cost)) == [(0, 400), (0, 400)]
+    assert spans(simulate(one_ring(2, b.program()), cost)) == [(0, 401), (0, 201)]
 
 
 @pytest.mark.parametrize("engine", ENGINES)

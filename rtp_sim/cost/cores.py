@@ -2,7 +2,7 @@
 
 A rank on a CPU computes on a core, and its messages cost core time too, since gloo copies through sockets. Both are
 put on one extra link per node, numbered after the topology's own, whose capacity is the host's cores: so four ranks
-on two cores compute at half speed, and a transfer slows computing down.
+on two cores compute at half speed, and a transfer slows computing down, which comes second (`CostModel.compute_pool`).
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 from rtp_sim.hardware.spec import Cluster
 
-WEIGHT = 1000
-"""What a computing rank puts on the pool, so that a transfer's core time can be stated in thousandths."""
+PS_PER_S = 10**12
 LOCAL_CORES = 2
 """Assumed for a host whose profile does not say ([host]): what the figures of cpu-local were measured on."""
 CORE_NS_PER_KILOBYTE = 380
@@ -30,8 +29,8 @@ class Cores:
 
     @property
     def capacity(self) -> int:
-        """Units per second of one pool: weight times nanoseconds of core time."""
-        return self.count * WEIGHT * 10**9
+        """Picoseconds of core time per second of one pool."""
+        return self.count * PS_PER_S
 
     def is_pool(self, link: int) -> bool:
         """Whether the link is a pool and no wire."""
@@ -42,7 +41,7 @@ class Cores:
         return self.first_link + node
 
     def message(self, source_node: int, target_node: int) -> tuple[tuple[int, int], ...]:
-        """(pool, weight) of a message: between two nodes, each side pays half."""
+        """(pool, ps of core time per byte) of a message: between two nodes, each side pays half."""
         if source_node == target_node:
             return ((self.pool(source_node), self.core_ns_per_kilobyte),)
         half = max(1, self.core_ns_per_kilobyte // 2)

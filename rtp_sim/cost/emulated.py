@@ -2,7 +2,8 @@
 
 Over shared memory a rank copies what it sends, meets its partners, and copies what it receives (`executor/shm.py`).
 With an emulated link the link's time passes once all are there, and the first copy lies in it. So a transfer takes what
-the profile of the host, calibrated over shared memory, says without the share of the first copy, plus the link's time.
+the profile of the host, calibrated over shared memory, says without the first copy, plus the link's time, or without
+the link's time where the first copy takes longer. Both copies take core time, which computing beside them lacks.
 """
 
 from __future__ import annotations
@@ -37,30 +38,35 @@ class EmulatedCost:
 
     def point_to_point(self, src_rank: int, dst_rank: int, size_bytes: int, chunk_bytes: int | None) -> Phase:
         """One message; memory needs no chunks, but the link counts them."""
-        copies = self.base.point_to_point(src_rank, dst_rank, size_bytes, None)
-        return _after(copies, 1 / 2, self.link.message_ns(src_rank, dst_rank, size_bytes, chunk_bytes))
+        copies, nothing = (self.base.point_to_point(src_rank, dst_rank, size, None) for size in (size_bytes, 0))
+        link_ns = self.link.message_ns(src_rank, dst_rank, size_bytes, chunk_bytes)
+        return self._with_link(copies, (copies.work_bytes - nothing.work_bytes) / 2, link_ns)
 
     def collective(self, kind: str, ranks: tuple[int, ...], size_bytes: int, dtype: str) -> tuple[Phase, ...]:
         """One phase after the link's time."""
-        copies, *more = self.base.collective(kind, ranks, size_bytes, dtype)
-        assert not more, "a host's collectives have one phase"
-        return (_after(copies, _share(kind, len(ranks)), self.link.collective_ns(kind, ranks, size_bytes, dtype)),)
+        (copies,), (nothing,) = (self.base.collective(kind, ranks, size, dtype) for size in (size_bytes, 0))
+        link_ns = self.link.collective_ns(kind, ranks, size_bytes, dtype)
+        first_bytes = (copies.work_bytes - nothing.work_bytes) * _before(kind, len(ranks))
+        return (self._with_link(copies, first_bytes, link_ns),)
 
-    def compute_pool(self, rank: int) -> tuple[int, int] | None:
+    def compute_pool(self, rank: int) -> int | None:
         """The pool of cores that ranks of one host share."""
         return self.base.compute_pool(rank)
 
+    def _with_link(self, copies: Phase, first_bytes: float, link_ns: int) -> Phase:
+        """The copies, of which the first lies within the link's time."""
+        rates = [self.link_capacity(link) // weight for link, weight in copies.usage.items()]
+        rates += [] if copies.cap_bytes_per_s is None else [copies.cap_bytes_per_s]
+        within_ns = round(first_bytes / min(rates) * 1e9) if rates else 0
+        return replace(copies, latency_ns=copies.latency_ns + max(0, link_ns - within_ns))
 
-def _after(copies: Phase, share: float, stated_ns: int) -> Phase:
-    return replace(copies, latency_ns=copies.latency_ns + stated_ns, work_bytes=round(copies.work_bytes * share))
 
-
-def _share(kind: str, n: int) -> float:
-    """Of all that a rank reads and writes for a collective (in whole arrays), the share once it has met the others."""
+def _before(kind: str, n: int) -> float:
+    """Of all that a rank reads and writes for a collective (in whole arrays), the share before it meets the others."""
     before = 2 / n if kind == "all_gather" else 2.0
     if kind == "all_reduce":
         # Two add up everything; of more each adds up its part, leaves it, and copies the others' results.
         after = 3.0 if n == 2 else (n + 1) / n + 2 / n + 2 * (n - 1) / n
     else:
         after = {"reduce_scatter": 1 + 1 / n, "reduce": n + 1.0}.get(kind, 2.0)
-    return after / (before + after)
+    return before / (before + after)

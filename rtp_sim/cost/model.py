@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from rtp_sim.cost.communication import CommunicationCost
 from rtp_sim.cost.compute import ComputeCost
-from rtp_sim.cost.cores import WEIGHT, cores_of
+from rtp_sim.cost.cores import cores_of
 from rtp_sim.cost.host import NO_HOST_COSTS, HostCosts
 from rtp_sim.engine.costs import OpCost, Phase
 from rtp_sim.hardware.spec import Cluster
@@ -94,7 +94,7 @@ class ClusterCost:
         return round(2 * handled_bytes(op) * line.ns_per_byte)
 
     def link_capacity(self, link: int) -> int:
-        """Bytes/s of a wire; of a pool of cores, cores x weight x 1e9."""
+        """Bytes/s of a wire; of a pool of cores, 1e12 per core."""
         return self._communication.capacity(link)
 
     def point_to_point(self, src_rank: int, dst_rank: int, size_bytes: int, chunk_bytes: int | None) -> Phase:
@@ -105,11 +105,9 @@ class ClusterCost:
         """The phases of a collective."""
         return self._communication.collective(kind, ranks, size_bytes, dtype)
 
-    def compute_pool(self, rank: int) -> tuple[int, int] | None:
-        """(link, weight) of the pool of cores that ranks of one host share; None on accelerators."""
-        if self._cores is None:
-            return None
-        return self._cores.pool(self.cluster.topology.node_of(rank)), WEIGHT
+    def compute_pool(self, rank: int) -> int | None:
+        """The pool of cores that ranks of one host share; None on accelerators."""
+        return None if self._cores is None else self._cores.pool(self.cluster.topology.node_of(rank))
 
     def basis(self, op: Op, dims: Dims | None) -> str:
         """Where the op's price comes from: "measured", "interpolated" or "assumed"."""

@@ -79,11 +79,13 @@ class CostModel(Protocol):
         """The phases of a collective of two or more ranks, one after another. The root of a broadcast or
         reduce is ranks[0]: the engine rotates the group's order so that it is."""
 
-    def compute_pool(self, rank: int) -> tuple[int, int] | None:
-        """(link, weight) of the pool of cores that the rank's compute shares with other ranks; None on a GPU.
+    def compute_pool(self, rank: int) -> int | None:
+        """The link that stands for the pool of cores which the rank's compute shares with other ranks; None on
+        a GPU.
 
-        A compute op is an activity of `duration_ns` units of work that advances by at most 1e9 units per
-        second, with usage {link: weight}. So a pool of c cores has link_capacity(link) == c * weight * 1e9,
-        and a weight of 1,000 lets transfers state the core time they take in thousandths of a nanosecond per
-        byte.
+        What passes through it are picoseconds of core time: a pool of c cores has link_capacity(link) ==
+        c * 1e12, a kernel puts 1,000 per ns of its duration on it and advances by at most 1e12 a second, and
+        the weight of a transfer is its core time in ps per byte. Since sharing starts from equal amounts a
+        second, and a transfer moves far fewer bytes than a kernel has picoseconds, transfers get what they can
+        use first: threads that move data sleep most of the time, and the system lets who wakes up run at once.
         """

@@ -245,7 +245,7 @@ def _nodes(schedule: Schedule, cost: CostModel, patterns: list[Patterns]) -> Ite
     for rank in range(schedule.world_size):
         pool = cost.compute_pool(rank)
         if pool is not None:
-            yield _Node(("compute", rank), (rank,), False, (Phase(0, 1, {pool[0]: pool[1]}, None),))
+            yield _Node(("compute", rank), (rank,), False, (Phase(0, 1, {pool: 1}, None),))
 
 
 def _flows(

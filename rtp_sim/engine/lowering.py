@@ -324,5 +324,5 @@ def _site(
             members = len({by[r] for r in group.instances[i]}) if group.size > 1 else 0
             instances[name] = (quotient.instance_of[name][i], members)
     pool = cost.compute_pool(rank)
-    usage = None if pool is None else quotient.usage(("compute", rank), Phase(0, 1, {pool[0]: pool[1]}))
+    usage = None if pool is None else quotient.usage(("compute", rank), Phase(0, 1, {pool: 1}))
     return Site(number[rank], rank, lowered, shards, tuple(routes), instances, usage)

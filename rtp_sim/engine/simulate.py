@@ -46,6 +46,7 @@ from rtp_sim.engine.lowering import lower as lower_schedule
 from rtp_sim.schedule.ir import Schedule
 from rtp_sim.timeline import RankTimes, Timeline
 
+PS_PER_NS = 1000
 _AFTER_ALL_ELSE = EventPriority(2)
 """For what happens when a nanosecond has settled; SimPy's own events have 0 and 1."""
 
@@ -216,7 +217,7 @@ class _Run:
         if rank.pool is None:
             SlowedKernel(self, rank, op, duration_ns, now_ns)
         else:
-            PooledKernel(self, rank, op).begin(rank.pool, duration_ns, now_ns)
+            PooledKernel(self, rank, op).begin(rank.pool, duration_ns * PS_PER_NS, now_ns)
 
     def arrive(self, rank: RankState, op: Rotation | Gathering | Sending | Receiving, ready_ns: int) -> None:
         """The rank is ready for a communication; what now has all its partners starts."""
@@ -358,5 +359,5 @@ class _Run:
         return phase.latency_ns, phase.work_bytes, self.network.profile(usage, phase.cap_bytes_per_s)
 
     def pool(self, usage: Usage | None) -> Profile | None:
-        """Kernels on a pool of cores advance by at most one ns per ns."""
-        return None if usage is None else self.network.profile(usage, NS_PER_S)
+        """Kernels on a pool of cores have picoseconds of work and advance by at most one per ps."""
+        return None if usage is None else self.network.profile(usage, PS_PER_NS * NS_PER_S)

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from rtp_sim.cost.compute import REREADS, ComputeCost, work
 from rtp_sim.errors import InputError
-from rtp_sim.executor.calibrate.samples import SHIFT, STEPS, KernelSample, TransferSample, median
+from rtp_sim.executor.calibrate.samples import SHIFT, STEPS, KernelSample, TransferSample, median, typical
 from rtp_sim.hardware.spec import Device, Number
 from rtp_sim.model.kernels import KERNELS
 
@@ -199,7 +199,7 @@ def _row(sample: KernelSample) -> _Row:
     kernel, sizes = KERNELS[sample.kernel], dict(sample.dims)
     memory = kernel.bytes_moved(sizes, sample.dtype) * REREADS.get(sample.kernel, 1.0)
     group = "memory" if kernel.kind == "memory" else f"{kernel.kind} {sample.dtype}"
-    return _Row(group, work(kernel, sizes), memory, median(sample.times_ns))
+    return _Row(group, work(kernel, sizes), memory, typical(sample.times_ns))
 
 
 def fit_lines(samples: Sequence[KernelSample]) -> dict[tuple[str, str], Line]:
@@ -212,7 +212,7 @@ def fit_lines(samples: Sequence[KernelSample]) -> dict[tuple[str, str], Line]:
 
 def _line(samples: Sequence[KernelSample]) -> Line:
     rows = [
-        (work(k, dict(s.dims)), float(k.bytes_moved(dict(s.dims), s.dtype)), median(s.times_ns))
+        (work(k, dict(s.dims)), float(k.bytes_moved(dict(s.dims), s.dtype)), typical(s.times_ns))
         for s in samples for k in (KERNELS[s.kernel],)
     ]  # fmt: skip
     flops, moved, times = ([row[i] for row in rows] for i in range(3))
@@ -245,9 +245,9 @@ def _scale(cost: ComputeCost, samples: Sequence[KernelSample]) -> float:
     """The factor on predicted times that fits best."""
     floor_ns = cost.device.kernel_floor_ns.value
     ratios = [
-        cost.cost(s.kernel, s.dtype, s.dims).duration_ns / median(s.times_ns)
+        cost.cost(s.kernel, s.dtype, s.dims).duration_ns / typical(s.times_ns)
         for s in samples
-        if median(s.times_ns) > 4 * floor_ns
+        if typical(s.times_ns) > 4 * floor_ns
     ]
     return sum(ratios) / sum(r * r for r in ratios) if ratios else 1.0
 
@@ -285,27 +285,24 @@ def fit_transfers(samples: Sequence[TransferSample]) -> TransferFit:
     if curve:
         curved, curved_error = _fit_moves(moves, curve)
         if curved_error < CURVE_GAIN * flat_error:
-            return replace(curved, core_ns_per_byte=core_ns_per_byte(samples))
-    return replace(flat, core_ns_per_byte=core_ns_per_byte(samples))
+            flat = curved
+    message_rate = flat.bandwidth_bytes_per_s * flat.p2p_efficiency
+    return replace(flat, core_ns_per_byte=core_share(samples) / message_rate * 1e9)
 
 
-def core_ns_per_byte(samples: Sequence[TransferSample]) -> float:
-    """Core time of one message per byte, both ends together: the slope of the shifts' CPU times over bytes."""
-    shifts = [(sample.ranks * sample.size_bytes, sample.cpu_ns) for sample in samples if sample.kind == SHIFT]
-    rows = [(size, cpu_ns) for size, cpu_ns in shifts if cpu_ns > 0]
-    if len(rows) < 2:
-        return 0.0
-    return relative_least_squares(
-        [[1.0] * len(rows), [float(size) for size, _ in rows]], [float(cpu) for _, cpu in rows]
-    )[1]
+def core_share(samples: Sequence[TransferSample]) -> float:
+    """How many cores each rank keeps busy while a transfer lasts: the median of what computing beside it lost over its
+    time alone (0 if no sample knows). More than one where threads that take turns empty each other's caches."""
+    shares = [s.core_ns / s.ranks / typical(s.times_ns) for s in samples if s.core_ns > 0]
+    return median(shares) if shares else 0.0
 
 
 def _move(sample: TransferSample) -> _Move:
     if sample.kind == SHIFT:
-        return _Move(sample.kind, 1, sample.size_bytes, sample.size_bytes, median(sample.times_ns))
+        return _Move(sample.kind, 1, sample.size_bytes, sample.size_bytes, typical(sample.times_ns))
     steps = STEPS[sample.kind] * (sample.ranks - 1)
     edge_bytes = sample.size_bytes * steps / sample.ranks
-    return _Move(sample.kind, steps, edge_bytes, sample.size_bytes, median(sample.times_ns))
+    return _Move(sample.kind, steps, edge_bytes, sample.size_bytes, typical(sample.times_ns))
 
 
 def _fit_moves(moves: Sequence[_Move], curve: Mapping[int, float]) -> tuple[TransferFit, float]:

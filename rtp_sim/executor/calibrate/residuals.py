@@ -20,6 +20,7 @@ from rtp_sim.executor.calibrate.samples import (
     TransferSample,
     median,
     quantile,
+    typical,
 )
 from rtp_sim.hardware.spec import Cluster
 from rtp_sim.model.kernels import KERNELS
@@ -30,7 +31,7 @@ FLOOR, MESSAGES, COLLECTIVES, MEMORY = "floor", "messages", "collectives", "memo
 
 @dataclass(frozen=True, slots=True)
 class Residual:
-    """Relative errors |predicted / median - 1| of a class of samples: how many, their median and 90 % quantile."""
+    """Relative errors |predicted / measured - 1| of a class of samples: how many, their median and 90 % quantile."""
 
     count: int
     median: float
@@ -71,14 +72,14 @@ def class_of(sample: KernelSample | TransferSample) -> str:
 
 
 def residuals(cluster: Cluster, measured: Measurements) -> dict[str, Residual]:
-    """By class, how far the predictions for `cluster` are from the medians."""
+    """By class, how far the predictions for `cluster` are from what was measured."""
     errors: dict[str, list[float]] = {}
     lines = cluster.device.kernels
     # Of a kernel with a line of its own the steps count: alone it is called without what the machine adds.
     alone = [s for s in measured.kernels if (s.kernel, s.dtype) not in lines]
     samples: Sequence[KernelSample | TransferSample] = (*alone, *measured.transfers, *measured.steps)
     for sample in samples:
-        error = abs(predicted_ns(cluster, sample) / median(sample.times_ns) - 1)
+        error = abs(predicted_ns(cluster, sample) / typical(sample.times_ns) - 1)
         inside = isinstance(sample, KernelSample) and (sample.kernel, sample.dtype) in lines
         errors.setdefault(f"{class_of(sample)} in steps" if inside else class_of(sample), []).append(error)
     return {name: Residual(len(e), median(e), quantile(e, 0.9)) for name, e in errors.items()}

@@ -31,15 +31,15 @@ class KernelSample:
 class TransferSample:
     """Times of a shift or a collective among `ranks` ranks, from when the last of them was ready to the last one's end.
 
-    `size_bytes` counts as ir.Hop and ir.Collective do. `cpu_ns` is the CPU time of one of them, summed over the
-    ranks and all their threads (0 where it was not measured).
+    `size_bytes` counts as ir.Hop and ir.Collective do. `core_ns` is the core time that one of them takes from computing
+    beside it, summed over the ranks (0 where it was not measured).
     """
 
     kind: str
     ranks: int
     size_bytes: int
     times_ns: tuple[int, ...]
-    cpu_ns: int = 0
+    core_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +87,18 @@ def quantile(values: Sequence[float], q: float) -> float:
 def median(values: Sequence[float]) -> float:
     """The median."""
     return quantile(values, 0.5)
+
+
+INTERRUPTED = 3.0
+"""How many medians a time may be long before it counts as an interruption by something else."""
+
+
+def typical(times: Sequence[float]) -> float:
+    """The mean of the times, interruptions left out. The mean and not the median: a step adds up many of them, and the
+    sum goes with the mean."""
+    most = INTERRUPTED * median(times)
+    counted = [t for t in times if t <= most]
+    return sum(counted) / len(counted)
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:

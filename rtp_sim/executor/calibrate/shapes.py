@@ -41,6 +41,7 @@ SHAPES = (
     Shape("gpt", 512, 8, 1500, 96, 3), Shape("gpt", 704, 11, 2200, 112, 6),
     Shape("llama", 96, 4, 300, 48, 6), Shape("llama", 320, 10, 1100, 80, 5), Shape("llama", 576, 8, 1600, 72, 4),
 )  # fmt: skip
+ISSUE_SHAPE = Shape("gpt", 224, 4, 800, 88, 2)
 QUICK_SHAPES = (
     Shape("gpt", 64, 4, 160, 40, 2), Shape("gpt", 96, 4, 300, 48, 6), Shape("gpt", 192, 6, 700, 64, 3),
     Shape("gpt", 256, 4, 900, 72, 3),

@@ -9,7 +9,6 @@ last rank was ready to when the last rank was done, which is how the simulator c
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from rtp_sim.executor.calibrate.kernels import between_events
-from rtp_sim.executor.calibrate.samples import SHIFT, STEPS, TransferSample
+from rtp_sim.executor.calibrate.samples import SHIFT, STEPS, TransferSample, median
 from rtp_sim.executor.clocks import now_ns
 from rtp_sim.executor.exchange import Parcel, Transfer
 from rtp_sim.executor.lanes import Board, Job, Lane
@@ -35,19 +34,23 @@ QUICK_SIZES = (64, 1 << 14, 1 << 17, 1 << 20, 1 << 22)
 COLD_BYTES = 64 << 20
 MOST_BUFFERS = 8
 ELEMENT_BYTES = 4
+LEAST_BESIDE_BYTES, BESIDE_BYTES, MOST_BESIDE, TURNS_BESIDE = 1 << 18, 1 << 24, 6, 2
+"""Transfers that products run beside: from which size, how many bytes in all, how many at most, how often in a pass."""
+PRODUCTS = 80
+"""Products of about a millisecond each: longer than the transfers beside them."""
 
 
 @dataclass(frozen=True, slots=True)
 class RankTimes:
-    """One rank's side of the repetitions of one transfer: when it was ready, when done, and the CPU time they took;
-    on CPUs also the core's pace before each (pace.py)."""
+    """One rank's side of the repetitions of one transfer: when it was ready and when done; on CPUs also the core's pace
+    before each (pace.py) and, of large ones, how much longer computing took beside a transfer (`lost_ns`)."""
 
     kind: str
     size_bytes: int
     ready_ns: tuple[int, ...]
     done_ns: tuple[int, ...]
-    cpu_ns: int
     pace_ns: tuple[int, ...] = ()
+    lost_ns: tuple[int, ...] = ()
 
 
 def repetitions(size_bytes: int, quick: bool) -> int:
@@ -85,17 +88,17 @@ def joined(passes: Sequence[Sequence[RankTimes]]) -> list[RankTimes]:
             same[0],
             ready_ns=tuple(t for times in same for t in times.ready_ns),
             done_ns=tuple(t for times in same for t in times.done_ns),
-            cpu_ns=sum(times.cpu_ns for times in same),
             pace_ns=tuple(t for times in same for t in times.pace_ns),
+            lost_ns=tuple(t for times in same for t in times.lost_ns),
         )
         for same in zip(*passes, strict=True)
     ]
 
 
-def combined(ranks: Sequence[Sequence[RankTimes]], shared_clock: bool) -> list[TransferSample]:
+def combined(ranks: Sequence[Sequence[RankTimes]], shared_clock: bool, cores: int = 1) -> list[TransferSample]:
     """One sample per transfer from what every rank saw. Without a shared clock (times on devices) the rank that came
     last saw the transfer alone: the shortest time counts. Repetitions during which a rank's core was slower than usual
-    are left out, if others are there."""
+    are left out, if others are there. What computing lost beside a transfer, `cores` of the host lost."""
     usual = usual_ns([pace for sides in ranks for side in sides for pace in side.pace_ns])
     samples = []
     for sides in zip(*ranks, strict=True):
@@ -106,10 +109,12 @@ def combined(ranks: Sequence[Sequence[RankTimes]], shared_clock: bool) -> list[T
         else:
             took = [[b - a for a, b in zip(side.ready_ns, side.done_ns, strict=True)] for side in sides]
             times = [max(1, min(each)) for each in zip(*took, strict=True)]
-        cpu_ns = round(sum(side.cpu_ns for side in sides) / len(times))
         paces = list(zip(*(side.pace_ns for side in sides), strict=True)) or [()] * len(times)
         quiet = [t for t, pace in zip(times, paces, strict=True) if all(steady(p, usual) for p in pace)]
-        samples.append(TransferSample(sides[0].kind, len(sides), sides[0].size_bytes, tuple(quiet or times), cpu_ns))
+        lost = [median(side.lost_ns) for side in sides if side.lost_ns]
+        # Every rank computes longer by the same, however the transfers' core time is spread over the cores.
+        core_ns = round(max(0.0, sum(lost) / len(lost)) * min(cores, len(sides))) if lost else 0
+        samples.append(TransferSample(sides[0].kind, len(sides), sides[0].size_bytes, tuple(quiet or times), core_ns))
     return samples
 
 
@@ -144,13 +149,16 @@ def name_of(kind: str, numel: int) -> str:
 
 class LaneTimes:
     """Transfers by a transport, handed to a stream's thread by a host that then waits: as in a step, with all that the
-    threads cost."""
+    threads cost. `wait` lets all ranks start at once."""
 
-    def __init__(self, transport: Transport, schedule: Schedule, rank: int, folder: Path) -> None:
+    def __init__(
+        self, transport: Transport, schedule: Schedule, rank: int, folder: Path, wait: Callable[[], None]
+    ) -> None:
         self._transport, self._rank, self._n = transport, rank, schedule.world_size
         self._ops = {op.name: op for op in schedule.program(rank).ops}
         self._lane = Lane(0, "link", Progress(folder / f"progress{rank}"))
-        self._work = _between(torch.device("cpu"))
+        self._work, self._wait = _between(torch.device("cpu")), wait
+        self._product = _product(384)
 
     def __call__(self, kind: str, numel: int, count: int) -> RankTimes:
         """See `Measure`."""
@@ -158,18 +166,45 @@ class LaneTimes:
         moves = [self._move(op, kind, numel) for _ in range(buffers)]
         for move in moves:
             move()
-        ready, done, pace, cpu_ns = [], [], [], 0
+        ready, done, pace = [], [], []
         for i in range(count):
             pace.append(pace_ns())
             self._work()
-            board = Board(np.zeros((2, op.index + 1), dtype=np.int64), {op.index: threading.Event()})
-            cpu = time.process_time_ns()
             ready.append(now_ns())
-            self._lane.put(Job(op, moves[i % buffers], (), board))
-            board.wait((op.index,))
+            self._start(op, moves[i % buffers]).wait((op.index,))
             done.append(now_ns())
-            cpu_ns += time.process_time_ns() - cpu
-        return RankTimes(kind, numel * ELEMENT_BYTES, tuple(ready), tuple(done), cpu_ns, tuple(pace))
+        size_bytes = numel * ELEMENT_BYTES
+        lost = self._lost(op, moves, BESIDE_BYTES // size_bytes) if size_bytes >= LEAST_BESIDE_BYTES else []
+        return RankTimes(kind, size_bytes, tuple(ready), tuple(done), tuple(pace), tuple(lost))
+
+    def _start(self, op: Op, move: Callable[[], Traffic]) -> Board:
+        board = Board(np.zeros((2, op.index + 1), dtype=np.int64), {op.index: threading.Event()})
+        self._lane.put(Job(op, move, (), board))
+        return board
+
+    def _lost(self, op: Op, moves: Sequence[Callable[[], Traffic]], count: int) -> list[int]:
+        """How much longer products take, per transfer, if `count` of them go on meanwhile. All must have ended before
+        the products have: a turn in which they had not tells nothing."""
+        count, found = max(2, min(MOST_BESIDE, count)), []
+        for _ in range(TURNS_BESIDE):
+            self._wait()
+            alone_ns = self._products()
+            self._wait()
+            start_ns = now_ns()
+            boards = [self._start(op, moves[i % len(moves)]) for i in range(count)]
+            self._products()
+            beside_ns, ended = now_ns() - start_ns, boards[-1].done[op.index].is_set()
+            for board in boards:
+                board.wait((op.index,))
+            if ended:
+                found.append((beside_ns - alone_ns) // count)
+        return found
+
+    def _products(self) -> int:
+        start_ns = now_ns()
+        for _ in range(PRODUCTS):
+            self._product()
+        return now_ns() - start_ns
 
     def _move(self, op: Op, kind: str, numel: int) -> Callable[[], Traffic]:
         n, rank, transport = self._n, self._rank, self._transport
@@ -205,7 +240,7 @@ class DeviceTimes:
             elapsed_ns = between_events(runs[i % buffers])
             torch.cuda.synchronize(self._device)
             done.append(elapsed_ns())
-        return RankTimes(kind, numel * ELEMENT_BYTES, (0,) * count, tuple(done), 0)
+        return RankTimes(kind, numel * ELEMENT_BYTES, (0,) * count, tuple(done))
 
 
 def transfer(kind: str, numel: int, device: torch.device) -> Run:
@@ -235,6 +270,9 @@ def transfer(kind: str, numel: int, device: torch.device) -> Run:
 
 def _between(device: torch.device) -> Run:
     """A moment of computing: a product of about 0.4 ms on a core."""
-    size = 256 if device.type == "cpu" else 1024
+    return _product(256 if device.type == "cpu" else 1024, device)
+
+
+def _product(size: int, device: torch.device | None = None) -> Run:
     a, b, c = (torch.ones(size, size, device=device) for _ in range(3))
     return lambda: torch.mm(a, b, out=c)

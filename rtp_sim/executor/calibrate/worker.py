@@ -77,7 +77,8 @@ def measure(plan: Plan, say: Say) -> Measurements:
     facts = dict(results[0].facts) | {"quick": plan.quick, "foreign_load": foreign}
     return Measurements(
         plan.device, plan.ranks, merged([result.kernels for result in results]),
-        tuple(transfers.combined([result.transfers for result in results], shared_clock=plan.device == "cpu")),
+        tuple(transfers.combined([result.transfers for result in results], shared_clock=plan.device == "cpu",
+                                 cores=len(host_cores()))),
         _merged_hosts([result.host for result in results]), facts, merged([result.steps for result in results]),
     )  # fmt: skip
 
@@ -152,11 +153,11 @@ def _transfer_times(plan: Plan, rank: Rank, device: torch.device, folder: Path) 
         calm_gloo_threads()
     else:
         transport = SharedMemoryTransport(schedule, rank.rank, make_control(plan.timeout_s), plan.timeout_s)
-    return transfers.LaneTimes(transport, schedule, rank.rank, folder)
+    return transfers.LaneTimes(transport, schedule, rank.rank, folder, rank.wait)
 
 
 def _probed(plan: Plan, rank: Rank, say: Say) -> list[ProbeTimes]:
-    """The kernels of training steps, twice over, so that a burst of other load touches one of both."""
+    """The kernels of training steps, several times over, so that a burst of other load touches one turn."""
     found = []
     for turn in range(_turns(plan)):
         for i, probe in enumerate(plan.probes):
@@ -166,7 +167,7 @@ def _probed(plan: Plan, rank: Rank, say: Say) -> list[ProbeTimes]:
 
 
 def _turns(plan: Plan) -> int:
-    return 1 if plan.quick else 2
+    return 1 if plan.quick else 4
 
 
 def _waits(plan: Plan, rank: int) -> int:

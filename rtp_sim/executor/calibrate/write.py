@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rtp_sim.executor.calibrate.fit import KernelFit, Line, TransferFit
 from rtp_sim.executor.calibrate.residuals import COLLECTIVES, FLOOR, MEMORY, MESSAGES, Residual, predicted_ns
-from rtp_sim.executor.calibrate.samples import KernelSample, Measurements, TransferSample, median, spread
+from rtp_sim.executor.calibrate.samples import KernelSample, Measurements, TransferSample, median, spread, typical
 from rtp_sim.hardware.spec import Cluster
 
 SCHEMA = "rtp-sim/calibration/1"
@@ -221,7 +221,7 @@ def _host(measured: Measurements, fit: TransferFit, how: str) -> list[str]:
         "", "[host]",
         "cores = " + _number(measured.facts["cores"], "measured", "reported by the system"),
         "core_time_per_megabyte = "
-        + _number(core_time, "measured", f"{how}: CPU time of ring shifts over their bytes, both ends together"),
+        + _number(core_time, "measured", f"{how}: what computing beside transfers lost; both ends together"),
     ]  # fmt: skip
 
 
@@ -269,7 +269,7 @@ def samples_json(
             {"kernel": s.kernel, "dtype": s.dtype, "dims": dict(s.dims)} | _times(s, cluster) for s in measured.kernels
         ],
         "transfers": [
-            {"kind": s.kind, "ranks": s.ranks, "size_bytes": s.size_bytes, "cpu_ns": s.cpu_ns} | _times(s, cluster)
+            {"kind": s.kind, "ranks": s.ranks, "size_bytes": s.size_bytes, "core_ns": s.core_ns} | _times(s, cluster)
             for s in measured.transfers
         ],
         "steps": [
@@ -282,8 +282,9 @@ def samples_json(
 def _times(sample: KernelSample | TransferSample, cluster: Cluster) -> dict[str, object]:
     low, high = spread(sample.times_ns)
     return {
-        "median_ns": round(median(sample.times_ns)), "p10_ns": round(low), "p90_ns": round(high),
-        "predicted_ns": round(predicted_ns(cluster, sample)), "times_ns": list(sample.times_ns),
+        "median_ns": round(median(sample.times_ns)), "mean_ns": round(typical(sample.times_ns)),
+        "p10_ns": round(low), "p90_ns": round(high), "predicted_ns": round(predicted_ns(cluster, sample)),
+        "times_ns": list(sample.times_ns),
     }  # fmt: skip
 
 
