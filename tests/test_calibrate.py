@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from calibrate_ranks import job
 
+from rtp_sim import commands_calibrate
 from rtp_sim.cli import main
 from rtp_sim.commands_calibrate import write_calibration
 from rtp_sim.cost.compute import ComputeCost
@@ -39,6 +40,7 @@ from rtp_sim.executor.calibrate.samples import (
     quantile,
     spread,
 )
+from rtp_sim.executor.calibrate.shapes import Shape
 from rtp_sim.executor.calibrate.write import Files
 from rtp_sim.hardware.profiles import load_cluster, load_device
 
@@ -502,3 +504,13 @@ def _runs(pid: int) -> bool:
         return not (status.is_file() and "State:\tZ" in status.read_text())
     except (ProcessLookupError, FileNotFoundError):
         return False
+
+
+@pytest.mark.parametrize(("ranks", "with_tensor_parallelism"), [(2, True), (4, False)])
+def test_probes_split_heads_only_where_every_rank_gets_one(
+    monkeypatch: pytest.MonkeyPatch, ranks: int, with_tensor_parallelism: bool
+) -> None:
+    pytest.importorskip("torch")
+    monkeypatch.setattr(commands_calibrate, "SHAPES", (Shape("gpt", 96, 2, 400, 160, 24),))
+    names = [probe.schedule.name for probe in commands_calibrate.probes(ranks, quick=False)]
+    assert names == ["ddp", "rtp", *(["tp-sp"] if with_tensor_parallelism else [])]

@@ -9,10 +9,12 @@ from cost_helpers import P2P_NS, loopback, number, switched
 from engine_helpers import one_ring
 
 from rtp_sim.cost.cores import CORE_NS_PER_KILOBYTE
+from rtp_sim.cost.emulated import EmulatedCost
 from rtp_sim.cost.model import ClusterCost, handled_bytes
 from rtp_sim.engine.simulate import simulate
 from rtp_sim.hardware.profiles import load_cluster
 from rtp_sim.hardware.spec import KindParams, MeasuredKernel
+from rtp_sim.link import Link
 from rtp_sim.schedule.ir import Collective, Compute, Hop, Op, Program, Shift
 
 WORK = (("numel", 10**7),)
@@ -97,6 +99,36 @@ def test_a_transfer_slows_computing_on_the_same_cores() -> None:
     # A message's base is work, too: as many bytes as pass in it at 1 GB/s.
     passed = size + P2P_NS
     assert 2 * kernel_ns < took_ns <= 2 * kernel_ns + 2 * passed * 380 // 1000 + 2
+
+
+def test_slow_sizes_keep_the_cores_busy_as_well() -> None:
+    # Messages of 1 MB pass at half the rate: as much core time as twice the bytes at the full one.
+    cluster = loopback(2)
+    curve = ((1000, 1.0), (10**6, 0.5))
+    cost = ClusterCost(replace(cluster, communication=replace(cluster.communication, size_curve=curve)))
+    phase = cost.point_to_point(0, 1, 10**6, None)
+    assert (phase.latency_ns, phase.work_bytes, phase.cap_bytes_per_s) == (0, 2 * 10**6 + P2P_NS, None)
+
+
+def test_an_emulated_link_hides_the_first_copy() -> None:
+    # Two copies of 1 MB take 1 ms at 1 GB/s, after a base of 7 us. Over a link of 0.2 ms and 1 GB/s the first half
+    # millisecond lies within the link's 1.2 ms; over one of 0.1 ms and 10 GB/s, 0.2 ms, the copies are all there is.
+    base = ClusterCost(loopback(2), host_cores=2)
+    slow = EmulatedCost(base, Link(200_000, 10**9)).point_to_point(0, 1, 10**6, None)
+    assert (slow.latency_ns, slow.work_bytes) == (700_000, 10**6 + P2P_NS)
+    fast = EmulatedCost(base, Link(100_000, 10**10)).point_to_point(0, 1, 10**6, None)
+    assert (fast.latency_ns, fast.work_bytes) == (0, 10**6 + P2P_NS)
+    # An all-gather of two: half an array goes in (2 x 1/2 read and written), all of it comes out (2): a third.
+    (gather,) = EmulatedCost(base, Link(200_000, 10**9)).collective("all_gather", (0, 1), 10**6, "fp32")
+    assert gather.latency_ns == 200_000 + 500_000 - round(5 * 10**5 / 3)
+    # An all-reduce of two: in (2), both read and the sum written (3). 1 MB over an edge, 0.4 of it before they meet.
+    (summed,) = EmulatedCost(base, Link(200_000, 10**9)).collective("all_reduce", (0, 1), 10**6, "fp32")
+    assert summed.latency_ns == 2 * (200_000 + 500_000) - 400_000
+    # Four gather: a quarter in, all of it out, a fifth of it before they meet.
+    (four,) = EmulatedCost(ClusterCost(loopback(4), host_cores=4), Link(200_000, 10**9)).collective(
+        "all_gather", (0, 1, 2, 3), 10**6, "fp32"
+    )
+    assert four.latency_ns == 3 * (200_000 + 250_000) - 750_000 // 5
 
 
 def test_the_local_profile_has_two_cores() -> None:

@@ -10,8 +10,6 @@ from schedule_helpers import Row, kernel, program, ring, schedule, shift
 from strategy_helpers import FlatCost
 
 from rtp_sim import cli
-from rtp_sim.cost.emulated import EmulatedCost
-from rtp_sim.cost.model import ClusterCost
 from rtp_sim.cost.slow import slow_apart
 from rtp_sim.cost.stated import StatedCost, priced
 from rtp_sim.engine.costs import Phase
@@ -120,24 +118,6 @@ def test_a_host_that_computes_issues_after_each_kernel():
     cost = Wires({"linear": 100})
     assert simulate(s, cost).times(0).start_ns.tolist() == [10, 110]
     assert simulate(on_host(s), cost).times(0).start_ns.tolist() == [10, 120]
-
-
-def test_an_emulated_link_adds_its_time_and_leaves_out_the_first_copy():
-    base = ClusterCost(load_cluster("cpu-local", 1, 4))
-    linked = EmulatedCost(base, Link(1000, 10**9))
-    # 1,000 B take 1 us + 1 us over the link; of the two copies in and out only the second comes after it.
-    own, sent = base.point_to_point(0, 1, 1000, None), linked.point_to_point(0, 1, 1000, None)
-    assert (own.work_bytes, sent.work_bytes) == (1000, 500)
-    assert sent.latency_ns == own.latency_ns + 2000
-    assert (sent.usage, sent.cap_bytes_per_s) == (own.usage, own.cap_bytes_per_s)
-    # Two ranks each copy the array in (read, write), then read both and write the sum: three fifths come after.
-    (own,), (sent,) = (cost.collective("all_reduce", (0, 1), 1000, "fp32") for cost in (base, linked))
-    assert (own.work_bytes, sent.work_bytes) == (1000, 600)
-    assert sent.latency_ns == own.latency_ns + 2 * 1500
-    # Four ranks gather: a quarter in, all of it out, so four fifths come after.
-    (own,), (sent,) = (cost.collective("all_gather", (0, 1, 2, 3), 1000, "fp32") for cost in (base, linked))
-    assert (own.work_bytes, sent.work_bytes) == (750, 600)
-    assert sent.latency_ns == own.latency_ns + 3 * 1250
 
 
 # ---- real processes

@@ -53,7 +53,8 @@ class CommunicationCost:
         way = self._pair(source, target)
         once_ns = self.params.p2p_base_ns.value + self.topology.route(source, target).latency_ns
         if chunk_bytes is None or chunk_bytes <= 0:
-            return self._phase(once_ns, size_bytes, way, way.usage, self._message_cap(way, size_bytes))
+            cap = self._message_cap(way, size_bytes)
+            return self._phase(once_ns, size_bytes, way, way.usage, cap, self._size_fraction(size_bytes))
         device = self.cluster.device
         copy_bytes_per_s = device.memory_bandwidth_bytes_per_s.value * device.memory_efficiency.value / 2
         chunks = max(1, -(-size_bytes // chunk_bytes))
@@ -77,13 +78,18 @@ class CommunicationCost:
             way = self._pairs[source, target] = Way(usage, 1, max(1, rate))
         return way
 
-    def _phase(self, latency_ns: float, work_bytes: int, way: Way, usage: Usage, cap: int | None) -> Phase:
-        """Latency, then bytes at the rate of the way or the cap. Where ranks are on CPUs the cores are busy from the
-        first moment, with waking up and handing over: there the latency is work, as many bytes as would pass in it."""
+    def _phase(
+        self, latency_ns: float, work_bytes: int, way: Way, usage: Usage, cap: int | None, fraction: float
+    ) -> Phase:  # fmt: skip
+        """Latency, then bytes at the rate of the way or the cap, of which the size allows `fraction`. Where ranks are
+        on CPUs the cores are busy from the first moment to the last, with waking up, handing over and slow copies of
+        what no cache holds: there all of the time is work, as many bytes as would pass in it at the best size."""
         if self.cores is None:
             return Phase(round(latency_ns), work_bytes, usage, cap)
         rate = way.rate_bytes_per_s if cap is None else min(cap, way.rate_bytes_per_s)
-        return Phase(0, work_bytes + round(latency_ns * rate / 1e9), usage, cap)
+        best = min(way.rate_bytes_per_s, round(rate / fraction))
+        took_ns = latency_ns + work_bytes / rate * 1e9
+        return Phase(0, round(took_ns * best / 1e9), usage, None if best == way.rate_bytes_per_s else best)
 
     def _message_cap(self, way: Way, size_bytes: int) -> int | None:
         """The rate of a message: what a collective of this size reaches, times the library's efficiency between two."""
@@ -168,7 +174,8 @@ class CommunicationCost:
         rate = min(self.topology.links[link].bandwidth_bytes_per_s / way.usage[link] for link in wires)
         cap = max(1, int(rate * params.efficiency.value * self._size_fraction(size_bytes)))
         usage = way.usage if self.cores is None else self._kept_busy(way.usage, params.efficiency.value)
-        return (self._phase(steps * params.step_ns.value, work_bytes, way, usage, cap),)
+        fraction = self._size_fraction(size_bytes)
+        return (self._phase(steps * params.step_ns.value, work_bytes, way, usage, cap, fraction),)
 
     def _kept_busy(self, usage: Usage, efficiency: float) -> Usage:
         """The usage of a kind with an efficiency of its own: cores are as busy as with messages while it lasts, so a
@@ -181,7 +188,8 @@ class CommunicationCost:
         """A phase that moves `edge_bytes` over every edge, spread over the channels."""
         base_ns = self.params.collective_base_ns.value
         work_bytes = ceil(edge_bytes / way.channels)
-        return self._phase(base_ns + latency_ns, work_bytes, way, way.usage, self._cap(way, message_bytes))
+        cap, fraction = self._cap(way, message_bytes), self._size_fraction(message_bytes)
+        return self._phase(base_ns + latency_ns, work_bytes, way, way.usage, cap, fraction)
 
     def _ring(self, rounds: int, group: Group, size_bytes: int) -> tuple[Phase, ...]:
         steps = rounds * (group.size - 1)
