@@ -5,8 +5,8 @@ for 2 and for 4 ranks (`rtp-sim calibrate`; profiles that are there already are 
 setting: each launch is a fresh set of processes, a case's time the median over its launches of the launch's median
 step. In every step each rank watches the pace of its core (rtp_sim/executor/pace.py): a virtual machine's
 neighbours slow it down for a second or so and show in nothing else. Steps at another pace than the calibration's do
-not count. A launch of which no step counts, or during which other programs took more than `--foreign` of
-the cores, is made again, up to three times in a row. Every launch is written to DIR/launches.jsonl at once, so that a
+not count. A launch of which fewer than three steps count, or during which other programs took more than `--foreign`
+of the cores, is made again, up to three times in a row. Every launch is written to DIR/launches.jsonl at once, so that a
 benchmark that was interrupted goes on where it was, and `--report` predicts again without measuring, with the program
 as it is now. Nothing is fitted to these cases.
 
@@ -49,7 +49,8 @@ STATED_PROFILE, STATED_STEP_NS = "dgx-a100-80g", 300_000_000
 """Ranks that sleep take what this profile predicts, stretched to a step of about this long."""
 RETRIES = 3
 STATED_STEPS = 3
-FEWEST_STEPS = 1
+FEWEST_STEPS = 3
+"""At the usual pace, for a launch to count: the median of one or two is whatever they happened to meet."""
 PATIENCE_S = 60
 
 
