@@ -67,8 +67,9 @@ MAY_IMPORT = {
     "commands_measured": BASE | {"validation", "report"},
     "commands_sweep": BASE | {"hardware", "schedule", "commands", "sweep", "report"},
     "commands_decisions": BASE | {"validation", "report", "commands_measured"},
+    "flags": BASE | {"model"},
     "cli": {
-        "", "errors", "units", "model",
+        "", "errors", "flags",
         "commands", "commands_validate", "commands_calibrate", "commands_import", "commands_trace",
         "commands_measured", "commands_sweep", "commands_decisions", "commands_plan",
     },
