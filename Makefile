@@ -39,8 +39,10 @@ lint: $(TEST)/installed
 types: $(TEST)/installed
 	@$(TEST)/bin/mypy
 
+# Files are dealt out to two processes; what measures times comes afterwards, by itself.
 pytest: $(TEST)/installed
-	@$(TEST)/bin/pytest
+	@$(TEST)/bin/pytest -n 2 --dist loadfile -m "not alone"
+	@$(TEST)/bin/pytest -m alone
 
 # The report is tested in a real browser; where there is none, Debian's package is installed if that is allowed.
 browser:

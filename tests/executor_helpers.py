@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 from strategy_helpers import build, build_pipeline, gpt2_tiny
 
+from rtp_sim.cli import main
 from rtp_sim.executor.launcher import LAUNCHER_PID, free_port
 from rtp_sim.executor.request import RunRequest
 from rtp_sim.executor.rundir import RunDirectory
@@ -82,26 +86,24 @@ def work_off(jobs: list[dict[str, object]], ranks: int, path: Path) -> None:
     """Does the jobs on `ranks` processes, which are gone afterwards whatever happens."""
     listing = path / f"jobs{ranks}.json"
     listing.write_text(json.dumps(jobs), encoding="utf-8")
-    common = os.environ | {
+    environment = os.environ | {
         "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1",
         "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo",
         "PYTHONPATH": str(ROOT), LAUNCHER_PID: str(os.getpid()),
     }  # fmt: skip
-    logs = [path / f"jobs{ranks}.{rank}.log" for rank in range(ranks)]
-    workers = []
+    command = [sys.executable, str(ROOT / "tests" / "executor_many.py"), str(listing)]
+    log = path / f"jobs{ranks}.log"
+    with log.open("wb") as file:
+        parent = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
     try:
-        for rank, log in enumerate(logs):
-            own = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            command = [sys.executable, str(ROOT / "tests" / "executor_many.py"), str(listing)]
-            with log.open("wb") as file:
-                workers.append(subprocess.Popen(command, env=own, stdout=file, stderr=subprocess.STDOUT))
-        end = time.monotonic() + PATIENCE_S
-        codes = [worker.wait(max(end - time.monotonic(), 0.1)) for worker in workers]
-        assert codes == [0] * ranks, "\n".join(log.read_text(encoding="utf-8") for log in logs)
+        code: object = parent.wait(PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        code = f"none after {PATIENCE_S} s"
     finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
+        # The ranks die with it.
+        parent.kill()
+        parent.wait()
+    assert code == 0, f"exit code {code}:\n{log.read_text(encoding='utf-8')}"
 
 
 def command_line(*arguments: object) -> list[str]:
@@ -110,11 +112,21 @@ def command_line(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "rtp_sim", *words, *(str(a) for a in arguments)]
 
 
+def answered(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """What `rtp-sim run` says, called in this process: Python starts anew for its ranks only."""
+    words, out, err = command_line(*arguments)[3:], io.StringIO(), io.StringIO()
+    with patch.dict(os.environ, environment), redirect_stdout(out), redirect_stderr(err):
+        code = main(words)
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+
+
 def started(*arguments: object, **environment: str) -> subprocess.Popen[str]:
     """`rtp-sim run` in the background."""
     return subprocess.Popen(
         command_line(*arguments), cwd=ROOT, env=os.environ | environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        # A shell that starts tests in the background has them ignore interrupts, and what they start as well.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 

@@ -81,7 +81,7 @@ class Layout:
 
 
 ONE_UNIT = (("fsdp_unit", "model"),)
-SMALL_CHUNKS = (("rtp_chunk_bytes", 1 << 12),)
+SMALL_CHUNKS = (("rtp_chunk_bytes", 12_000),)
 SMALL_BUCKETS = (("ddp_first_bucket_bytes", 5000), ("ddp_bucket_bytes", 40_000))
 ZERO1, ZERO2 = (("dp_sync", "zero1"),), (("dp_sync", "zero2"),)
 

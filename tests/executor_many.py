@@ -1,4 +1,6 @@
-"""A worker process of the executor's tests: does several jobs one after another, because starting torch takes longest.
+"""The ranks of the executor's tests, which do several jobs one after another: starting torch takes longest.
+
+So it is imported once, and every rank (of WORLD_SIZE) is a fork of the process that has done so.
 
     python executor_many.py JOBS.json
 
@@ -11,7 +13,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -26,6 +30,7 @@ from rtp_sim.executor.communicate import collective, exchange
 from rtp_sim.executor.environment import die_with_parent, read_environment
 from rtp_sim.executor.exchange import Parcel, Transfer
 from rtp_sim.executor.groups import make_control
+from rtp_sim.executor.launcher import LAUNCHER_PID
 from rtp_sim.executor.progress import Progress
 from rtp_sim.executor.rundir import RunDirectory
 from rtp_sim.executor.shm import SharedMemoryTransport
@@ -127,20 +132,51 @@ def shared(job: dict[str, object], rank: int) -> None:
     torch.save(found, f"{job['shared']}.{rank}")
 
 
-def main() -> None:
+def work(rank: int) -> None:
+    """All jobs as one rank, in a process of its own."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     die_with_parent()
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     # One meeting for all jobs; each then makes its own process groups. Meeting again at the same port can go wrong: a
     # rank that is back before rank 0 has closed its store finds the old one, with addresses where nobody listens.
     dist.init_process_group = lambda *_, **__: None
     for job in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
-        JOBS[next(iter(job))](job, dist.get_rank())
+        JOBS[next(iter(job))](job, rank)
         dist.barrier()
-    sys.stdout.flush()
-    os._exit(0)
+
+
+def forked(rank: int) -> int:
+    """Starts a rank; returns its pid."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        work(rank)
+        code = 0
+    except BaseException:
+        print(f"rank {rank}:\n{traceback.format_exc()}")
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def main() -> int:
+    """0 if all ranks end well; the first that does not takes the others with it."""
+    die_with_parent()
+    os.environ[LAUNCHER_PID] = str(os.getpid())
+    left = {forked(rank) for rank in range(int(os.environ["WORLD_SIZE"]))}
+    while left:
+        child, status = os.wait()
+        left.discard(child)
+        if status:
+            for other in left:
+                os.kill(other, signal.SIGKILL)
+            return 1
+    return 0
 
 
 JOBS = {"run": run, "moves": moves, "shared": shared}
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

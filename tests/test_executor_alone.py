@@ -6,7 +6,6 @@ The machine runs in this process; nothing is sent, so a rank of 8 or of 64 costs
 from __future__ import annotations
 
 import json
-import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import schedule_helpers as helpers
 import torch
-from executor_helpers import ROOT, command_line, gone
+from executor_helpers import answered, gone
 from strategy_helpers import FlatCost, build, gpt2_tiny, llama_tiny, stack
 
 from rtp_sim.cli import main
@@ -235,11 +234,8 @@ def test_ranks_of_other_programs_have_no_times():
 
 def test_one_command_runs_a_rank_and_another_judges_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = tmp_path / "run"
-    done = subprocess.run(
-        command_line("--strategy", "rtp", "--world-size", 64, "--only-rank", 3, "--steps", 2, "--warmup", 1, "--format",
-                     "json", "-o", path),
-        cwd=ROOT, capture_output=True, text=True, timeout=100, check=False,
-    )  # fmt: skip
+    done = answered("--strategy", "rtp", "--world-size", 64, "--only-rank", 3, "--steps", 2, "--warmup", 1,
+                    "--format", "json", "-o", path)  # fmt: skip
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert (result["world_size"], result["only_rank"], result["communication"]) == (64, 3, "fake")

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
-from executor_helpers import ROOT, command_line, gone, started, work_off
+from executor_helpers import ROOT, answered, gone, started, work_off
 from executor_layouts import EXACT, ONE_UNIT, SCALED, ZERO1, Layout, as_bf16, dense, dense_state, layouts, named
 from strategy_helpers import gpt2_tiny, image_network, llama_tiny, moe_tiny
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save, torch_save_to_dcp
@@ -30,7 +29,7 @@ from rtp_sim.executor.rundir import RunDirectory
 from rtp_sim.model.network import Network, unfused
 
 SAME = (
-    Layout("rtp-inplace", 3, options=(("rtp_chunk_bytes", 1 << 12),)), Layout("fsdp", 3), Layout("tp-sp", 3),
+    Layout("rtp-inplace", 3, options=(("rtp_chunk_bytes", 12_000),)), Layout("fsdp", 3), Layout("tp-sp", 3),
     as_bf16(Layout("zero1", 3, optimizer="sgd-momentum")), as_bf16(Layout("rtp", 3, micros=2)),
     Layout("zero2", 3, precision="fp16", changes=SCALED),
 )  # fmt: skip
@@ -378,28 +377,22 @@ def test_another_seed(saved: Path):
 WORDS = ("--warmup", 0, "--fp64", "--micro-batch", 6)
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command_line(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=100, check=False
-    )  # fmt: skip
-
-
 def test_save_load_check_and_a_message(tmp_path: Path):
     """From one strategy to another: the check compares with dense training from the loaded weights."""
-    first = run("--strategy", "ddp", "--nproc-per-node", 2, *WORDS, "--steps", 3, "--save", tmp_path / "s",
-                "--save-every", 2, "-o", tmp_path / "a")  # fmt: skip
+    first = answered("--strategy", "ddp", "--nproc-per-node", 2, *WORDS, "--steps", 3, "--save", tmp_path / "s",
+                     "--save-every", 2, "-o", tmp_path / "a")  # fmt: skip
     assert first.returncode == 0, first.stderr
     assert sorted(p.name for p in (tmp_path / "s").iterdir()) == ["step-00000002", "step-00000003"]
     assert "saved after step" in first.stdout
-    second = run("--strategy", "rtp", "--rtp", 2, "--micro-batch", 6, "--fp64", "--warmup", 1, "--steps", 1, "--load",
-                 tmp_path / "s", "--check", "--format", "json", "-o", tmp_path / "b")  # fmt: skip
+    second = answered("--strategy", "rtp", "--rtp", 2, "--micro-batch", 6, "--fp64", "--warmup", 1, "--steps", 1,
+                      "--load", tmp_path / "s", "--check", "--format", "json", "-o", tmp_path / "b")  # fmt: skip
     assert second.returncode == 0, second.stderr
     result = json.loads(second.stdout)
     assert result["check"]["passed"]
     assert result["first_step"] == 3
     assert result["loss"] == pytest.approx(dense(5).losses[3:], abs=EXACT)
     # The same run once more, and one that cannot go on.
-    again = run("--strategy", "ddp", "--nproc-per-node", 2, "--save", tmp_path / "s", "-o", tmp_path / "c")
+    again = answered("--strategy", "ddp", "--nproc-per-node", 2, "--save", tmp_path / "s", "-o", tmp_path / "c")
     assert again.returncode == 2
     assert again.stderr.count("\n") == 1
     assert again.stderr.startswith(f"rtp-sim: --save {tmp_path / 's'}: it holds a checkpoint after step 3 already")
@@ -413,7 +406,7 @@ def test_save_load_check_and_a_message(tmp_path: Path):
     ],
 )
 def test_words_that_do_not_fit(tmp_path: Path, arguments: tuple[object, ...], message: str):
-    done = run("--strategy", "ddp", "--nproc-per-node", 2, *arguments, "-o", tmp_path / "run")
+    done = answered("--strategy", "ddp", "--nproc-per-node", 2, *arguments, "-o", tmp_path / "run")
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
@@ -433,8 +426,8 @@ def test_a_rank_killed_while_saving_leaves_the_earlier_states(tmp_path: Path):
     assert checkpoint_files.complete_steps(save) == [1, 2]
     assert [p.name for p in save.glob("*.partial")] == ["step-00000003.partial"]
     assert list((save / "step-00000003.partial").glob("__1_*.distcp"))
-    done = run("--strategy", "tp", "--tp", 2, "--fp64", "--warmup", 0, "--steps", 1, "--load", save, "--save", save,
-               "-o", tmp_path / "on")  # fmt: skip
+    done = answered("--strategy", "tp", "--tp", 2, "--fp64", "--warmup", 0, "--steps", 1, "--load", save, "--save",
+                    save, "-o", tmp_path / "on")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert checkpoint_files.complete_steps(save) == [1, 2, 3]
     assert not list(save.glob("*.partial"))

@@ -43,7 +43,7 @@ SCALED = (*CLIPPED, ("loss_scale", "dynamic"))
 CASES = (
     Case("rtp", "rtp", 4),
     Case("rtp-hidden-hop", "rtp", 4, options=HIDDEN, optimizer="sgd-momentum"),
-    Case("rtp-inplace", "rtp-inplace", 4, options=(("rtp_chunk_bytes", 1 << 12),)),
+    Case("rtp-inplace", "rtp-inplace", 4, options=(("rtp_chunk_bytes", 12_000),)),
     Case("two-level", "rtp", 4, dims=(2, 2)),
     Case("rtp-dp", "rtp", 2, dp=2, micros=2),
     Case("fsdp", "fsdp", 4, micros=2),
@@ -54,7 +54,7 @@ CASES = (
     Case("tp-sp", "tp-sp", 4),
     # Three ranks: 4 heads, 64 features, 256 words and 16 tokens split unevenly.
     Case("rtp-uneven", "rtp", 3, micros=2),
-    Case("rtp-inplace-uneven", "rtp-inplace", 3, options=(("rtp_chunk_bytes", 1 << 12),)),
+    Case("rtp-inplace-uneven", "rtp-inplace", 3, options=(("rtp_chunk_bytes", 12_000),)),
     Case("fsdp-uneven", "fsdp", 3),
     Case("tp-sp-uneven", "tp-sp", 3),
     Case("rtp-pair", "rtp", 2, options=HIDDEN),

@@ -61,13 +61,13 @@ def test_a_rank_that_raises_is_named_with_its_op(tmp_path: Path, strategy: str):
 def test_a_rank_that_stands_still_is_named_within_the_timeout(tmp_path: Path):
     run = tmp_path / "run"
     process = started(
-        "--strategy", "rtp", "--nproc-per-node", 3, "--warmup", 0, "--steps", 100, "-o", run, "--timeout", 5,
+        "--strategy", "rtp", "--nproc-per-node", 3, "--warmup", 0, "--steps", 100, "-o", run, "--timeout", 3,
         PYTHONPATH=FAULTY, FAULT=f"hang:2:3:{KERNEL}",
     )  # fmt: skip
     wait_for_step(run, 2, 2, process)
     since = time.monotonic()
     _, err = process.communicate(timeout=60)
-    assert time.monotonic() - since < 5 + 5
+    assert time.monotonic() - since < 3 + 7
     assert process.returncode == 1
     place = f"rank 2 was in step 3 at %{KERNEL} 'm0.embed.tokens.F0.0.embedding' (embedding)"
     assert f"the run failed: {place}" in err

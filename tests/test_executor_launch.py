@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from executor_helpers import ROOT, Case, command_line, free_port, gone, prepared
+from executor_helpers import ROOT, Case, answered, command_line, free_port, gone, prepared
 from executor_layouts import named
 from strategy_helpers import bert_tiny, gpt2_tiny, image_network, llama_tiny, moe_tiny
 from torch.distributed.checkpoint.format_utils import torch_save_to_dcp
@@ -34,13 +34,6 @@ from rtp_sim.schedule.text import to_text
 from rtp_sim.timeline_file import load_timeline
 
 CASE = Case("rtp", "rtp", 2)
-
-
-def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command_line(*arguments), cwd=ROOT, env=os.environ | environment, capture_output=True, text=True,
-        timeout=100, check=False,
-    )  # fmt: skip
 
 
 def worker(path: Path, **variables: object) -> subprocess.CompletedProcess[str]:
@@ -68,7 +61,7 @@ def given(tmp_path: Path, text: str, *more: object) -> subprocess.CompletedProce
     path = tmp_path / "given.txt"
     path.write_text(text, encoding="utf-8")
     words = ("--strategy", "rtp", "--rtp", 2, "--micro-batch", 2, "--steps", 2, "--schedule", path)
-    return run(*words, "-o", tmp_path / "run", *more)
+    return answered(*words, "-o", tmp_path / "run", *more)
 
 
 def test_a_schedule_edited_by_hand_runs(tmp_path: Path):
@@ -107,14 +100,15 @@ def test_a_schedule_that_cannot_be_the_one_to_run(tmp_path: Path):
     done = given(tmp_path, to_text(schedule), "--rtp", 3)
     assert done.returncode == 2
     assert "it is for 2 ranks, the run for 3; expected --nproc-per-node 2" in done.stderr
-    done = run("--strategy", "rtp", "--rtp", 2, "--schedule", tmp_path / "none.txt", "-o", tmp_path / "run")
+    done = answered("--strategy", "rtp", "--rtp", 2, "--schedule", tmp_path / "none.txt", "-o", tmp_path / "run")
     assert done.returncode == 2
     assert "none.txt: No such file" in done.stderr
 
 
 def test_one_command_runs_checks_and_reports(tmp_path: Path):
     path = tmp_path / "run"
-    done = run("--strategy", "rtp", "--rtp", 2, "--steps", 4, "--warmup", 1, "--check", "--format", "json", "-o", path)
+    words = ("--strategy", "rtp", "--rtp", 2, "--steps", 4, "--warmup", 1, "--check", "--format", "json", "-o", path)
+    done = subprocess.run(command_line(*words), cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result == json.loads((path / "result.json").read_text(encoding="utf-8"))
@@ -141,8 +135,8 @@ def test_torchrun_starts_the_same_workers(tmp_path: Path):
     torch.save({"model": named(initial_parameters(gpt2_tiny(), seed=4))}, tmp_path / "weights.pt")
     torch_save_to_dcp(tmp_path / "weights.pt", tmp_path / "weights")
     states = ("--load", tmp_path / "weights", "--save", tmp_path / "states")
-    told = run("--strategy", "ddp", "--nproc-per-node", 2, "--steps", 2, "--warmup", 0, *states, "--prepare", "-o",
-               path)  # fmt: skip
+    told = answered("--strategy", "ddp", "--nproc-per-node", 2, "--steps", 2, "--warmup", 0, *states, "--prepare",
+                    "-o", path)  # fmt: skip
     assert told.returncode == 0, told.stderr
     words = told.stdout.split()
     assert words == ["torchrun", "--nproc-per-node", "2", "-m", "rtp_sim.executor", str(path)]
@@ -176,7 +170,7 @@ def test_a_busy_port(tmp_path: Path):
         busy.bind(("127.0.0.1", 0))
         busy.listen()
         port = busy.getsockname()[1]
-        done = run("--strategy", "ddp", "--nproc-per-node", 2, "--port", port, "-o", tmp_path / "run")
+        done = answered("--strategy", "ddp", "--nproc-per-node", 2, "--port", port, "-o", tmp_path / "run")
         assert done.returncode == 2
         assert done.stderr.startswith(f"rtp-sim: --port {port} cannot be used")
         assert done.stderr.count("\n") == 1
@@ -188,8 +182,8 @@ def test_a_busy_port(tmp_path: Path):
 
 
 def test_a_missing_gpu(tmp_path: Path):
-    done = run("--strategy", "ddp", "--nproc-per-node", 2, "--device", "cuda", "-o", tmp_path / "run",
-               CUDA_VISIBLE_DEVICES="")  # fmt: skip
+    done = answered("--strategy", "ddp", "--nproc-per-node", 2, "--device", "cuda", "-o", tmp_path / "run",
+                    CUDA_VISIBLE_DEVICES="")  # fmt: skip
     assert (done.returncode, done.stderr) == (
         2, "rtp-sim: --device cuda: torch finds no usable GPU on this machine; expected one per rank, or cpu\n"
     )  # fmt: skip
@@ -212,7 +206,7 @@ def test_a_missing_gpu(tmp_path: Path):
     ],
 )
 def test_arguments_that_do_not_fit(tmp_path: Path, arguments: tuple[object, ...], message: str):
-    done = run(*arguments, "--nproc-per-node", 2, "-o", tmp_path / "run")
+    done = answered(*arguments, "--nproc-per-node", 2, "-o", tmp_path / "run")
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.count("\n") == 1

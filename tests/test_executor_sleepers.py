@@ -134,6 +134,7 @@ CASES = (
 LAUNCHES = 4
 
 
+@pytest.mark.alone
 def test_sleeping_ranks_take_as_long_as_simulated(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """The bar: 2 % on the mean and 4 % for each. Other programs on this machine only make steps longer, so the shortest
     step counts, and a case that is still off is launched again."""

@@ -6,13 +6,12 @@ compared.
 
 from __future__ import annotations
 
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from executor_helpers import ROOT, command_line, work_off
+from executor_helpers import answered, work_off
 from strategy_helpers import bert_tiny, build, gpt2_tiny, image_network, llama_tiny, moe_tiny
 
 from rtp_sim.cli import main
@@ -189,10 +188,7 @@ def test_events_are_those_of_the_work():
 
 
 def test_a_twin_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    done = subprocess.run(
-        command_line("--strategy", "ddp", "--nproc-per-node", 2, "--twin", "--steps", 2, "-o", tmp_path / "run"),
-        cwd=ROOT, capture_output=True, text=True, timeout=100, check=False,
-    )  # fmt: skip
+    done = answered("--strategy", "ddp", "--nproc-per-node", 2, "--twin", "--steps", 2, "-o", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert "torch's DistributedDataParallel" in done.stdout
     assert main(["validate", str(tmp_path / "run"), "--profile", "cpu-local"]) == 2

@@ -19,12 +19,13 @@ from hypothesis import strategies as st
 from test_cli import Answer, documented_keys
 
 from rtp_sim import commands
-from rtp_sim.cli import EXPORTS, main, parser
+from rtp_sim.cli import main, parser
 from rtp_sim.experiment import Request, settle
 from rtp_sim.export.command import simulate_command, workload_flags
 from rtp_sim.export.settings import NotExpressible, Settings
 from rtp_sim.export.targets import TARGETS, export
 from rtp_sim.export.torchtitan import torchtitan
+from rtp_sim.flags.plan import EXPORTS
 from rtp_sim.model.presets import PRESETS
 from rtp_sim.model.spec import ModelSpec, with_overrides
 from rtp_sim.schedule.options import MIB, Options

@@ -20,6 +20,8 @@ from rtp_sim.traces.kineto import read_trace
 from rtp_sim.traces.ops import step_of
 from rtp_sim.validation.traced import traced_timeline
 
+pytestmark = pytest.mark.alone
+
 STEPS, WARMUP = 2, 1
 CLOCK_ERROR_NS = 100_000
 """A range opens after the executor has read its clock and closes before it does so again, so it lies between the two
