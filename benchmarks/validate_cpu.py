@@ -6,8 +6,8 @@ setting: each launch is a fresh set of processes, a case's time the median over 
 step. In every step each rank watches the pace of its core (rtp_sim/executor/pace.py): a virtual machine's
 neighbours slow it down for a second or so and show in nothing else. Steps at another pace than the calibration's do
 not count. A launch of which fewer than three steps count, or during which other programs took more than `--foreign`
-of the cores, is made again, up to three times in a row. Every launch is written to DIR/launches.jsonl at once, so that a
-benchmark that was interrupted goes on where it was, and `--report` predicts again without measuring, with the program
+of the cores, is made again, up to three times in a row. Every launch is written to DIR/launches.jsonl at once, so that
+a benchmark that was interrupted goes on where it was, and `--report` predicts again without measuring, with the program
 as it is now. Nothing is fitted to these cases.
 
 Writes DIR/validation.md and DIR/validation.json. Exit code 1 if a setting misses its bar.
