@@ -260,7 +260,7 @@ class TwinActivation(nn.Module):
 
 
 def activation(function: str, x: torch.Tensor) -> torch.Tensor:
-    """The activation functions of model/layers.py."""
+    """The activation functions of model/layers/."""
     if function == "gated":
         gate, up = x.chunk(2, -1)
         return F.silu(gate) * up
