@@ -197,6 +197,7 @@ def test_a_missing_gpu(tmp_path: Path):
         (("--strategy", "ddp", "--transport", "emulated"), "link: bandwidth is 0 B/s; expected at least 1, as 1GB/s"),
         (("--strategy", "ddp", "--link-latency", "1ms"), "a link is given, but transport is auto; expected emulated"),
         (("--strategy", "ddp", "--link-latency", "fast"), "argument --link-latency: given 'fast', expected a time"),
+        (("--strategy", "ddp", "--precision", "fp8"), "run: precision fp8 can be simulated; products are executed in"),
         (("--strategy", "rtp", "--rtp", 3), "--rtp 3 does not divide 2 GPUs"),
         (("--strategy", "rtp", "--tp", 2), "strategy rtp has no --tp axis"),
         (("--strategy", "ddp", "--timeout", 0), "run: timeout is 0.0; expected seconds"),

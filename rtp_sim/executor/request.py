@@ -91,6 +91,9 @@ class RunRequest:
         if self.check and self.warmup < 1:
             raise InputError("run: the check takes place in the first warm-up step; expected warmup of at least 1")
         self._check_alone()
+        if self.training.policy.compute_dtype == "fp8" and not self.stated and not self.float_dtype:
+            raise InputError("run: precision fp8 can be simulated; products are executed in fp32, bf16 or fp16: "
+                             "expected one of these")  # fmt: skip
         if self.device == "cpu" and self.transport == "nccl":
             raise InputError("run: transport nccl moves data between GPUs; with device cpu expected gloo or shm")
         if self.device == "cuda" and self.transport not in ("auto", "nccl"):
