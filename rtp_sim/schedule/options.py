@@ -25,7 +25,7 @@ class Options:
     `vpp`: chunks per stage of the interleaved pipeline. `pp_layers`: transformer blocks per piece (stages.py); without
     them `pp_balance`, "layers" or "cost". `pp_overlap`: a stage computes on while it sends; without it the next
     computation waits for the sends, and in 1F1B and GPipe the host for what it receives, as in Megatron's
-    plain 1F1B (`torch.cuda.synchronize` behind each exchange).
+    plain 1F1B (`torch.cuda.synchronize` behind each exchange) and in nanotron (its host reads shapes that it receives).
     `pp_scatter_gather`: tensor-parallel ranks each send a share of an activation that all of them have, and gather it
     behind (arXiv 2104.04473, section 4.1).
     `dp_copy`: reduce gradients in buckets of their own, as torch DDP does (tensor parallelism and rotation reduce in
