@@ -20,8 +20,8 @@ BY_COST = Options(pp_balance="cost")
 
 
 def llama(tied: bool) -> Network:
-    """16 blocks of 67.1 M weights, and a head that counts two of them: 18 over 16 stages fill 15 with the logits, and the
-    loss is left alone on the last; over 8 every stage has blocks or the head (tests/test_strategies_pipeline.py)."""
+    """16 blocks of 67.1 M weights, and a head that counts two of them (tests/test_strategies_pipeline.py): 18 over 16
+    stages fill 15 with the logits, and the loss is left alone on the last; over 8 all have blocks or the head."""
     model = find_model("llama2-7b", num_layers=16, hidden_size=2048, ffn_hidden_size=8192, vocab_size=131072,
                        num_heads=32, num_kv_heads=32, tied_embeddings=tied)  # fmt: skip
     return transformer_network(model, 64)

@@ -132,9 +132,9 @@ class CommunicationParams:
     longer the host takes to issue a collective, per member of its group, where the same ranks exchange pipeline
     messages with other nodes (None: not at all). `message_stall_ns` is how much longer any message between nodes takes
     on `message_stall_nodes` nodes and more, where it was measured (None: not at all). `all_reduce_nodes` lists (nodes,
-    fraction of the wires' raw bandwidth that all-reduces over so many nodes reach at most), ascending, joined by powers;
-    empty: all of it. `algorithms` lists which of ring, tree, hierarchical, in-switch the library may pick. `kinds` are
-    collectives (by the IR's names) that were measured by themselves.
+    fraction of the wires' raw bandwidth that all-reduces over so many nodes reach at most), ascending, joined by
+    powers; empty: all of it. `algorithms` lists which of ring, tree, hierarchical, in-switch the library may pick.
+    `kinds` are collectives (by the IR's names) that were measured by themselves.
     """
 
     p2p_base_ns: Number

@@ -92,8 +92,8 @@ class Fits:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Of a set of rows; `predicted` are those with an estimate or a verdict; `groups` holds those of its parts, by (what
-    they share, its value)."""
+    """Of a set of rows; `predicted` are those with an estimate or a verdict; `groups` holds those of its parts, by
+    (what they share, its value)."""
 
     rows: int
     predicted: int
