@@ -300,3 +300,19 @@ def test_messages_reach_their_share_of_what_collectives_reach() -> None:
     curved = CommunicationCost(switched(4, communication=params(p2p_efficiency=0.8, curve=((10**9, 0.5),))))
     assert curved.point_to_point(0, 1, 10**9, None).cap_bytes_per_s == int(int(0.5 * PORT) * 0.8)
     assert curved.collective("all_gather", (0, 1), 10**9, "fp16")[0].cap_bytes_per_s == int(0.5 * PORT)
+
+
+def test_messages_between_many_nodes_stall_where_the_profile_says_so() -> None:
+    """From so many nodes on, and only on the way from node to node."""
+    stalls = {"communication.message_stall": "280 ms", "communication.message_stall_nodes": 4}
+
+    def latencies(nodes: int) -> list[int]:
+        plain, stalled = (
+            CommunicationCost(load_cluster("dgx-h100", nodes=nodes, changes=changes)) for changes in ({}, stalls)
+        )
+        ways = ((0, 1), (0, 8))
+        return [stalled.point_to_point(*w, 64, None).latency_ns - plain.point_to_point(*w, 64, None).latency_ns
+                for w in ways]  # fmt: skip
+
+    assert latencies(3) == [0, 0]
+    assert latencies(4) == [0, 280_000_000]

@@ -96,6 +96,26 @@ def test_zero1_groups_train_as_dense(n: int, size: int) -> None:
     assert_equal(Pair(schedule, found, dense))
 
 
+def test_zero1_may_all_reduce_and_still_share_the_optimizer() -> None:
+    """Whole gradients are added up (nanotron), each rank updates its third: as dense, and bytes by hand."""
+    torch.set_num_threads(1)
+    options = Options(zero1_all_reduce=True, dp_overlap=False)
+    network, training = gpt2_tiny(4), TrainingSpec(2, 4, num_microbatches=2, precision="fp32")
+    layout, groups = groups_of("zero1", 1, 3)
+    schedule = build_schedule("zero1", network, training, layout, groups, options)
+    check(schedule)
+    # 120,576 parameters: three equal slices.
+    total = ROOT + 2 * BLOCK
+    found = kinds(collectives(schedule, "dp"))
+    assert found == Counter({("all_reduce", total): 1, ("all_gather", total): 1})
+    parameters = initial_parameters(network, dtype=torch.float64)
+    batches = batches_of(schedule, network, training, 2)
+    ran = run_reference(schedule, network, training, parameters, batches, hyper=HYPER)
+    dense = train_dense(network, parameters, batches, 2, "adamw", HYPER.lr, HYPER.weight_decay, HYPER.momentum,
+                        HYPER.eps)  # fmt: skip
+    assert_equal(Pair(schedule, ran, dense))
+
+
 def test_groups_on_a_cluster() -> None:
     """Two nodes of 8: shards and optimizer groups inside the nodes, replicas across."""
     topology = load_cluster("dgx-a100-80g", 2, None).topology

@@ -16,6 +16,8 @@ that is fastest when alone. Latencies are the library's steps plus those of the 
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from math import ceil, log
 
@@ -52,6 +54,7 @@ class CommunicationCost:
         """One message; `chunk_bytes` moves it in pieces through a bounce buffer, each copied out of it afterwards."""
         way = self._pair(source, target)
         once_ns = self.params.p2p_base_ns.value + self.topology.route(source, target).latency_ns
+        once_ns += self._stall_ns(source, target)
         if chunk_bytes is None or chunk_bytes <= 0:
             cap = self._message_cap(way, size_bytes)
             return self._phase(once_ns, size_bytes, way, way.usage, cap, self._size_fraction(size_bytes))
@@ -60,6 +63,13 @@ class CommunicationCost:
         chunks = max(1, -(-size_bytes // chunk_bytes))
         latency_ns = chunks * (once_ns + device.kernel_floor_ns.value) + size_bytes / copy_bytes_per_s * 1e9
         return Phase(round(latency_ns), size_bytes, way.usage, self._message_cap(way, min(size_bytes, chunk_bytes)))
+
+    def _stall_ns(self, source: int, target: int) -> float:
+        """What a message between nodes waits for on a cluster of as many nodes as the profile says."""
+        stall, least = self.params.message_stall_ns, self.params.message_stall_nodes
+        if stall is None or least is None or self.topology.nodes < least.value:
+            return 0.0
+        return 0.0 if self.topology.node_of(source) == self.topology.node_of(target) else stall.value
 
     def _pair(self, source: int, target: int) -> Way:
         """The links of one message."""
@@ -106,14 +116,7 @@ class CommunicationCost:
 
     def _size_fraction(self, size_bytes: int) -> float:
         """The size curve at this size: a power of the size between two points, constant outside them."""
-        curve = self._curve
-        if not curve or size_bytes >= curve[-1][0]:
-            return curve[-1][1] if curve else 1.0
-        i = bisect_left([c[0] for c in curve], size_bytes)
-        if i == 0:
-            return curve[0][1]
-        (low, f0), (high, f1) = curve[i - 1], curve[i]
-        return float(f0 * (f1 / f0) ** (log(size_bytes / low) / log(high / low)))
+        return _on_curve(self._curve, size_bytes)
 
     # ---- collectives
 
@@ -213,7 +216,15 @@ class CommunicationCost:
         inside = 2 * (max(len(local) for local in group.members) - 1)
         between = 2 * (group.nodes - 1).bit_length()
         latency_ns = inside * group.hops.inside_ns + between * group.hops.between_ns
-        return (self._flow(latency_ns, 2 * size_bytes, group.way("ring"), size_bytes),)
+        return (self._between(group, self._flow(latency_ns, 2 * size_bytes, group.way("ring"), size_bytes)),)
+
+    def _between(self, group: Group, phase: Phase) -> Phase:
+        """The phase of an all-reduce, no faster than was measured over so many nodes."""
+        if group.nodes == 1 or not self.params.all_reduce_nodes:
+            return phase
+        raw = min(self.topology.links[link].raw_bandwidth_bytes_per_s // weight for link, weight in phase.usage.items())
+        most = max(1, int(raw * _on_curve(self.params.all_reduce_nodes, group.nodes)))
+        return replace(phase, cap_bytes_per_s=min(most, phase.cap_bytes_per_s or most))
 
     def _in_switch(self, group: Group, size_bytes: int) -> tuple[Phase, ...]:
         """Each port carries the array up once and down once, at the measured fraction of its raw rate."""
@@ -257,6 +268,17 @@ class CommunicationCost:
             for link, weight in part.way("ring").usage.items():
                 usage[link] = usage.get(link, 0) + weight
         return whole.measured(usage, min(part.way("ring").channels for part in parts))
+
+
+def _on_curve(curve: Sequence[tuple[int, float]], at: int) -> float:
+    """The value of a curve: a power between two points, constant outside them, 1 of an empty one."""
+    if not curve or at >= curve[-1][0]:
+        return curve[-1][1] if curve else 1.0
+    i = bisect_left([c[0] for c in curve], at)
+    if i == 0:
+        return curve[0][1]
+    (low, f0), (high, f1) = curve[i - 1], curve[i]
+    return float(f0 * (f1 / f0) ** (log(at / low) / log(high / low)))
 
 
 def _monotone(curve: tuple[tuple[int, float], ...]) -> list[tuple[int, float]]:

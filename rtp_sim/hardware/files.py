@@ -168,6 +168,14 @@ class CurveFile(_Model):
     source: str = Field(min_length=1)
 
 
+class NodesFile(_Model):
+    """(nodes, fraction of the wires' raw bandwidth), ascending, with one provenance for all points."""
+
+    points: list[tuple[int, float]] = Field(min_length=1)
+    kind: str = Field(pattern="^(measured|vendor|assumed)$")
+    source: str = Field(min_length=1)
+
+
 class KindFile(_Model):
     """A kind of collective measured by itself; see `spec.KindParams`."""
 
@@ -196,6 +204,9 @@ class CommunicationFile(_Model):
     in_switch_base: Time | None = None
     in_switch_efficiency: Fraction | None = None
     collective_chunk_inter: Time | None = None
+    message_stall: Time | None = None
+    message_stall_nodes: Plain | None = None
+    all_reduce_nodes: NodesFile | None = None
     kinds: dict[str, KindFile] = {}
 
 

@@ -73,6 +73,12 @@ def communication_params(file: CommunicationFile) -> CommunicationParams:
         raise InputError(
             f"communication.size_curve.points: given {points}, expected rising bytes and fractions in (0, 1]"
         )
+    nodes = tuple(file.all_reduce_nodes.points) if file.all_reduce_nodes else ()
+    counts = [count for count, _ in nodes]
+    if counts != sorted(set(counts)) or any(count < 1 or not 0 < fraction <= 1 for count, fraction in nodes):
+        raise InputError(
+            f"communication.all_reduce_nodes.points: given {nodes}, expected rising nodes and fractions in (0, 1]"
+        )
     return CommunicationParams(
         p2p_base_ns=file.p2p_base,
         p2p_efficiency=file.p2p_efficiency,
@@ -86,6 +92,9 @@ def communication_params(file: CommunicationFile) -> CommunicationParams:
         in_switch_base_ns=file.in_switch_base,
         in_switch_efficiency=file.in_switch_efficiency,
         collective_chunk_inter_ns=file.collective_chunk_inter,
+        message_stall_ns=file.message_stall,
+        message_stall_nodes=file.message_stall_nodes,
+        all_reduce_nodes=nodes,
         kinds={name: KindParams(kind.step, kind.efficiency) for name, kind in file.kinds.items()},
     )
 

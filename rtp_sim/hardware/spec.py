@@ -130,9 +130,11 @@ class CommunicationParams:
     port rate it then reaches. `collective_chunk_inter_ns` is how long a port between nodes is busy with one chunk of a
     ring whatever its size (None: not at all): it paces rings that span nodes. `collective_turn_piped_ns` is how much
     longer the host takes to issue a collective, per member of its group, where the same ranks exchange pipeline
-    messages with other nodes (None: not at all). `algorithms` lists which of ring, tree, hierarchical, in-switch the
-    library may pick. `kinds` are collectives (by the IR's names) that were measured by
-    themselves.
+    messages with other nodes (None: not at all). `message_stall_ns` is how much longer any message between nodes takes
+    on `message_stall_nodes` nodes and more, where it was measured (None: not at all). `all_reduce_nodes` lists (nodes,
+    fraction of the wires' raw bandwidth that all-reduces over so many nodes reach at most), ascending, joined by
+    powers; empty: all of it. `algorithms` lists which of ring, tree, hierarchical, in-switch the library may pick.
+    `kinds` are collectives (by the IR's names) that were measured by themselves.
     """
 
     p2p_base_ns: Number
@@ -148,6 +150,9 @@ class CommunicationParams:
     in_switch_efficiency: Number | None
     collective_chunk_inter_ns: Number | None = None
     collective_turn_piped_ns: Number | None = None
+    message_stall_ns: Number | None = None
+    message_stall_nodes: Number | None = None
+    all_reduce_nodes: tuple[tuple[int, float], ...] = ()
     kinds: Mapping[str, KindParams] = field(default_factory=dict)
 
 

@@ -58,6 +58,7 @@ def reason_grids(outcomes: Sequence[Outcome]) -> list[Grid]:
     """Why rows were not predicted, and what was assumed of those that were: how many rows each."""
     named = {
         "skipped": ("Rows that cannot be predicted", Counter(o.skipped for o in outcomes if o.skipped)),
+        "refused": ("Rows that their framework refuses to start", Counter(o.refused for o in outcomes if o.refused)),
         "invalid": ("Rows with mistakes", Counter(o.invalid for o in outcomes if o.invalid)),
         "assumed": ("Assumptions", Counter(a for o in outcomes for a in o.assumptions)),
     }
@@ -142,6 +143,7 @@ def row_json(o: Outcome) -> Json:
         "predicted_fits": o.fits,
         "status": c.status if c else None,
         "skipped_reason": o.skipped or o.invalid or None,
+        "refused_reason": o.refused or None,
         "valid": not o.invalid,
         "set": ("calibration" if o.calibration else "validation") if c else None,
         "file": o.file,

@@ -116,13 +116,13 @@ class DataParallel:
         return -(-sum(i.most for i in bucket) // self.step.group_size(self.sharing))
 
     def _reduce(self, k: int, bucket: list[Ready]) -> None:
-        step, dtype = self.step, self.step.policy.gradient_dtype
+        step, dtype, options = self.step, self.step.policy.gradient_dtype, self.step.options
         total = sum(i.most for i in bucket)
         source = grads = tuple(f"g.{i.name}" for i in bucket)
         name = f"m{step.micro}.reduce.{k}"
         if self.copy:
             source = (self._copy_in(k, bucket, total, f"{name}.copy_in"),)
-        if self.mode == "ddp" or self.sharing != self.group:
+        if self.mode == "ddp" or self.sharing != self.group or (self.mode == "zero1" and options.zero1_all_reduce):
             kept = source if self.mode == "ddp" else grads
             reads = tuple(dict.fromkeys((*source, *kept)))
             step.collective("all_reduce", self.group, self.group, name, total, reads, kept, dtype)

@@ -19,12 +19,13 @@ class Options:
     `dp_sync`: what the data-parallel axis beside rotation or tensor parallelism does: "ddp", "zero1" or "zero2".
     `zero1_size`: under zero1, so many neighbouring replicas share the optimizer's state instead of all of them;
     gradients are then all-reduced over all (InternEvo's ZeRO-1 groups). 0 is all.
+    `zero1_all_reduce`: under zero1 gradients are all-reduced although each rank needs its slice only (nanotron).
     `dp_overlap`: reduce gradients while the backward goes on; without it all at once, after it.
     `sequence_parallel`: tensor parallelism inside pipeline stages splits activations between layers by tokens.
     `vpp`: chunks per stage of the interleaved pipeline. `pp_layers`: transformer blocks per piece (stages.py); without
     them `pp_balance`, "layers" or "cost". `pp_overlap`: a stage computes on while it sends; without it the next
     computation waits for the sends, and in 1F1B and GPipe the host for what it receives, as in Megatron's
-    plain 1F1B (`torch.cuda.synchronize` behind each exchange).
+    plain 1F1B (`torch.cuda.synchronize` behind each exchange) and in nanotron (its host reads shapes that it receives).
     `pp_scatter_gather`: tensor-parallel ranks each send a share of an activation that all of them have, and gather it
     behind (arXiv 2104.04473, section 4.1).
     `dp_copy`: reduce gradients in buckets of their own, as torch DDP does (tensor parallelism and rotation reduce in
@@ -47,6 +48,7 @@ class Options:
     rtp_ring: str = "auto"
     dp_sync: str = "ddp"
     zero1_size: int = 0
+    zero1_all_reduce: bool = False
     dp_overlap: bool = True
     sequence_parallel: bool = False
     vpp: int = 1

@@ -24,8 +24,9 @@ LEAST_IN_GROUP = 3
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A row with its estimate, or with why there is none: `skipped` (nothing can predict it) or `invalid` (a mistake in
-    the file). `cells` is None for a row that could not be read."""
+    """A row with its estimate, or with why there is none: `refused` (the framework would not start it, which is a
+    prediction too), `skipped` (nothing can predict it) or `invalid` (a mistake in the file). `cells` is None for a row
+    that could not be read."""
 
     file: str
     line: int
@@ -36,6 +37,7 @@ class Outcome:
     assumptions: tuple[str, ...] = ()
     skipped: str = ""
     invalid: str = ""
+    refused: str = ""
     reading: Reading = AS_TENSORS
 
     @property
@@ -46,7 +48,9 @@ class Outcome:
 
     @property
     def fits(self) -> bool | None:
-        """Whether every rank has room on its device."""
+        """Whether the framework starts the run and every rank has room on its device."""
+        if self.refused:
+            return False
         e = self.estimate
         return None if e is None else self.reading.needed_bytes(e.stages, e.capacity_bytes) <= e.capacity_bytes
 
@@ -88,7 +92,8 @@ class Fits:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Of a set of rows; `groups` holds those of its parts, by (what they share, its value)."""
+    """Of a set of rows; `predicted` are those with an estimate or a verdict; `groups` holds those of its parts, by
+    (what they share, its value)."""
 
     rows: int
     predicted: int
@@ -131,7 +136,7 @@ def summarise(outcomes: Sequence[Outcome], grouped: bool = True) -> Summary:
         groups += [(what, name, summarise(parts[name], grouped=False)) for name in sorted(parts, key=_natural)]
     return Summary(
         len(outcomes),
-        sum(o.estimate is not None for o in outcomes),
+        sum(o.fits is not None for o in outcomes),
         sum(bool(o.skipped) for o in outcomes),
         sum(bool(o.invalid) for o in outcomes),
         errors_of(o.step_time_error for o in outcomes),

@@ -134,7 +134,7 @@ def _decision(group: Group, rows: Sequence[Outcome]) -> Decision | None:
     pick = ranked[places[0]] if places else None
     tries = [_time(o) for o in ranked[:TRIES] if _measured_s(o) is not None]
     return Decision(
-        group, len(rows), sum(o.estimate is not None for o in rows), len(ran), ranked, best, pick,
+        group, len(rows), sum(o.fits is not None for o in rows), len(ran), ranked, best, pick,
         attempts=places[0] + 1 if places else len(ranked),
         regret=_taken_s(ranked, pick) / _time(best) if pick is not None else math.inf,
         regret_of_tries=min(tries) / _time(best) if tries else math.inf,

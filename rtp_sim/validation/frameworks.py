@@ -30,6 +30,8 @@ class Habits:
     scaled_dot_product_attention picks, with a mask (no causal skipping). `torch_loss`: torch.nn.CrossEntropyLoss.
     `optimizer_scratch`: bytes per parameter that the optimizer step allocates for itself. `recompute_works`: whether
     the run's recompute option saved memory. `selective_blocks`: "selective" recompute repeats every n-th block.
+    `zero1_after`: under ZeRO-1 gradients are all-reduced, in one piece after the backward pass.
+    `checks_stages`: what `refusals.refusal` tells is refused.
     `pp_balance`, `pp_overlap`, `pp_scatter_gather`: how stages are cut, whether they compute on while they send, and
     whether tensor-parallel ranks send shares (`Options`).
     `memory_stages`, `memory_reserved`, `outside_bytes`: what the framework's own number for memory counts
@@ -46,6 +48,7 @@ class Habits:
     dp_overlap: bool = True
     dp_bucket_bytes: int = 25 * MIB
     dp_copy: bool = True
+    zero1_after: bool = False
     gradient_buffer: bool = False
     rotation_keeps_gradients: bool = False
     fsdp_split_gradients: bool = False
@@ -64,6 +67,7 @@ class Habits:
     recompute_works: bool = True
     selective_blocks: int = 0
     dropout: float = 0.0
+    checks_stages: bool = False
     pp_balance: str = "layers"
     pp_overlap: bool = True
     pp_scatter_gather: bool = False
@@ -102,7 +106,7 @@ FRAMEWORKS: Mapping[str, Habits] = {
         Habits(
             "nanotron", "llama", mixed="bf16-grad32", gradient_buffer=True, dp_copy=False, upcast_loss=True,
             separate_gate=True, stacked_kv=True, gradient_local=True, tp_keep_gathered=True,
-            pp_balance="cost", dp_bucket_bytes=50 * MIB,
+            pp_balance="cost", pp_overlap=False, checks_stages=True, zero1_after=True, dp_bucket_bytes=50 * MIB,
             memory_stages="first", memory_reserved=True, gathers_again=True,
         ),
         Habits(

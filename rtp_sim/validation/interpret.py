@@ -18,10 +18,12 @@ from rtp_sim.model.network import Network, transformer_network
 from rtp_sim.model.spec import ModelSpec
 from rtp_sim.model.training import TrainingSpec
 from rtp_sim.schedule.options import Options
+from rtp_sim.schedule.pipeline_order import PIPELINES
 from rtp_sim.text import nearest
 from rtp_sim.validation.frameworks import FRAMEWORKS, Habits
 from rtp_sim.validation.measured import Row, RowFile
 from rtp_sim.validation.reading import Reading, reading_of
+from rtp_sim.validation.refusals import refusal
 
 BIGSCIENCE_HEADS = 96
 """NHEADS of the 200B model that the prequel to BLOOM's chronicles starts from; its tables name heads only later."""
@@ -108,11 +110,13 @@ class Experiment:
 
 @dataclass(frozen=True, slots=True)
 class Interpretation:
-    """An experiment, the decisions behind it in words, and how the source counts memory."""
+    """An experiment, the decisions behind it in words, and how the source counts memory. `refused` is why the framework
+    would not start the run, empty if it would."""
 
     experiment: Experiment
     assumptions: tuple[str, ...]
     reading: Reading
+    refused: str = ""
 
 
 def interpret(row: Row) -> Interpretation:
@@ -138,7 +142,9 @@ def interpret(row: Row) -> Interpretation:
     )  # fmt: skip
     options = Options(
         ddp_bucket_bytes=habits.dp_bucket_bytes, fsdp_unit=habits.fsdp_unit, fsdp_prefetch=habits.fsdp_prefetch,
-        dp_sync=_dp_sync(cells, said.append), dp_overlap=habits.dp_overlap, dp_copy=habits.dp_copy,
+        dp_sync=_dp_sync(cells, said.append), dp_copy=habits.dp_copy,
+        dp_overlap=habits.dp_overlap and not (cells.strategy == "zero1" and habits.zero1_after),
+        zero1_all_reduce=habits.zero1_after,
         gradient_buffer=habits.gradient_buffer or (strategy.startswith("rtp") and habits.rotation_keeps_gradients),
         fsdp_split_gradients=habits.fsdp_split_gradients,
         gradient_local=habits.gradient_local and training.policy.gradient_dtype != training.policy.weight_dtype,
@@ -152,7 +158,11 @@ def interpret(row: Row) -> Interpretation:
         habits.dropout_kept, habits.fused_matrices, strategy, inner, cells.pp, training, options,
         HostCosts(habits.op_ns, habits.hop_ns, habits.collective_ns),
     )  # fmt: skip
-    return Interpretation(experiment, tuple(said), reading_of(cells, habits))
+    refused = ""
+    if habits.checks_stages and strategy in PIPELINES:
+        sharing = cells.strategy == "zero1"
+        refused = refusal(experiment.network(), strategy, cells.pp, cells.num_microbatches, options, zero1=sharing)
+    return Interpretation(experiment, tuple(said), reading_of(cells, habits), refused)
 
 
 def _at(row: Row, column: str, message: str) -> str:

@@ -81,7 +81,9 @@ def predict(tables: Sequence[Table], folder: Path | None = None, workers: int = 
             raise InputError(f"cannot make the folder {str(folder)!r}: {error.strerror}") from None
     entries = [entry for table in tables for entry in table.entries]
     read = [(entry, _interpreted(entry)) for entry in entries]
-    wanted = dict.fromkeys(found.experiment for _, found in read if isinstance(found, Interpretation))
+    wanted = dict.fromkeys(
+        found.experiment for _, found in read if isinstance(found, Interpretation) and not found.refused
+    )
     answers = _answers(list(wanted), Cache(folder / KEPT if folder is not None else None), workers, progress)
     return [_outcome(entry, found, answers) for entry, found in read]
 
@@ -107,6 +109,8 @@ def _outcome(entry: Row | Problem, found: object, answers: dict[Experiment, Answ
         return Outcome(*row, invalid=str(found))
     if not isinstance(found, Interpretation):
         return Outcome(*row, skipped=str(found))
+    if found.refused:
+        return Outcome(*row, assumptions=found.assumptions, refused=found.refused, reading=found.reading)
     answer = answers[found.experiment]
     if isinstance(answer, str):
         return Outcome(*row, assumptions=found.assumptions, skipped=answer)
