@@ -41,8 +41,8 @@ FITTED = {
     "rtp-v100-32g": "matmul_efficiency memory_efficiency matmul_efficiency_fp32 host_issue link:edr link:nvlink2",
     "vtrain-a100": "matmul_efficiency=0.85 memory_efficiency=0.43 host_issue=80 host_issue_backward=68 "
     "matmul_efficiency_ragged=0.28 message_issue=300",
-    "hf-h100-efa": "matmul_efficiency=0.5 attention_efficiency memory_efficiency host_issue=107 link:efa=0.92 "
-    "collective_turn_piped=300 collective_chunk_inter=52",
+    "hf-h100-efa": "matmul_efficiency=0.53 attention_efficiency memory_efficiency host_issue=95 link:efa=0.7 "
+    "collective_turn_piped=270 collective_chunk_inter=46",
     "sail-a100-80g-roce": "matmul_efficiency=0.6 memory_efficiency host_issue",
     "jeanzay-a100-80g-opa": "matmul_efficiency=0.6 memory_efficiency blocking_issue=120 link:opa=0.9",
     "ibm-vela-a100": "matmul_efficiency memory_efficiency",
