@@ -23,7 +23,8 @@ from time import perf_counter
 from rtp_sim.hardware.profiles import load_cluster
 from rtp_sim.planner.bounds import time_bounds
 from rtp_sim.planner.memory_bounds import memory_bounds
-from rtp_sim.planner.search import Question, search
+from rtp_sim.planner.search import search
+from rtp_sim.planner.searched import Question
 from rtp_sim.planner.workload import Workload
 
 SIZES = (8, 64, 512, 1024, 2048, 8192)

@@ -17,7 +17,8 @@ from rtp_sim.planner.capacity import CAPACITY_SCHEMA, Need, offer_json, offers
 from rtp_sim.planner.constraints import Limit, parse_limit
 from rtp_sim.planner.nearest_miss import Miss, nearest_miss
 from rtp_sim.planner.plan import Plan, plan_json
-from rtp_sim.planner.search import Question, Searched, search
+from rtp_sim.planner.search import search
+from rtp_sim.planner.searched import Question, Searched
 from rtp_sim.planner.sensitivity import Swing, swings
 from rtp_sim.planner.space import DEFAULT_STRATEGIES, EVERY_STRATEGY
 from rtp_sim.planner.what_if import break_even, largest_micro_batch, longest_sequence

@@ -206,14 +206,17 @@ def _microbatches(request: Request, layout: ParallelLayout) -> int:
     return request.global_batch // per_pass
 
 
-def run(prepared: Prepared, engine: str = "simpy", fold: bool = True, folds: Folds | None = None) -> Result:
+def run(
+    prepared: Prepared, engine: str = "simpy", fold: bool = True, folds: Folds | None = None, alike: bool = False
+) -> Result:
     """Simulates the step: "simpy" with contention, "longest-path" without. `fold=False` simulates every rank; `folds`
-    remembers which ranks behave alike, for steps like this one under the same cost model."""
+    remembers which ranks behave alike, for steps like this one under the same cost model. With `alike`, "simpy" takes
+    ranks of one program to behave alike (engine/fold.py)."""
     schedule, cost = prepared.schedule, prepared.cost
     if engine == "simpy":
         from rtp_sim.engine.simulate import simulate
 
-        timeline = simulate(schedule, cost, fold=fold, folds=folds)
+        timeline = simulate(schedule, cost, fold=fold, folds=folds, alike=alike)
     else:
         timeline = longest_path(schedule, cost, fold=fold, folds=folds)
     meta = dict(timeline.meta) | {"cluster": prepared.cluster.name, "model": prepared.network.name}

@@ -9,7 +9,7 @@ import pytest
 from planner_helpers import evaluate, question, search, small_model
 
 from rtp_sim.hardware.profiles import load_cluster
-from rtp_sim.planner.search import Question, Searched
+from rtp_sim.planner.searched import Question, Searched
 from rtp_sim.planner.workload import Workload
 
 NEARLY = 1 - 1e-9
@@ -31,7 +31,7 @@ def _all(searched: Searched) -> list[tuple[float, int, int]]:
     site, found = searched.sites[0], []
     for place in range(len(site.space)):
         metrics, _ = evaluate(searched.question.workload, site.space.candidate(place), site.cluster, searched.network,
-                              site.model)  # fmt: skip
+                              site.model, whole=True)  # fmt: skip
         found.append((metrics.step_time_s, metrics.peak_memory_bytes, place))
     return found
 
@@ -57,7 +57,7 @@ def test_the_best_few_are_those_of_an_exhaustive_search_in_little_memory(tmp_pat
     from dataclasses import replace
 
     strategies = ("zero2", "fsdp", "tp-sp", "1f1b")
-    asked = question(small_model(tmp_path), 4, 16, strategies, top=4, objective=objective)
+    asked = question(small_model(tmp_path), 4, 16, strategies, top=4, objective=objective, variants=True)
     everything = _all(search(asked))
     allowed = sorted(peak for _, peak, _ in everything)[len(everything) // 2]
     usable = search(asked).sites[0].machine.memory_bytes
@@ -85,6 +85,6 @@ def test_bounds_are_true_across_nodes(tmp_path, nodes: int, gpus: int, batch: in
         mine = np.flatnonzero((site.space.strategy == number) & (site.space.inner <= 8)).tolist()
         for place in picks.sample(mine, min(4, len(mine))):
             candidate = site.space.candidate(place)
-            metrics, _ = evaluate(asked.workload, candidate, cluster, searched.network, site.model)
+            metrics, _ = evaluate(asked.workload, candidate, cluster, searched.network, site.model, True)
             assert site.lower_s[place] * NEARLY <= metrics.step_time_s, candidate
             assert site.memory[:, place].sum() <= metrics.peak_memory_bytes, candidate

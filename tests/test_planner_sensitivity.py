@@ -11,7 +11,8 @@ from test_report_plan import FSDP, RTP, plan_of, row, run  # noqa: F401
 
 from rtp_sim.hardware.profiles import load_cluster
 from rtp_sim.hardware.scaled import numbers_of, scaled
-from rtp_sim.planner.search import Question, search
+from rtp_sim.planner.search import search
+from rtp_sim.planner.searched import Question
 from rtp_sim.planner.sensitivity import FACTORS, Swing, swings
 from rtp_sim.planner.workload import Workload
 from rtp_sim.report.sensitivity_tables import sensitivity_grid

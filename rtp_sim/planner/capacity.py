@@ -17,7 +17,8 @@ from rtp_sim.hardware.spec import Cluster
 from rtp_sim.planner.answer import row_of
 from rtp_sim.planner.money import SECONDS_PER_HOUR, kilowatts, usd_per_second
 from rtp_sim.planner.plan import Row, row_json
-from rtp_sim.planner.search import Question, search
+from rtp_sim.planner.search import search
+from rtp_sim.planner.searched import Question
 
 HALVINGS = 3
 """How often the gap between too few and enough nodes is halved."""

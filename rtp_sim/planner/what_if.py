@@ -9,7 +9,9 @@ from math import exp, log
 
 from rtp_sim.errors import InputError
 from rtp_sim.hardware.profiles import load_cluster, profile_contents
-from rtp_sim.planner.search import Found, Question, Searched, evaluate, search
+from rtp_sim.planner.evaluate import evaluate
+from rtp_sim.planner.search import search
+from rtp_sim.planner.searched import Found, Question, Searched
 
 STEPS = 12
 """Bisections of a break-even point: each halves the ratio of its ends."""
@@ -106,7 +108,7 @@ def break_even(question: Question, key: str, one: str, other: str, factor: float
 
 
 def _best_s(question: Question, strategy: str) -> float:
-    searched = search(replace(question, strategies=(strategy,), top=1, front=False, objective="time"))
+    searched = search(replace(question, strategies=(strategy,), top=1, front=False, objective="time", simulate=False))
     if not searched.best:
         raise InputError(f"break-even: {strategy} has no plan that fits on {question.clusters[0].world_size} GPUs of "
                          f"{question.clusters[0].name}")  # fmt: skip
@@ -139,7 +141,7 @@ def longest_sequence(question: Question, step: int = 256) -> Largest | None:
 def _fitting(question: Question) -> Found | None:
     """The plan with the least memory, if it fits."""
     try:
-        searched = search(replace(question, top=1, front=False, objective="memory"))
+        searched = search(replace(question, top=1, front=False, objective="memory", simulate=False))
     except InputError:
         return None
     return searched.best[0] if searched.best else None
