@@ -34,10 +34,16 @@ def make_plan(searched: Searched) -> Plan:
         candidates=sum(len(site.allowed) for site in searched.sites),
         stages=_stages(searched, len(shown)),
         shown=tuple(shown),
-        front=tuple(row_of(searched, one, _rank(searched, one)) for one in front(searched)) if question.front else (),
+        front=_front(searched),
         others=tuple(_others(searched, {row.candidate.strategy for row in shown})),
         notes=tuple(_notes(searched)),
     )
+
+
+def _front(searched: Searched) -> tuple[Row, ...]:
+    if not searched.question.front:
+        return ()
+    return tuple(row_of(searched, one, _rank(searched, one)) for one in front(searched))
 
 
 def _constraints(searched: Searched) -> Mapping[str, object]:
@@ -76,7 +82,8 @@ def row_of(searched: Searched, one: Found, rank: int | None = None, reason: str 
     site, metrics = searched.sites[one.site], one.metrics
     tokens = searched.question.workload.global_batch * searched.network.seq
     return Row(
-        site.space.candidate(one.place), "simulate" if one.final else "estimate", one.fits, reason, site.bounds(one.place), metrics, one.how,
+        site.space.candidate(one.place), "simulate" if one.final else "estimate", one.fits, reason,
+        site.bounds(one.place), metrics, one.how,
         price_of(site.machine, metrics.step_time_s, tokens), interval_s(metrics.step_time_s, site.cluster), rank,
         estimated_s=one.estimated_s,
     )  # fmt: skip
@@ -114,9 +121,10 @@ def _notes(searched: Searched) -> list[str]:
     shown = searched.lines[: searched.question.top]
     off = [one.metrics.step_time_s / one.estimated_s - 1 for one in shown if one.estimated_s]
     if off:
-        found.append(f"simulated step times are {min(off):+.2%} to {max(off):+.2%} from the estimates that chose the plans")
+        found.append(f"simulated step times are {min(off):+.2%} to {max(off):+.2%} from the estimates that chose the "
+                     f"plans")  # fmt: skip
     if any(one.how not in (WHOLE, ALIKE) for one in shown):
-        found.append("not every plan shown was simulated whole: `how` in the JSON output says what each rests on")
+        found.append("steps of more than 120,000 ops are simulated with fewer micro-batches: `how` in the JSON output")
     return found
 
 

@@ -1,9 +1,10 @@
 """`evaluate`: the metrics of a candidate, estimated or simulated whole, on several processes.
 
-A step of at most `SMALL_OPS` ops is simulated at once. Of longer ones the finalists are, up to `MOST_OPS` ops; beyond, a
-plan keeps its estimate, and says so. Above `EXACT_OPS` the ranks of a pipeline's stage are taken to behave alike
-(`alike` in engine/fold.py), which changes some hundred-thousandths of the step at most where it was compared
-(tests/test_planner_finalists.py).
+A step of at most `SMALL_OPS` ops is simulated at once. Of longer ones the finalists are simulated whole up to
+`MOST_OPS` ops. Beyond, a finalist is simulated with all its layers and stages, but fewer micro-batches, and its
+estimate is corrected by what that simulation takes beyond an estimate of the same. Above `EXACT_OPS` the ranks of a
+pipeline's stage are taken to behave alike (`alike` in engine/fold.py). How far both are from whole, exact simulations:
+tests/test_planner_evaluate.py.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import get_context
+from typing import Any
 
-from rtp_sim.compose.estimate import estimate
+from rtp_sim.compose.estimate import estimate, with_rates
 from rtp_sim.engine.fold import Folds
 from rtp_sim.experiment import Setting, built, run, settle
 from rtp_sim.hardware.spec import Cluster
@@ -28,10 +30,14 @@ from rtp_sim.schedule.pipeline_order import PIPELINES
 
 SMALL_OPS = 3_000
 EXACT_OPS = 20_000
-MOST_OPS = 400_000
+MOST_OPS = 120_000
+FEW_ROUNDS = 2
+"""Micro-batches of a shorter simulation, times the stages."""
 
 COMMUNICATION = 1.4
 """Ops per kernel: about as many as strategies with a collective around every second layer have."""
+
+TIMES = ("step_time_s", "compute_time_s", "exposed_communication_s", "overlapped_communication_s", "bubble_s")
 
 WHOLE, ALIKE = "simulated", "simulated, ranks of a stage taken alike"
 """What steps rest on that were simulated whole."""
@@ -51,6 +57,29 @@ def about_ops(candidate: Candidate, model: Model) -> int:
     issued = sum(x.forward_issue_ns + x.backward_issue_ns for x in table)
     kernels = issued / issue_ns if issue_ns else 40.0 * len(table)
     return round(kernels * COMMUNICATION * candidate.micro_batches)
+
+
+def corrected_step(setting: Setting, ops: int, folds: Folds | None = None) -> tuple[StepMetrics, str]:
+    """The estimate of a step of about so many ops, corrected by a simulation with few micro-batches: what that takes
+    beyond its own estimate, for each micro-batch of the step. The estimate alone where even that is too long."""
+    found = estimate(setting, folds=folds, alike=True)
+    all_micros = setting.training.num_microbatches
+    micros = min(FEW_ROUNDS * setting.layout.pp, all_micros)
+    if ops * micros > MOST_OPS * all_micros:
+        return found.metrics, f"{found.how}; about {ops:,} ops, too many to simulate"
+    few = replace(setting, training=replace(setting.training, num_microbatches=micros))
+    simulated, _ = whole_step(few, ops * micros // all_micros, folds)
+    guessed = estimate(few, folds=folds, alike=True).metrics
+    changes: dict[str, Any] = {
+        name: getattr(found.metrics, name)
+        + (getattr(simulated, name) - getattr(guessed, name)) * all_micros / micros
+        for name in TIMES
+    }
+    metrics = with_rates(setting, replace(found.metrics, **changes))
+    if metrics.peak_memory_bytes < simulated.peak_memory_bytes:
+        metrics = replace(metrics, peak_memory_bytes=simulated.peak_memory_bytes,
+                          memory_by_category=simulated.memory_by_category)  # fmt: skip
+    return metrics, f"{found.how}, corrected by a simulation of {micros} of {all_micros} micro-batches"
 
 
 def whole_step(setting: Setting, ops: int, folds: Folds | None = None) -> tuple[StepMetrics, str]:
@@ -98,6 +127,7 @@ def _evaluated(at: tuple[int, int, bool]) -> Found:
     return Found(
         number, place, metrics, how, metrics.peak_memory_bytes <= site.machine.allowed_bytes,
         metrics.step_time_s <= slowest(_SHARED), None, whole or simulated,
+        about_ops(candidate, site.model),
     )  # fmt: skip
 
 
@@ -126,5 +156,7 @@ def evaluate(
     ops = about_ops(candidate, model)
     if ops <= (MOST_OPS if whole else SMALL_OPS):
         return whole_step(setting, ops, model.folds)
-    found = estimate(setting, folds=model.folds)
-    return found.metrics, f"{found.how}; about {ops:,} ops, too many to simulate" if whole else found.how
+    if whole:
+        return corrected_step(setting, ops, model.folds)
+    found = estimate(setting, folds=model.folds, alike=True)
+    return found.metrics, found.how

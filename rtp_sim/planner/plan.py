@@ -115,8 +115,8 @@ class Row:
     says why it is not shown, or is "" for a plan. `rank` counts the plans shown from 1; `tie` marks plans whose
     interval meets that of the first. `metrics` and `how` (see compose.estimate.Estimate) are those of the last
     evaluation, None and "" without one; `estimated_s` is the step time before it was simulated, None where it was
-    simulated at once or not at all. `variants` are shown with it. `interval_s` is the step time's interval from the calibration's residuals, None
-    where the profile has none.
+    simulated at once or not at all. `variants` are shown with it. `interval_s` is the step time's interval from the
+    calibration's residuals, None where the profile has none.
     """
 
     candidate: Candidate

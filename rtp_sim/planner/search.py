@@ -8,10 +8,11 @@
     simulate      the best of these whole, by the events (evaluate.py), until the plans to be shown are all simulated
                   and no estimate is left below the last of them
 
-Candidates of one kind (searched.py, KIND) have the same partition counts; the best of a kind is shown for all of them, and a candidate whose
-bound is above the best of its kind is not looked at. A candidate that is never estimated has a lower bound above the
-last plan shown, or above one of its kind that is better: the plans are those of an exhaustive search. Work is done on
-several processes, always in rounds of the same size, so that the outcome does not depend on how many there are.
+Candidates of one kind (searched.py, KIND) have the same partition counts; the best of a kind is shown for all of them,
+and a candidate whose bound is above the best of its kind is not looked at. A candidate that is never estimated has a
+lower bound above the last plan shown, or above one of its kind that is better: the plans are those of an exhaustive
+search. Work is done on several processes, always in rounds of the same size, so that the outcome does not depend on how
+many there are.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from rtp_sim.model.network import Network
 from rtp_sim.model.training import TrainingSpec
 from rtp_sim.planner.bounds import Floats, Model, time_bounds
 from rtp_sim.planner.constraints import check_limits, hold_all
-from rtp_sim.planner.evaluate import Run, estimating
+from rtp_sim.planner.evaluate import EXACT_OPS, Places, Run, estimating
 from rtp_sim.planner.memory_bounds import memory_bounds
 from rtp_sim.planner.money import machine_of, require_price
 from rtp_sim.planner.rules import broken_rules
@@ -43,7 +44,7 @@ Say = Callable[[str], None]
 
 def search(question: Question, say: Say = lambda _: None) -> Searched:
     """Looks for the best candidates. InputError for a question that contradicts itself."""
-    network = question.workload.network()
+    network = question.network or question.workload.network()
     began = perf_counter()
     spaces = [
         make_space(network, c.name, c.nodes, c.world_size, c.gpus_per_node, question.workload.global_batch,
@@ -56,18 +57,30 @@ def search(question: Question, say: Say = lambda _: None) -> Searched:
         searched.sites.append(_site(question, network, cluster, space, searched.seconds))
     say(f"{sum(map(len, spaces))} candidates, {sum(int(s.fits.sum()) for s in searched.sites)} within memory by their "
         f"bounds ({perf_counter() - began:.1f} s)")  # fmt: skip
-    began = perf_counter()
     queue = _queue(searched)
     with estimating(searched) as run:
+        run = _timed(run, searched.seconds)
         _best_first(searched, queue, run)
-        searched.seconds["evaluate"] = perf_counter() - began
-        say(f"{len(searched.found)} evaluated, {searched.simulated} of them simulated "
-            f"({searched.seconds['evaluate']:.1f} s)")  # fmt: skip
+        say(f"{len(searched.found)} estimated ({searched.seconds['estimate']:.1f} s), {searched.simulated} simulated "
+            f"({searched.seconds['simulate']:.1f} s)")  # fmt: skip
         if question.front and searched.best:
             from rtp_sim.planner.pareto import complete_front
 
             complete_front(searched, run)
     return searched
+
+
+def _timed(run: Run, seconds: dict[str, float]) -> Run:
+    """The same, with its time added up by what was done."""
+    seconds |= {"estimate": 0.0, "simulate": 0.0}
+
+    def timed(places: Places, whole: bool) -> list[Found]:
+        began = perf_counter()
+        found = run(places, whole)
+        seconds["simulate" if whole else "estimate"] += perf_counter() - began
+        return found
+
+    return timed
 
 
 def _site(question: Question, network: Network, cluster: Cluster, space: Space, seconds: dict[str, float]) -> Site:
@@ -154,8 +167,9 @@ def _next_round(searched: Searched, queue: Queue, pending: Sequence[int]) -> lis
 
 
 def _finalists(searched: Searched) -> list[Found]:
-    """What is to be simulated next: lines that are shown and still estimates; then what may come before the last line, or
-    before the best of its kind. An estimate may be above the simulation by as much as one was so far."""
+    """What is to be simulated next: lines that are shown and still estimates; then what may come before the last line,
+    or before the best of its kind if that is cheap. An estimate may be above the simulation by as much as one was so
+    far."""
     lines = searched.lines[: searched.question.top]
     chosen = [one for one in lines if not one.final]
     if chosen or not lines:
@@ -163,11 +177,14 @@ def _finalists(searched: Searched) -> list[Found]:
     trust = 1 + max((one.above for one in searched.found), default=0.0)
     best = {searched.kind(one.site, one.place): score_of(searched, one) for one in lines}
     last = score_of(searched, lines[-1]) if len(lines) == searched.question.top else (np.inf, np.inf)
-    return [
-        one for one in searched.best
-        if not one.final and tuple(v / trust for v in score_of(searched, one))
-        <= best.get(searched.kind(one.site, one.place), last)
-    ]  # fmt: skip
+    for one in searched.best:
+        kind = searched.kind(one.site, one.place)
+        # Long variants of a kind are left to their estimates.
+        if not one.final and (kind not in best or one.ops <= EXACT_OPS):
+            value = tuple(v / trust for v in score_of(searched, one))
+            chosen += [one] if value <= best.get(kind, last) else []
+            best.setdefault(kind, (0.0, 0.0))
+    return chosen
 
 
 def simulate_some(searched: Searched, wanted: Sequence[Found], run: Run) -> bool:

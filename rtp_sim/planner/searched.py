@@ -1,4 +1,4 @@
-"""`Question`, `Site`, `Found` and `Searched`: what is asked of a search and what it knows, while it runs and afterwards."""
+"""`Question`, `Site`, `Found` and `Searched`: what is asked of a search and what it knows, then and afterwards."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ KIND = ("strategy", "inner", "dp", "pp", "micro_batch", "recompute")
 @dataclass(frozen=True)
 class Question:
     """What to plan: a workload, the machines it may run on (cluster with its nodes and GPUs), the wish. `prices` are
-    USD per GPU and hour by cluster ("" for all). With `variants` every candidate is a kind of its own; without `simulate`
-    plans are shown by their estimates."""
+    USD per GPU and hour by cluster ("" for all). With `variants` every candidate is a kind of its own; without
+    `simulate` plans are shown by their estimates. `network` stands in the place of the workload's own.
+    """
 
     workload: Workload
     clusters: tuple[Cluster, ...]
@@ -43,6 +44,7 @@ class Question:
     processes: int = 2
     variants: bool = False
     simulate: bool = True
+    network: Network | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Site:
 class Found:
     """A candidate that was evaluated: where it is (site, place among the sound), its metrics and what they rest on,
     whether it may be shown. `estimated_s` is its step time before it was simulated, None where it was simulated at
-    once; `final` says that nothing better will be known."""
+    once; `final` says that nothing better will be known. `ops` is about how many the step has."""
 
     site: int
     place: int
@@ -81,6 +83,7 @@ class Found:
     fast_enough: bool
     estimated_s: float | None
     final: bool
+    ops: int
 
     @property
     def good(self) -> bool:
