@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from planner_helpers import question, search, small_model
 
+from rtp_sim.compose.estimate import estimate
 from rtp_sim.experiment import Request, Setting, built, run, settle
 from rtp_sim.model.network import transformer_network
 from rtp_sim.model.presets import find_model
@@ -46,13 +47,12 @@ def test_replayed_actions_are_the_same_ops(strategy: str, changes: dict[str, obj
 
 
 def test_ranks_taken_alike_are_close_to_ranks_folded_exactly():
-    """Two stages of four tensor-parallel pairs on two nodes each: pairs at the ends of a node sit otherwise than those
-    between them."""
+    """Two stages on 12 nodes each, of 20 that share a switch: pairs of a stage differ in how far away the other is."""
     options = Options(vpp=2, sequence_parallel=True, dp_sync="zero1")
-    prepared = built(setting("interleaved", pp=2, inner=2, nodes=4, micro_batches=4, options=options))
+    prepared = built(setting("interleaved", pp=2, inner=2, nodes=24, micro_batches=4, options=options))
     exact, alike = run(prepared), run(prepared, alike=True)
     assert len(alike.timeline.ranks) == 2 < len(exact.timeline.ranks)
-    assert alike.metrics.step_time_s == pytest.approx(exact.metrics.step_time_s, rel=2e-4)
+    assert alike.metrics.step_time_s == pytest.approx(exact.metrics.step_time_s, rel=5e-4)
     assert alike.metrics.bytes_sent_per_rank == exact.metrics.bytes_sent_per_rank
 
 
@@ -68,7 +68,9 @@ def test_a_corrected_estimate_is_close_to_the_whole_step():
     whole = run(built(given)).metrics
     found, how = evaluation.corrected_step(given, 16_000)
     assert how == "composed, corrected by a simulation of 8 of 32 micro-batches"
-    assert found.step_time_s == pytest.approx(whole.step_time_s, rel=5e-4)
+    assert found.step_time_s == pytest.approx(whole.step_time_s, rel=1e-3)
+    off, was_off = (abs(m.step_time_s - whole.step_time_s) for m in (found, estimate(given).metrics))
+    assert off < was_off / 2
     split = found.compute_time_s + found.exposed_communication_s + found.bubble_s
     assert split == pytest.approx(found.step_time_s)
     assert evaluation.corrected_step(given, 10**9)[1] == "composed; about 1,000,000,000 ops, too many to simulate"
@@ -153,6 +155,7 @@ def test_a_kind_has_one_line_and_counts_its_variants(tmp_path):
     assert set(tried) & set(members) == set(members[:3])
     row = make_plan(searched).shown[0]
     assert [step_s for _, step_s in row.variants.seen] == [1.01, 1.02]
+    assert row.variants.within == pytest.approx(0.02)
     assert row.variants.beaten_by_bounds == len(members) - 3
     assert len({searched.kind(0, one.place) for one in searched.lines[:3]}) == 3
 

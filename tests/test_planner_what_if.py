@@ -117,7 +117,7 @@ def test_the_page_of_a_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[s
             "256", "--strategies", "fsdp", "--tokens", "1e9", "--max-nodes", "1", "--jobs", "1", "--quiet"]  # fmt: skip
     assert main([*line, "--report", str(page)]) == 0
     capsys.readouterr()
-    assert "8 GPUs of dgx-a100-80g train 1.00G tokens in " in page.read_text(encoding="utf-8")
+    assert "8 GPUs of dgx-a100-80g train 1.00B tokens in " in page.read_text(encoding="utf-8")
     need = Need(1e12, 30 * 86400.0, 1000.0)
     late = Offer("dgx-h100", 2, 16, None, None, None, None, "does not fit into memory")
     assert capacity_headline(need, [late]) == "No machine trains 1.00T tokens within what is asked."

@@ -28,6 +28,8 @@ def landmarks(
     """What a rank holds when the kernel of that name starts; names say "first" and "last" of blocks and micro-batches,
     so that those of a longer step have the same ones."""
     block_of = {layer.name: place for place, block in enumerate(repeated) for layer in block.layers}
+    # Layers that a strategy takes apart are found by the name of their block.
+    by_name = {block.name: place for place, block in enumerate(repeated)}
     names, starts = [], []
     for op in program.ops:
         if not isinstance(op.action, Compute):
@@ -38,10 +40,10 @@ def landmarks(
                 starts.append(op.index)
             continue
         micro, _, text = op.name.partition(".")
-        place = block_of.get(op.action.site.layer)
+        layer, block = op.action.site.layer, ""
+        place = block_of.get(layer, by_name.get(layer.partition(".")[0]))
         if micro not in ("m0", f"m{micros - 1}") or place not in (None, 0, len(repeated) - 1):
             continue
-        layer, block = op.action.site.layer, ""
         if place is not None:
             block = "first" if place == 0 else "last"
             text = text.replace(layer, layer.removeprefix(repeated[place].name), 1)

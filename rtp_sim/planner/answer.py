@@ -74,7 +74,16 @@ def _variants(searched: Searched, one: Found) -> Variants:
         alike &= column == column[one.place]
     tried = {other.place for other in searched.found if other.site == one.site}
     unseen = sum(int(place) not in tried for place in np.flatnonzero(alike))
-    return Variants(tuple((str(space.candidate(o.place)), o.metrics.step_time_s) for o in seen), unseen)
+    within = max((_slower(other, one) for other in seen), default=0.0)
+    return Variants(tuple((str(space.candidate(o.place)), o.metrics.step_time_s) for o in seen), within, unseen)
+
+
+def _slower(other: Found, one: Found) -> float:
+    """How much longer the other's step is: of simulations, or of estimates if one of them is no more."""
+    if other.final and one.final:
+        return other.metrics.step_time_s / one.metrics.step_time_s - 1
+    times = [found.estimated_s or found.metrics.step_time_s for found in (other, one)]
+    return times[0] / times[1] - 1
 
 
 def row_of(searched: Searched, one: Found, rank: int | None = None, reason: str = "") -> Row:

@@ -100,10 +100,11 @@ class Price:
 @dataclass(frozen=True, slots=True)
 class Variants:
     """Candidates with the partition counts of a plan that differ from it in lesser things (searched.KIND says which it
-    shares): those that were evaluated, with their step times, best first; how many others have bounds above the plan.
-    """
+    shares): those that were evaluated, with their step times, best first; by how much the farthest of them is slower,
+    estimates compared with estimates; how many others have bounds above the plan."""
 
     seen: tuple[tuple[str, float], ...] = ()
+    within: float = 0.0
     beaten_by_bounds: int = 0
 
 
@@ -197,6 +198,7 @@ def row_json(row: Row) -> dict[str, Any]:
         "estimated_step_time_s": row.estimated_s,
         "variants": {
             "seen": [{"label": label, "step_time_s": step_s} for label, step_s in row.variants.seen],
+            "within": row.variants.within,
             "beaten_by_bounds": row.variants.beaten_by_bounds,
         },
         "price": None if row.price is None else asdict(row.price),

@@ -154,7 +154,7 @@ def _next_round(searched: Searched, queue: Queue, pending: Sequence[int]) -> lis
     """The next candidates that could be shown by their bounds, each of another kind."""
     top, chosen, kinds = searched.question.top, list[int](), set[object]()
     last = score_of(searched, searched.lines[top - 1]) if len(searched.lines) >= top else None
-    best = {searched.kind(one.site, one.place): score_of(searched, one) for one in reversed(searched.lines)}
+    best = {searched.kind(one.site, one.place): _to_beat(searched, one) for one in searched.lines}
     for i in pending:
         bound = float(queue.first[i]), float(queue.second[i])
         if len(chosen) == ROUND or (last is not None and bound > last):
@@ -166,6 +166,13 @@ def _next_round(searched: Searched, queue: Queue, pending: Sequence[int]) -> lis
     return chosen
 
 
+def _to_beat(searched: Searched, one: Found) -> tuple[float, float]:
+    """What the bound of another candidate of its kind must be below, to be estimated."""
+    if one.estimated_s is None or one.ops <= EXACT_OPS:
+        return score_of(searched, one)
+    return score_of(searched, replace(one, metrics=replace(one.metrics, step_time_s=one.estimated_s)))
+
+
 def _finalists(searched: Searched) -> list[Found]:
     """What is to be simulated next: lines that are shown and still estimates; then what may come before the last line,
     or before the best of its kind if that is cheap. An estimate may be above the simulation by as much as one was so
@@ -175,14 +182,14 @@ def _finalists(searched: Searched) -> list[Found]:
     if chosen or not lines:
         return chosen
     trust = 1 + max((one.above for one in searched.found), default=0.0)
-    best = {searched.kind(one.site, one.place): score_of(searched, one) for one in lines}
+    best = {searched.kind(one.site, one.place): score_of(searched, one) for one in searched.lines if one.final}
     last = score_of(searched, lines[-1]) if len(lines) == searched.question.top else (np.inf, np.inf)
     for one in searched.best:
         kind = searched.kind(one.site, one.place)
         # Long variants of a kind are left to their estimates.
         if not one.final and (kind not in best or one.ops <= EXACT_OPS):
             value = tuple(v / trust for v in score_of(searched, one))
-            chosen += [one] if value <= best.get(kind, last) else []
+            chosen += [one] if value <= min(best.get(kind, last), last) else []
             best.setdefault(kind, (0.0, 0.0))
     return chosen
 
@@ -206,7 +213,10 @@ def add(searched: Searched, found: Sequence[Found]) -> None:
     )
     lines: dict[object, Found] = {}
     for one in searched.best:
-        lines.setdefault(searched.kind(one.site, one.place), one)
-    searched.lines = list(lines.values())
+        first = lines.setdefault(searched.kind(one.site, one.place), one)
+        if one.final and not first.final and first.ops > EXACT_OPS:
+            # Of long steps of a kind the best by estimate is simulated, and stands for all.
+            lines[searched.kind(one.site, one.place)] = one
+    searched.lines = sorted(lines.values(), key=searched.best.index)
 
 

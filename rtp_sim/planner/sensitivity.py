@@ -37,9 +37,9 @@ class Swing:
 
 def swings(searched: Searched, say: Say = lambda _: None) -> Iterator[Swing]:
     """Every number of the machines of a search, times each factor. Nothing if the search found no plan."""
-    if not searched.best:
+    if not searched.lines:
         return
-    best = searched.best[0]
+    best = searched.lines[0]
     chosen = searched.sites[best.site].space.candidate(best.place)
     names = dict.fromkeys(name for c in searched.question.clusters for name, _ in numbers_of(c))
     for done, name in enumerate(names):

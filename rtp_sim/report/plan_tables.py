@@ -47,13 +47,12 @@ def estimate_words(row: Row) -> str:
 
 
 def variants_words(row: Row) -> str:
-    """How many candidates of the plan's kind there are beside it, and how far the evaluated ones are: "+2 to 0.9 %, 5
-    more"."""
+    """How many candidates of the plan's kind there are beside it, and how far the evaluated ones are: "+2 within
+    0.9 %, 5 more"."""
     seen, more = row.variants.seen, row.variants.beaten_by_bounds
     if row.metrics is None or not (seen or more):
         return MISSING
-    far = max((step_s for _, step_s in seen), default=0.0) / row.metrics.step_time_s - 1
-    words = [f"+{len(seen)} within {100 * far:.1f} %"] if seen else []
+    words = [f"+{len(seen)} within {100 * row.variants.within:.1f} %"] if seen else []
     return ", ".join([*words, f"{more} more"] if more else words)
 
 
