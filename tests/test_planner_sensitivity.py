@@ -59,7 +59,7 @@ def test_fractions_end_at_one_and_slowdowns_scale_what_they_add():
 
 
 def test_the_winner_is_never_worse_than_staying():
-    question = Question(Workload("gpt2", 16), (load_cluster(CLUSTER, gpus=4),), strategies=("fsdp", "rtp", "zero1"),
+    question = Question(Workload("gpt2", 4), (load_cluster(CLUSTER, gpus=4),), strategies=("fsdp", "rtp", "zero1"),
                         top=1, front=False, processes=1)  # fmt: skip
     searched = search(question)
     chosen = searched.sites[0].space.candidate(searched.best[0].place)

@@ -133,7 +133,7 @@ def _notes(searched: Searched) -> list[str]:
         found.append(f"simulated step times are {min(off):+.2%} to {max(off):+.2%} from the estimates that chose the "
                      f"plans")  # fmt: skip
     if any(one.how not in (WHOLE, ALIKE) for one in shown):
-        found.append("steps of more than 120,000 ops are simulated with fewer micro-batches: `how` in the JSON output")
+        found.append("steps of more than 250,000 ops are simulated with fewer micro-batches: `how` in the JSON output")
     return found
 
 

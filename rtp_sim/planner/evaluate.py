@@ -2,7 +2,7 @@
 
 A step of at most `SMALL_OPS` ops is simulated at once. Of longer ones the finalists are simulated whole up to
 `MOST_OPS` ops. Beyond, a finalist is simulated with all its layers and stages, but fewer micro-batches, and its
-estimate is corrected by what that simulation takes beyond an estimate of the same. Above `EXACT_OPS` the ranks of a
+estimate is corrected by how far such simulations are from their own estimates. Above `EXACT_OPS` the ranks of a
 pipeline's stage are taken to behave alike (`alike` in engine/fold.py). How far both are from whole, exact simulations:
 tests/test_planner_evaluate.py.
 """
@@ -14,7 +14,6 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import get_context
-from typing import Any
 
 from rtp_sim.compose.estimate import estimate, with_rates
 from rtp_sim.engine.fold import Folds
@@ -30,14 +29,14 @@ from rtp_sim.schedule.pipeline_order import PIPELINES
 
 SMALL_OPS = 3_000
 EXACT_OPS = 20_000
-MOST_OPS = 120_000
-FEW_ROUNDS = 2
-"""Micro-batches of a shorter simulation, times the stages."""
+MOST_OPS = 250_000
+ROUNDS = (2, 3)
+"""Micro-batches of shorter simulations, in multiples of the stages."""
 
 COMMUNICATION = 1.4
 """Ops per kernel: about as many as strategies with a collective around every second layer have."""
 
-TIMES = ("step_time_s", "compute_time_s", "exposed_communication_s", "overlapped_communication_s", "bubble_s")
+TIMES = ("step_time_s", "compute_time_s", "exposed_communication_s")
 
 WHOLE, ALIKE = "simulated", "simulated, ranks of a stage taken alike"
 """What steps rest on that were simulated whole."""
@@ -60,26 +59,35 @@ def about_ops(candidate: Candidate, model: Model) -> int:
 
 
 def corrected_step(setting: Setting, ops: int, folds: Folds | None = None) -> tuple[StepMetrics, str]:
-    """The estimate of a step of about so many ops, corrected by a simulation with few micro-batches: what that takes
-    beyond its own estimate, for each micro-batch of the step. The estimate alone where even that is too long."""
+    """The estimate of a step of about so many ops, corrected by two simulations with few micro-batches: by how much
+    they are off their own estimates, on a straight line. The estimate alone where even these are too long."""
     found = estimate(setting, folds=folds, alike=True)
-    all_micros = setting.training.num_microbatches
-    micros = min(FEW_ROUNDS * setting.layout.pp, all_micros)
-    if ops * micros > MOST_OPS * all_micros:
+    every = setting.training.num_microbatches
+    few, more = (min(rounds * setting.layout.pp, every) for rounds in ROUNDS)
+    if few == more or ops * more > MOST_OPS * every:
         return found.metrics, f"{found.how}; about {ops:,} ops, too many to simulate"
-    few = replace(setting, training=replace(setting.training, num_microbatches=micros))
-    simulated, _ = whole_step(few, ops * micros // all_micros, folds)
-    guessed = estimate(few, folds=folds, alike=True).metrics
-    changes: dict[str, Any] = {
-        name: getattr(found.metrics, name)
-        + (getattr(simulated, name) - getattr(guessed, name)) * all_micros / micros
-        for name in TIMES
-    }
-    metrics = with_rates(setting, replace(found.metrics, **changes))
+    (few_off, _), (more_off, simulated) = (_off(setting, m, ops * m // every, folds) for m in (few, more))
+    off = {name: more_off[name] + (more_off[name] - few_off[name]) * (every - more) / (more - few) for name in TIMES}
+    step_s = found.metrics.step_time_s + off["step_time_s"]
+    compute_s = min(step_s, found.metrics.compute_time_s + off["compute_time_s"])
+    exposed_s = max(0.0, found.metrics.exposed_communication_s + off["exposed_communication_s"])
+    exposed_s = min(step_s - compute_s, exposed_s)
+    metrics = with_rates(setting, replace(
+        found.metrics, step_time_s=step_s, compute_time_s=compute_s, exposed_communication_s=exposed_s,
+        bubble_s=step_s - compute_s - exposed_s,
+    ))  # fmt: skip
     if metrics.peak_memory_bytes < simulated.peak_memory_bytes:
         metrics = replace(metrics, peak_memory_bytes=simulated.peak_memory_bytes,
                           memory_by_category=simulated.memory_by_category)  # fmt: skip
-    return metrics, f"{found.how}, corrected by a simulation of {micros} of {all_micros} micro-batches"
+    return metrics, f"{found.how}, corrected by simulations of {few} and {more} of {every} micro-batches"
+
+
+def _off(setting: Setting, micros: int, ops: int, folds: Folds | None) -> tuple[dict[str, float], StepMetrics]:
+    """How far the simulation of so many micro-batches is from their estimate, and the simulation."""
+    short = replace(setting, training=replace(setting.training, num_microbatches=micros))
+    simulated, _ = whole_step(short, ops, folds)
+    guessed = estimate(short, folds=folds, alike=True).metrics
+    return {name: getattr(simulated, name) - getattr(guessed, name) for name in TIMES}, simulated
 
 
 def whole_step(setting: Setting, ops: int, folds: Folds | None = None) -> tuple[StepMetrics, str]:
