@@ -57,7 +57,7 @@ def offers_grid(offers: Sequence[Offer]) -> Grid:
             format_count(offer.row.metrics.tokens_per_s) if offer.row and offer.row.metrics else MISSING,
             MISSING if offer.seconds is None else f"{offer.seconds / DAY_S:.1f}",
             MISSING if offer.usd is None else f"${offer.usd:,.0f}",
-            MISSING if offer.kwh is None else f"{offer.kwh / 1000:,.0f}",
+            MISSING if offer.kwh is None else f"{offer.kwh / 1000:,.1f}",
         )
         for offer in offers
     )  # fmt: skip

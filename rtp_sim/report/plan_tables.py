@@ -94,7 +94,7 @@ def offers_table(offers: Sequence[Offer]) -> Table:
         table.add_row(
             offer.cluster, str(offer.gpus or "-"), str(offer.row.candidate) if offer.row else "-",
             format_count(speed), "-" if offer.seconds is None else f"{offer.seconds / 86400:.1f}",
-            "-" if offer.usd is None else f"{offer.usd:,.0f}", "-" if offer.kwh is None else f"{offer.kwh / 1000:,.0f}",
+            "-" if offer.usd is None else f"{offer.usd:,.0f}", "-" if offer.kwh is None else f"{offer.kwh / 1000:,.1f}",
             offer.why or "yes",
         )  # fmt: skip
     return table
