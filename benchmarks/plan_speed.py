@@ -1,9 +1,9 @@
 """The planner's speed: python benchmarks/plan_speed.py [--quick] [--plot FILE.png].
 
 Llama-2 70B on 8 to 8,192 A100s (--quick: up to 1,024), 2,048 sequences of 4,096 tokens a step, the whole space: how
-many candidates there are, candidates per second of each stage in one process, estimates on two processes, memory. Exit
-code 1 if the search on 1,024 GPUs takes more than 10 s or 2 GiB, or its bounds are evaluated at less than 20,000 a
-second.
+many candidates there are, candidates per second of each stage in one process, estimates and simulations of the ten
+plans shown on two processes, memory. Exit code 1 if the search on 1,024 GPUs takes more than 10 s or 2 GiB, or its
+bounds are evaluated at less than 20,000 a second.
 
 A stage's rate counts the candidates that come to it. Each size runs in a process of its own, from nothing known.
 """
@@ -23,7 +23,8 @@ from time import perf_counter
 from rtp_sim.hardware.profiles import load_cluster
 from rtp_sim.planner.bounds import time_bounds
 from rtp_sim.planner.memory_bounds import memory_bounds
-from rtp_sim.planner.search import Question, search
+from rtp_sim.planner.search import search
+from rtp_sim.planner.searched import Question
 from rtp_sim.planner.workload import Workload
 
 SIZES = (8, 64, 512, 1024, 2048, 8192)
@@ -33,8 +34,8 @@ JUDGED, TARGET_S, TARGET_BYTES, TARGET_PER_S = 1024, 10.0, 2 << 30, 20_000
 @dataclass(frozen=True)
 class Speed:
     """One search: seconds in all, CPU seconds of all processes with their start, candidates, those that keep the rules,
-    those within memory, estimates, seconds by stage, seconds of all bounds once the tables are there, most memory of a
-    process."""
+    those within memory, estimates, simulations, seconds by stage, seconds of all bounds once the tables are there, most
+    memory of a process."""
 
     gpus: int
     wall_s: float
@@ -43,6 +44,7 @@ class Speed:
     sound: int
     fitting: int
     estimates: int
+    simulations: int
     stages_s: dict[str, float]
     bounds_s: float
     peak_bytes: int
@@ -65,9 +67,9 @@ def measure(gpus: int) -> Speed:
     memory_bounds(site.space, site.model)
     bounds_s = perf_counter() - began
     usage = [resource.getrusage(who).ru_maxrss * 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    best = str(site.space.candidate(searched.best[0].place)) if searched.best else "none fits"
+    best = str(site.space.candidate(searched.lines[0].place)) if searched.lines else "none fits"
     return Speed(gpus, wall_s, cpu_s, len(site.allowed), len(site.space), int(site.fits.sum()), len(searched.found),
-                 searched.seconds, bounds_s, max(usage), best)  # fmt: skip
+                 searched.simulated, searched.seconds, bounds_s, max(usage), best)  # fmt: skip
 
 
 def measured_apart(gpus: int) -> Speed:
@@ -81,9 +83,10 @@ def line(s: Speed) -> str:
     rules = s.candidates / s.stages_s["rules"]
     memory, bounds = s.sound / s.stages_s["memory"], s.fitting / s.stages_s["bounds"]
     warm = (s.sound + s.fitting) / s.bounds_s if s.bounds_s else 0.0
-    estimates = s.estimates / s.stages_s["estimate"]
-    return (f"{s.gpus:>6}{s.candidates:>11,}{s.fitting:>9,}{s.estimates:>10}{s.wall_s:>8.1f}{s.cpu_s:>8.1f}"
-            f"{rules:>11,.0f}{memory:>11,.0f}{bounds:>11,.0f}{warm:>11,.0f}{estimates:>8.1f}"
+    estimates, simulations = s.stages_s["estimate"], s.stages_s["simulate"]
+    return (f"{s.gpus:>6}{s.candidates:>11,}{s.fitting:>9,}{s.estimates:>10}{s.simulations:>10}"
+            f"{s.wall_s:>8.1f}{s.cpu_s:>8.1f}"
+            f"{rules:>11,.0f}{memory:>11,.0f}{bounds:>11,.0f}{warm:>11,.0f}{estimates:>7.1f}{simulations:>7.1f}"
             f"{s.peak_bytes / (1 << 20):>7.0f}  {s.best}")  # fmt: skip
 
 
@@ -113,8 +116,9 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="8, 64 and 1,024 GPUs only")
     parser.add_argument("--plot", metavar="FILE.png", help="growth with the number of GPUs")
     arguments = parser.parse_args()
-    print(f"{'GPUs':>6}{'candidates':>11}{'fit':>9}{'estimated':>10}{'wall s':>8}{'CPU s':>8}"
-          f"{'rules/s':>11}{'memory/s':>11}{'bounds/s':>11}{'warm/s':>11}{'est./s':>8}{'MiB':>7}  best")  # fmt: skip
+    print(f"{'GPUs':>6}{'candidates':>11}{'fit':>9}{'estimated':>10}{'simulated':>10}{'wall s':>8}{'CPU s':>8}"
+          f"{'rules/s':>11}{'memory/s':>11}{'bounds/s':>11}{'warm/s':>11}{'est. s':>7}{'sim. s':>7}{'MiB':>7}"
+          f"  best")  # fmt: skip
     speeds = []
     for gpus in (8, 64, 1024) if arguments.quick else SIZES:
         speeds.append(measured_apart(gpus))

@@ -17,10 +17,11 @@ from rtp_sim.planner.capacity import CAPACITY_SCHEMA, Need, offer_json, offers
 from rtp_sim.planner.constraints import Limit, parse_limit
 from rtp_sim.planner.nearest_miss import Miss, nearest_miss
 from rtp_sim.planner.plan import Plan, plan_json
-from rtp_sim.planner.search import Question, Searched, search
+from rtp_sim.planner.search import search
+from rtp_sim.planner.searched import Question, Searched
 from rtp_sim.planner.sensitivity import Swing, swings
 from rtp_sim.planner.space import DEFAULT_STRATEGIES, EVERY_STRATEGY
-from rtp_sim.planner.what_if import break_even, largest_micro_batch, longest_sequence
+from rtp_sim.planner.what_if import break_even, largest_micro_batch, largest_model, longest_sequence
 from rtp_sim.planner.workload import Workload, default_batch
 from rtp_sim.report.diff_tables import print_grid
 from rtp_sim.report.plan_tables import memory_table, offers_table, others_table, plans_table, stages_table
@@ -44,12 +45,13 @@ def plan(a: Namespace) -> int:
         return 1
     hangs = list(swings(searched, lambda message: _progress(a, message))) if a.sensitivity else []
     more = _what_if(a, question, searched)
-    _write_files(a, found, hangs)
+    _write_files(a, found, hangs, _what_if_words(more))
     if a.format == "json":
         write_json(plan_json(found) | more | ({"sensitivity": sensitivity_json(hangs)} if a.sensitivity else {}))
     else:
         _print_plan(found)
-        _print_what_if(more)
+        for sentence in _what_if_words(more):
+            print(f"\n{sentence}")
         if a.sensitivity:
             print_grid(sensitivity_grid(found, hangs))
     return 0
@@ -67,21 +69,31 @@ def _what_if(a: Namespace, question: Question, searched: Searched) -> dict[str, 
         found["break_even"] = asdict(break_even(question, key, *pair))
     if a.largest:
         _progress(a, f"largest {a.largest}")
-        largest = longest_sequence(question) if a.largest == "seq-len" else largest_micro_batch(searched)
+        if a.largest in ("model", "layers"):
+            largest = largest_model(question, a.largest)
+        else:
+            largest = longest_sequence(question) if a.largest == "seq-len" else largest_micro_batch(searched)
         found["largest"] = None if largest is None else asdict(largest)
     return found
 
 
-def _print_what_if(found: Mapping[str, Any]) -> None:
+def _what_if_words(found: Mapping[str, Any]) -> list[str]:
+    """The same in sentences."""
+    said = []
     if "break_even" in found:
         b = found["break_even"]
         if b["at"] is None:
-            print(f"\nbreak-even: {b['below']} is the faster of the two from {b['low']} to {b['high']} of {b['key']}")
+            said.append(f"break-even: {b['below']} is the faster of the two from {b['low']} to {b['high']} of "
+                        f"{b['key']}")  # fmt: skip
         else:
-            print(f"\nbreak-even: above {b['at']} of {b['key']} {b['above']} beats {b['below']} here")
-    if found.get("largest"):
+            said.append(f"break-even: above {b['at']} of {b['key']} {b['above']} beats {b['below']} here")
+    if "largest" in found:
         g = found["largest"]
-        print(f"\nlargest {g['what']} that fits: {g['value']} ({g['plan']}, {g['memory_bytes'] / (1 << 30):.1f} GiB)")
+        said.append("largest: nothing fits" if g is None else (
+            f"largest {g['what']} that fits: {g['means'] or g['value']} ({g['plan']}, "
+            f"{g['memory_bytes'] / (1 << 30):.1f} GiB)"
+        ))  # fmt: skip
+    return said
 
 
 def _capacity(a: Namespace, question: Question) -> int:
@@ -89,6 +101,11 @@ def _capacity(a: Namespace, question: Question) -> int:
     need = Need(a.tokens, a.deadline, a.budget)
     names = [c.name for c in question.clusters]
     found = offers(question, list(dict.fromkeys(names)), need, a.max_nodes)
+    if a.report:
+        from rtp_sim.report.capacity_html import write_capacity_report
+
+        write_capacity_report(a.report, question.workload, need, found)
+        _progress(a, f"wrote {a.report}")
     if a.format == "json":
         write_json({
             "schema": CAPACITY_SCHEMA, "workload": asdict(question.workload), "need": asdict(need),
@@ -116,6 +133,7 @@ def question_of(a: Namespace) -> Question:
         workload, tuple(_clusters(a)), objective=a.objective, top=a.top, strategies=_strategies(a.strategies),
         limits=tuple(_limits(a)), headroom=a.memory_headroom, min_tokens_per_s=a.min_tokens_per_s,
         prices=tuple(_prices(a.price_per_gpu_hour).items()), processes=a.jobs,
+        variants=a.variants,
     )  # fmt: skip
 
 
@@ -226,13 +244,13 @@ def _check_outputs(a: Namespace) -> None:
         raise InputError(f"--export {a.export} is a file; expected a directory")
 
 
-def _write_files(a: Namespace, plan: Plan, hangs: Sequence[Swing] = ()) -> None:
+def _write_files(a: Namespace, plan: Plan, hangs: Sequence[Swing] = (), answers: Sequence[str] = ()) -> None:
     """The page and the settings that were asked for."""
     # Imported here: most searches want neither.
     if a.report:
         from rtp_sim.report.plan_html import write_plan_report
 
-        write_plan_report(a.report, plan, sensitivity_grid(plan, hangs) if hangs else None)
+        write_plan_report(a.report, plan, sensitivity_grid(plan, hangs) if hangs else None, answers)
         _progress(a, f"wrote {a.report}")
     if a.export:
         from rtp_sim.commands_export import export_plans

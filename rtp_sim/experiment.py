@@ -25,6 +25,7 @@ from rtp_sim.hardware.spec import Cluster
 from rtp_sim.metrics import StepMetrics, critical_rank, step_metrics
 from rtp_sim.model.network import Network, transformer_network, with_dropout
 from rtp_sim.model.presets import find_model
+from rtp_sim.model.spec import ModelSpec
 from rtp_sim.model.training import TrainingSpec
 from rtp_sim.schedule.build import build_schedule, replicas
 from rtp_sim.schedule.ir import Compute, Group, Schedule
@@ -126,18 +127,18 @@ def usable_memory_bytes(cluster: Cluster) -> int:
 
 
 def find_network(
-    model: str, seq_len: int | None = None, attention: str = "flash", dropout: float | None = None
+    model: str | ModelSpec, seq_len: int | None = None, attention: str = "flash", dropout: float | None = None
 ) -> Network:
-    """A preset, a Hugging Face config.json or a layer-list file as a network, with `dropout` in the place of its own
-    probability. InputError if it is none of these."""
-    if model.endswith(".json"):
+    """A preset, a Hugging Face config.json, a layer-list file or a spec as a network, with `dropout` in the place of
+    its own probability. InputError if it is none of these."""
+    if isinstance(model, str) and model.endswith(".json"):
         # Imported here: only files need pydantic, and importing it is a good part of a short run.
         from rtp_sim.model.network_file import is_network_file, read_network
 
         if is_network_file(Path(model)):
             network = read_network(Path(model))
             return network if dropout is None else with_dropout(network, dropout)
-    spec = find_model(model)
+    spec = model if isinstance(model, ModelSpec) else find_model(model)
     spec = spec if dropout is None else replace(spec, dropout=dropout)
     if seq_len is None:
         seq_len = min(DEFAULT_SEQ_LEN, spec.max_positions) if spec.position == "learned" else DEFAULT_SEQ_LEN
@@ -206,14 +207,17 @@ def _microbatches(request: Request, layout: ParallelLayout) -> int:
     return request.global_batch // per_pass
 
 
-def run(prepared: Prepared, engine: str = "simpy", fold: bool = True, folds: Folds | None = None) -> Result:
+def run(
+    prepared: Prepared, engine: str = "simpy", fold: bool = True, folds: Folds | None = None, alike: bool = False
+) -> Result:
     """Simulates the step: "simpy" with contention, "longest-path" without. `fold=False` simulates every rank; `folds`
-    remembers which ranks behave alike, for steps like this one under the same cost model."""
+    remembers which ranks behave alike, for steps like this one under the same cost model. With `alike`, "simpy" takes
+    ranks of one program to behave alike (engine/fold.py)."""
     schedule, cost = prepared.schedule, prepared.cost
     if engine == "simpy":
         from rtp_sim.engine.simulate import simulate
 
-        timeline = simulate(schedule, cost, fold=fold, folds=folds)
+        timeline = simulate(schedule, cost, fold=fold, folds=folds, alike=alike)
     else:
         timeline = longest_path(schedule, cost, fold=fold, folds=folds)
     meta = dict(timeline.meta) | {"cluster": prepared.cluster.name, "model": prepared.network.name}

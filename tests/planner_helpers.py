@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from rtp_sim.hardware.profiles import load_cluster
+from rtp_sim.planner.evaluate import evaluate
 from rtp_sim.planner.rules import broken_rules
-from rtp_sim.planner.search import Question, Searched, evaluate, search
+from rtp_sim.planner.search import search
+from rtp_sim.planner.searched import Question, Searched
 from rtp_sim.planner.space import DEFAULT_STRATEGIES, Space
 from rtp_sim.planner.workload import Workload
 

@@ -7,9 +7,11 @@ lines carry is measured in tests/test_compose_estimate.py; where the numbers are
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from rtp_sim.compose.landmarks import Held, highest, landmarks, repeated
 from rtp_sim.compose.lockstep import Lockstep, in_lockstep
 from rtp_sim.compose.memory import StageMemory
 from rtp_sim.compose.pipeline import StageResult, compose_pipeline
@@ -17,7 +19,7 @@ from rtp_sim.engine.fold import Folds
 from rtp_sim.errors import InputError
 from rtp_sim.experiment import Request, Setting, built, run, settle, usable_memory_bytes
 from rtp_sim.hardware.spec import Cluster
-from rtp_sim.metrics import NS_PER_S, StepMetrics
+from rtp_sim.metrics import NS_PER_S, StepMetrics, peak_memory_rank
 from rtp_sim.model.layers import Layer
 from rtp_sim.model.network import Block, Network
 from rtp_sim.schedule.build import step_meta
@@ -44,17 +46,18 @@ class Estimate:
 
 def estimate(
     request: Request | Setting, cluster: Cluster | None = None, network: Network | None = None, engine: str = "simpy",
-    folds: Folds | None = None,
+    folds: Folds | None = None, alike: bool = False,
 ) -> Estimate:  # fmt: skip
     """The metrics of a request, or of one that is looked up already; `engine` is one of `experiment.ENGINES` or
     "lockstep" (lockstep.py). InputError as `experiment.prepare`. `folds` spares estimates of one cost model after each
-    other what they have in common."""
+    other what they have in common. With `alike` the ranks of a pipeline's stage are taken to behave alike
+    (engine/fold.py)."""
     setting = request if isinstance(request, Setting) else settle(request, cluster, network)
     if setting.request.strategy in PIPELINES:
         if setting.request.slow_gpus:
             raise InputError("slow GPUs: a composed pipeline takes all ranks of a stage to be equal; expected --engine "
                              "simpy or longest-path with them")  # fmt: skip
-        stages = compose_pipeline(setting, slowdown=engine != "longest-path", folds=folds)
+        stages = compose_pipeline(setting, slowdown=engine != "longest-path", folds=folds, alike=alike)
         waited_s = last_stage(stages).host_ns / NS_PER_S
         return Estimate(_of_stages(setting, stages), True, "composed", waited_s, tuple(s.memory for s in stages))
     blocks = len(repeated(setting.network))
@@ -66,12 +69,14 @@ def estimate(
         return Estimate(whole.metrics, False, "simulated", whole.host_s, _memory(whole, whole.metrics))
     rows = [[_simulated(setting, b, m, engine, folds) for m in few_micros] for b in few_blocks]
     metrics = _over_both([[run.metrics for run in row] for row in rows], few_blocks, blocks, few_micros, micros)
+    metrics = _with_peak(metrics, [[run.landmarks for run in row] for row in rows], few_blocks, blocks, few_micros,
+                         micros)  # fmt: skip
     host = [[run.host_s for run in row if run.host_s is not None] for row in rows]
     host_s = None
     if all(host):
         host_s = max(0.0, _line(few_blocks, [_line(few_micros, row, micros) for row in host], blocks))
     how = f"simulated with {_and(few_blocks)} blocks, {_and(few_micros)} micro-batches"
-    return Estimate(_with_rates(setting, metrics), True, how, host_s, _memory(rows[-1][-1], metrics))
+    return Estimate(with_rates(setting, metrics), True, how, host_s, _memory(rows[-1][-1], metrics))
 
 
 def _memory(largest: Lockstep, metrics: StepMetrics) -> tuple[StageMemory]:
@@ -90,19 +95,17 @@ def _and(numbers: tuple[int, ...]) -> str:
 def _run(setting: Setting, engine: str, folds: Folds | None) -> Lockstep:
     if engine == "lockstep":
         return in_lockstep(setting)
-    return Lockstep(run(built(setting), engine, folds=folds).metrics, None, None)
+    found = run(built(setting), engine, folds=folds)
+    rank = peak_memory_rank(found.memory)
+    marks = landmarks(found.prepared.schedule.program(rank), found.timeline.times(rank), found.memory[rank],
+                      repeated(setting.network), setting.training.num_microbatches)  # fmt: skip
+    return Lockstep(found.metrics, None, None, marks)
 
 
 def _simulated(setting: Setting, blocks: int, micros: int, engine: str, folds: Folds | None) -> Lockstep:
     training = replace(setting.training, num_microbatches=micros)
     smaller = replace(setting, network=shortened(setting.network, blocks), training=training)
     return _run(smaller, engine, folds)
-
-
-def repeated(network: Network) -> tuple[Block, ...]:
-    """The blocks from the first to the last that may be recomputed."""
-    places = [i for i, block in enumerate(network.blocks) if block.recomputable]
-    return network.blocks[places[0] : places[-1] + 1] if places else ()
 
 
 def shortened(network: Network, count: int) -> Network:
@@ -152,12 +155,36 @@ def _on_line(found: list[StepMetrics], at: tuple[int, ...], wanted: int) -> Step
     return replace(second, **changes, memory_by_category=memory)
 
 
+def _with_peak(
+    metrics: StepMetrics, rows: list[list[Mapping[str, Held]]], few_blocks: tuple[int, ...], blocks: int,
+    few_micros: tuple[int, ...], micros: int,
+) -> StepMetrics:  # fmt: skip
+    """With the highest of the landmarks, each on its own line (landmarks.py), where that is more."""
+    common = set.intersection(*(set(found) for row in rows for found in row))
+    if not common:
+        return metrics
+    peak = highest({
+        name: _line_of(few_blocks, [_line_of(few_micros, [f[name] for f in row], micros) for row in rows], blocks)
+        for name in sorted(common)
+    })  # fmt: skip
+    total = sum(peak.values())
+    if total <= metrics.peak_memory_bytes:
+        return metrics
+    return replace(metrics, peak_memory_bytes=total, memory_by_category=peak)
+
+
+def _line_of(at: tuple[int, ...], found: list[Held], wanted: int) -> Held:
+    if len(found) == 1:
+        return found[0]
+    return found[0] + (found[1] - found[0]) * ((wanted - at[0]) / (at[1] - at[0]))
+
+
 def _linear(a: float, b: float, factor: float) -> float:
     value = a + (b - a) * factor
     return round(value) if isinstance(a, int) else value
 
 
-def _with_rates(setting: Setting, metrics: StepMetrics) -> StepMetrics:
+def with_rates(setting: Setting, metrics: StepMetrics) -> StepMetrics:
     """With what follows from step time and memory for the whole network."""
     meta = step_meta(setting.request.strategy, setting.network, setting.training, setting.layout,
                      setting.request.options)  # fmt: skip
@@ -196,4 +223,4 @@ def _of_stages(setting: Setting, stages: list[StageResult]) -> StepMetrics:
         bubble_s=max(0, step_ns - last.compute_ns - exposed_ns) / NS_PER_S,
         bytes_sent_per_rank=last.sent_bytes, messages_per_rank=last.messages, cost_provenance={},
     )  # fmt: skip
-    return _with_rates(setting, metrics)
+    return with_rates(setting, metrics)

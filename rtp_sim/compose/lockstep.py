@@ -6,9 +6,11 @@ Much cheaper than events, and close to them where all ranks do the same at the s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
+from rtp_sim.compose.landmarks import Held, landmarks, repeated
 from rtp_sim.compose.memory import StageMemory
 from rtp_sim.cost.lockstep import LockstepCost
 from rtp_sim.engine.longest_path import longest_path
@@ -25,11 +27,12 @@ LARGEST = 3
 
 class Lockstep(NamedTuple):
     """Metrics of the step; the part of its bubble in which the host had not yet issued the next kernel, in s; the peak
-    of the rank that holds most."""
+    of the rank that holds most; what it holds at landmarks (landmarks.py)."""
 
     metrics: StepMetrics
     host_s: float | None
     memory: StageMemory | None
+    landmarks: Mapping[str, Held]
 
 
 def in_lockstep(setting: Setting) -> Lockstep:
@@ -54,7 +57,9 @@ def in_lockstep(setting: Setting) -> Lockstep:
     )
     rank = peak_memory_rank(memory)
     host_s = _host_ns(timeline, critical_rank(timeline)) / NS_PER_S
-    return Lockstep(longer, host_s, _at_peak(timeline, rank, memory[rank]))
+    marks = landmarks(timeline.schedule.program(rank), timeline.times(rank), memory[rank], repeated(setting.network),
+                      setting.training.num_microbatches)  # fmt: skip
+    return Lockstep(longer, host_s, _at_peak(timeline, rank, memory[rank]), marks)
 
 
 def _at_peak(timeline: Timeline, rank: int, profile: MemoryProfile) -> StageMemory:

@@ -55,7 +55,7 @@ class _Short:
 
 def compose_pipeline(
     setting: Setting, cost: CostModel | None = None, *, shared: bool = True, slowdown: bool = True,
-    folds: Folds | None = None,
+    folds: Folds | None = None, alike: bool = False,
 ) -> list[StageResult]:
     """The stages of the pipeline step that `setting` describes.
 
@@ -69,7 +69,7 @@ def compose_pipeline(
     orders = _orders(setting, stages)
     short = _short(setting, stages, orders)
     prices = priced(short.schedule, cost, [stage_of_rank(setting.layout, r) for r in range(setting.layout.world_size)],
-                    shared, folds)  # fmt: skip
+                    shared, folds, alike)  # fmt: skip
     made: dict[object, dict[Label, Stretch]] = {}
     tables = []
     for s in range(stages.count):

@@ -30,10 +30,11 @@ class Prices:
 
 
 def priced(
-    schedule: Schedule, cost: CostModel, stage_of_rank: Sequence[int], shared: bool = True, folds: Folds | None = None
-) -> Prices:
+    schedule: Schedule, cost: CostModel, stage_of_rank: Sequence[int], shared: bool = True, folds: Folds | None = None,
+    alike: bool = False,
+) -> Prices:  # fmt: skip
     """Prices of all ops of a schedule, on the slowest rank of each stage."""
-    plan = lower(schedule, cost, folded=True, folds=folds)
+    plan = lower(schedule, cost, folded=True, folds=folds, alike=alike)
     table = _Table(plan, shared)
     durations, sends, issues = [], [], []
     for stage in range(max(stage_of_rank) + 1):

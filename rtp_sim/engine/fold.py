@@ -27,6 +27,9 @@ itself."""
 
 MAX_SAMPLED_SIZES = 4
 
+NEARLY = 0.1
+"""By how much latencies may differ of messages that are taken to be alike: a switch more or less."""
+
 Usage = tuple[tuple[int, int], ...]
 """(link class, total weight) pairs, sorted."""
 
@@ -110,8 +113,12 @@ class Quotient:
             ) from None
 
 
-def fold(schedule: Schedule, cost: CostModel, *, folded: bool = True) -> Quotient:
+def fold(schedule: Schedule, cost: CostModel, *, folded: bool = True, alike: bool = False) -> Quotient:
     """The quotient of the schedule on the hardware that `cost` prices.
+
+    With `alike`, ranks with the same program and shards of the same sizes are taken to do the same at the same time,
+    wherever they sit, if their messages cost nearly the same: one of them stands for all, and its transfers go as fast
+    as the slowest of theirs. That is no longer exact.
 
     Raises ScheduleError where an op names a group that its rank is not in, or a neighbour past the end of a
     group.
@@ -129,7 +136,7 @@ def fold(schedule: Schedule, cost: CostModel, *, folded: bool = True) -> Quotien
     colours, rounds = [list(range(n)) for n in size], 0
     if folded:
         start = [_rank_colours(schedule, patterns), _node_colours(nodes), _interned(capacities)]
-        refined = _refine(start, nodes, edges)
+        refined = (alike and _taken_alike(start[0], start[2], nodes, edges)) or _refine(start, nodes, edges)
         if refined is not None:
             colours, rounds = refined
     return _quotient(schedule, nodes, edges, colours, capacities, rounds)
@@ -145,16 +152,17 @@ class Folds:
     def __init__(self) -> None:
         self._known: dict[object, Quotient] = {}
 
-    def fold(self, schedule: Schedule, cost: CostModel) -> Quotient:
+    def fold(self, schedule: Schedule, cost: CostModel, alike: bool = False) -> Quotient:
         """The quotient of the schedule, which must be priced by the same cost model each time."""
         patterns = [patterns_of(program) for program in schedule.programs]
         key = (
+            alike,
             schedule.program_of_rank,
             tuple((name, group.dims, group.instances) for name, group in schedule.groups.items()),
             tuple(_shape_of(schedule, cost, found) for found in patterns),
         )
         if key not in self._known:
-            self._known[key] = fold(schedule, cost)
+            self._known[key] = fold(schedule, cost, alike=alike)
         return self._known[key]
 
 
@@ -326,6 +334,37 @@ def _refine(
             return [ranks, instances, links], rounds
         count = refined
     return None
+
+
+def _taken_alike(
+    ranks: list[int], links: list[int], nodes: list[_Node], edges: list[list[tuple[int, int, int]]]
+) -> tuple[list[list[int]], int] | None:
+    """The (rank, node, link) classes where ranks stay as they are coloured: instances of one kind with such members are
+    a class, links that carry the same of every class are another. None where instances of one class differ by more than
+    a little latency."""
+    instances = _interned(
+        (n.key[:2], tuple(ranks[r] for r in n.ranks) if n.ordered else tuple(sorted([ranks[r] for r in n.ranks])))
+        for n in nodes
+    )
+    first: dict[int, _Node] = {}
+    if not all(_nearly_equal(first.setdefault(k, node), node) for k, node in zip(instances, nodes, strict=True)):
+        return None
+    touching: list[dict[tuple[int, int], int]] = [{} for _ in links]
+    for n, own in enumerate(edges):
+        for phase, link, weight in own:
+            key = instances[n], phase
+            touching[link][key] = touching[link].get(key, 0) + weight
+    links = _interned((own, frozenset(carried.items())) for own, carried in zip(links, touching, strict=True))
+    return [ranks, instances, links], 1
+
+
+def _nearly_equal(one: _Node, other: _Node) -> bool:
+    """Whether their phases differ by no more than NEARLY in latency."""
+    return len(one.phases) == len(other.phases) and all(
+        (p.work_bytes, p.cap_bytes_per_s) == (q.work_bytes, q.cap_bytes_per_s)
+        and abs(p.latency_ns - q.latency_ns) <= NEARLY * p.latency_ns
+        for p, q in zip(one.phases, other.phases, strict=True)
+    )
 
 
 def _split(colours: list[int], around: list[list[tuple[int, int]]], instances: list[int]) -> list[int]:

@@ -163,11 +163,15 @@ class Plan:
         return [(phase, self.quotient.usage(("group", group, instance), phase)) for phase in phases]
 
 
-def lower(schedule: Schedule, cost: CostModel, *, folded: bool, folds: Folds | None = None) -> Plan:
-    """Fold and lower a schedule; `folds` remembers quotients of schedules like it. Raises ScheduleError where an op
-    names an op or a group that its rank lacks."""
+def lower(
+    schedule: Schedule, cost: CostModel, *, folded: bool, folds: Folds | None = None, alike: bool = False
+) -> Plan:
+    """Fold (see fold.py for `alike`) and lower a schedule; `folds` remembers quotients of schedules like it. Raises
+    ScheduleError where an op names an op or a group that its rank lacks."""
     known = folds if folded else None
-    quotient = known.fold(schedule, cost) if known is not None else fold(schedule, cost, folded=folded)
+    quotient = (
+        known.fold(schedule, cost, alike) if known is not None else fold(schedule, cost, folded=folded, alike=alike)
+    )
     names = _Numbers({}, {}, {})
     programs = [_Lowering(program, cost, names).run() for program in schedule.programs]
     number = {rank: n for n, rank in enumerate(quotient.representatives)}

@@ -104,9 +104,10 @@ class _Table:
         versions = live_intervals(program)
         number = {name: n for n, name in enumerate(program.buffers)}
         self.program = program
-        self.buffer = [number[v.buffer] for v in versions]
+        self.buffer = np.array([number[v.buffer] for v in versions], dtype=np.int64)
+        self.single = np.bincount(self.buffer, minlength=len(number))[self.buffer] == 1
         self.writer = np.array([-1 if v.writer is None else v.writer for v in versions], dtype=np.int64)
-        self.kept = [v.kept for v in versions]
+        self.kept = np.array([v.kept for v in versions], dtype=bool)
         # A version without users counts its writer (-1 again stands for the start), so that no stretch is empty.
         users = [v.users or (-1,) for v in versions]
         self.users = np.array([u for some in users for u in some], dtype=np.int64)
@@ -121,22 +122,28 @@ class _Table:
 
         A kept version is held for the whole rest of the step, even a step of no length.
         """
-        if not self.buffer:
+        if not self.buffer.size:
             empty = np.zeros(0, dtype=np.int64)
             return empty, empty, empty
         # Index -1 is the appended start of the step.
         start, end = np.append(times.start_ns, 0), np.append(times.end_ns, 0)
-        begins = start[self.writer].tolist()
-        lasts = np.maximum.reduceat(end[self.users], self.first_user).tolist()
+        begins = start[self.writer]
+        lasts = np.maximum.reduceat(end[self.users], self.first_user)
+        stops = np.where(self.kept, np.maximum(step_end_ns, begins + 1), np.maximum(lasts, begins))
+        # A version whose buffer has no other is a stretch by itself.
+        alone = self.single & (stops > begins)
+        singles = np.stack([self.buffer[alone], begins[alone], stops[alone]], axis=1)
         stretches: list[list[int]] = []
-        for buffer, begin, last, kept in zip(self.buffer, begins, lasts, self.kept, strict=True):
-            stop = max(step_end_ns, begin + 1) if kept else max(last, begin)
+        several = ~self.single
+        for buffer, begin, stop in zip(
+            self.buffer[several].tolist(), begins[several].tolist(), stops[several].tolist(), strict=True
+        ):
             if stretches and stretches[-1][0] == buffer and begin <= stretches[-1][2]:
                 stretches[-1][1] = min(stretches[-1][1], begin)
                 stretches[-1][2] = max(stretches[-1][2], stop)
             elif stop > begin:
                 stretches.append([buffer, begin, stop])
-        table = np.array(stretches, dtype=np.int64).reshape(-1, 3)
+        table = np.concatenate([singles, np.array(stretches, dtype=np.int64).reshape(-1, 3)])
         return table[:, 0], table[:, 1], table[:, 2]
 
 

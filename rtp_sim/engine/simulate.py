@@ -53,14 +53,16 @@ _AFTER_ALL_ELSE = EventPriority(2)
 Wait = Generator[simpy.Event, Any, None]
 
 
-def simulate(schedule: Schedule, cost: CostModel, *, fold: bool = True, folds: Folds | None = None) -> Timeline:
+def simulate(
+    schedule: Schedule, cost: CostModel, *, fold: bool = True, folds: Folds | None = None, alike: bool = False
+) -> Timeline:
     """When every op starts and ends. With `fold`, ranks that provably behave alike are simulated once; `folds`
-    remembers which, for schedules like this one.
+    remembers which, for schedules like this one. With `alike` ranks of one program are (engine/fold.py).
 
     The same input gives the same times, folded or not. Raises DeadlockError where no op can go on although
     some are left, ScheduleError where an op names an op, a group or a peer that its rank lacks.
     """
-    plan = lower_schedule(schedule, cost, folded=fold, folds=folds)
+    plan = lower_schedule(schedule, cost, folded=fold, folds=folds, alike=alike)
     run = _Run(plan)
     run.play()
     times = {

@@ -30,6 +30,7 @@ def plan(p: argparse.ArgumentParser) -> None:
     group = p.add_argument_group("what is wanted")
     group.add_argument("--objective", choices=("time", "memory", "gpus", "cost", "energy"), default="time")
     group.add_argument("--top", type=count, default=10, metavar="N", help="plans to show (10)")
+    group.add_argument("--variants", action="store_true", help="a line for every order, dp-sync, vpp, not the best")
     group.add_argument("--strategies", metavar="A,B,...", help="consider only these")
     for axis in ("tp", "rtp", "fsdp", "dp", "pp", "vpp", "micro-batch"):
         group.add_argument(f"--{axis}", type=counts, metavar="N,...", help=f"consider only these degrees of {axis}"
@@ -48,7 +49,8 @@ def plan(p: argparse.ArgumentParser) -> None:
     group.add_argument("--budget", type=amount, metavar="USD", help="money for these tokens")
     group.add_argument("--max-nodes", type=count, default=128, metavar="N", help="most nodes of a cluster (128)")
     group.add_argument("--break-even", metavar="NUMBER:A,B", help="where A and B are equal, link.ib.bandwidth:rtp,fsdp")
-    group.add_argument("--largest", choices=("seq-len", "micro-batch"), help="the largest that fits")
+    group.add_argument("--largest", choices=("seq-len", "micro-batch", "model", "layers"),
+                       help="the largest that fits; a model grows in proportion, or in layers alone")  # fmt: skip
     p.add_argument("--jobs", type=count, default=2, metavar="N", help="processes (2)")
     p.add_argument("--sensitivity", action="store_true",
                    help="search again with every number of the machine 20%% smaller and larger: who wins then?")

@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import numpy as np
 
+from rtp_sim.planner.evaluate import ALIKE, WHOLE
 from rtp_sim.planner.intervals import interval_s, tied
 from rtp_sim.planner.money import price_of
-from rtp_sim.planner.pareto import MOST, NEAR, front_of, open_candidates, point_of
-from rtp_sim.planner.plan import Plan, Row, StageCount
-from rtp_sim.planner.search import Found, Searched, Site, slowest
+from rtp_sim.planner.pareto import MOST, NEAR, front, open_candidates
+from rtp_sim.planner.plan import Plan, Row, StageCount, Variants
+from rtp_sim.planner.searched import KIND, Found, Searched, Site, slowest
 from rtp_sim.planner.space import EVERY_STRATEGY
 
 GIB = 1 << 30
@@ -20,10 +21,11 @@ GIB = 1 << 30
 def make_plan(searched: Searched) -> Plan:
     """The plan of a search that found something to show; `shown` is empty where nothing fits."""
     question = searched.question
-    shown = [row_of(searched, one, rank=k + 1) for k, one in enumerate(searched.best[: question.top])]
+    shown = [
+        replace(row_of(searched, one, rank=k + 1), variants=_variants(searched, one))
+        for k, one in enumerate(searched.lines[: question.top])
+    ]
     shown = [replace(row, tie=row.rank != 1 and tied(row.interval_s, shown[0].interval_s)) for row in shown]
-    front = [searched.best[i] for i in front_of([point_of(searched, one) for one in searched.best])]
-    front.sort(key=lambda one: (point_of(searched, one), one.site, one.place))
     return Plan(
         workload=question.workload,
         machines=tuple(site.machine for site in searched.sites),
@@ -32,10 +34,16 @@ def make_plan(searched: Searched) -> Plan:
         candidates=sum(len(site.allowed) for site in searched.sites),
         stages=_stages(searched, len(shown)),
         shown=tuple(shown),
-        front=tuple(row_of(searched, one, rank=_rank(searched, one)) for one in front) if question.front else (),
+        front=_front(searched),
         others=tuple(_others(searched, {row.candidate.strategy for row in shown})),
         notes=tuple(_notes(searched)),
     )
+
+
+def _front(searched: Searched) -> tuple[Row, ...]:
+    if not searched.question.front:
+        return ()
+    return tuple(row_of(searched, one, _rank(searched, one)) for one in front(searched))
 
 
 def _constraints(searched: Searched) -> Mapping[str, object]:
@@ -50,8 +58,32 @@ def _constraints(searched: Searched) -> Mapping[str, object]:
 
 
 def _rank(searched: Searched, one: Found) -> int | None:
-    place = searched.best.index(one)
-    return place + 1 if place < searched.question.top else None
+    shown = searched.lines[: searched.question.top]
+    return shown.index(one) + 1 if one in shown else None
+
+
+def _variants(searched: Searched, one: Found) -> Variants:
+    """The others of a plan's kind: those evaluated, and how many of those left could not come before it."""
+    if searched.question.variants:
+        return Variants()
+    kind, space = searched.kind(one.site, one.place), searched.sites[one.site].space
+    seen = [other for other in searched.best if other != one and searched.kind(other.site, other.place) == kind]
+    alike = searched.sites[one.site].fits.copy()
+    for name in KIND:
+        column = getattr(space, name)
+        alike &= column == column[one.place]
+    tried = {other.place for other in searched.found if other.site == one.site}
+    unseen = sum(int(place) not in tried for place in np.flatnonzero(alike))
+    within = max((_slower(other, one) for other in seen), default=0.0)
+    return Variants(tuple((str(space.candidate(o.place)), o.metrics.step_time_s) for o in seen), within, unseen)
+
+
+def _slower(other: Found, one: Found) -> float:
+    """How much longer the other's step is: of simulations, or of estimates if one of them is no more."""
+    if other.final and one.final:
+        return other.metrics.step_time_s / one.metrics.step_time_s - 1
+    times = [found.estimated_s or found.metrics.step_time_s for found in (other, one)]
+    return times[0] / times[1] - 1
 
 
 def row_of(searched: Searched, one: Found, rank: int | None = None, reason: str = "") -> Row:
@@ -59,8 +91,10 @@ def row_of(searched: Searched, one: Found, rank: int | None = None, reason: str 
     site, metrics = searched.sites[one.site], one.metrics
     tokens = searched.question.workload.global_batch * searched.network.seq
     return Row(
-        site.space.candidate(one.place), "estimate", one.fits, reason, site.bounds(one.place), metrics, one.how,
+        site.space.candidate(one.place), "simulate" if one.final else "estimate", one.fits, reason,
+        site.bounds(one.place), metrics, one.how,
         price_of(site.machine, metrics.step_time_s, tokens), interval_s(metrics.step_time_s, site.cluster), rank,
+        estimated_s=one.estimated_s,
     )  # fmt: skip
 
 
@@ -74,12 +108,15 @@ def _stages(searched: Searched, shown: int) -> tuple[StageCount, ...]:
     sound = sum(len(site.space) for site in sites)
     fits = sum(int(site.fits.sum()) for site in sites)
     tried = len(searched.found)
+    # Without simulations the estimates are the last word.
+    final = searched.simulated if searched.question.simulate else tried
     return (
         StageCount("constraints", asked, asked - allowed),
         StageCount("rules", allowed, allowed - sound),
         StageCount("memory", sound, sound - fits),
         StageCount("bounds", fits, fits - tried),
-        StageCount("estimate", tried, tried - shown),
+        StageCount("estimate", tried, tried - final),
+        StageCount("simulate", final, final - shown),
     )
 
 
@@ -90,13 +127,13 @@ def _notes(searched: Searched) -> list[str]:
         close = f"plans within {NEAR:.0%} of another in everything are left out"
         unfinished = f"; {left} more candidates may belong to it, {MOST} were tried" if left else ""
         found.append(f"Pareto front of time, memory and cost: {close}{unfinished}")
-    if searched.violated:
-        found.append(f"{searched.violated} of {len(searched.found)} estimates are below their bounds: the order of "
-                     f"what is shown may not be that of an exhaustive search")  # fmt: skip
-    extrapolated = any(one.how != "simulated" for one in searched.best[: searched.question.top])
-    if extrapolated:
-        found.append("how each plan was estimated is in the JSON output: pipelines are composed of stretches, other "
-                     "steps simulated with few blocks and micro-batches where they have many")  # fmt: skip
+    shown = searched.lines[: searched.question.top]
+    off = [one.metrics.step_time_s / one.estimated_s - 1 for one in shown if one.estimated_s]
+    if off:
+        found.append(f"simulated step times are {min(off):+.2%} to {max(off):+.2%} from the estimates that chose the "
+                     f"plans")  # fmt: skip
+    if any(one.how not in (WHOLE, ALIKE) for one in shown):
+        found.append("steps of more than 250,000 ops are simulated with fewer micro-batches: `how` in the JSON output")
     return found
 
 
@@ -176,7 +213,7 @@ def needs(total: int, allowed: int, categories: Mapping[str, int], prefix: str) 
 
 
 def _beaten(searched: Searched, step_s: float, prefix: str) -> str:
-    objective, top = searched.question.objective, searched.best[: searched.question.top]
+    objective, top = searched.question.objective, searched.lines[: searched.question.top]
     if objective != "time":
         return f"takes {prefix}{step_s:.4g} s a step; {objective} is no less than that of the last plan shown"
     last = top[-1].metrics.step_time_s

@@ -31,6 +31,7 @@ from rtp_sim.schedule.update import optimizer_traffic
 
 Floats = npt.NDArray[np.float64]
 NS = 1e9
+FLOAT_ERROR_NS = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +117,8 @@ def time_bounds(space: Space, model: Model) -> tuple[Floats, Floats]:
             lower[mine], upper[mine] = _gathering(part, model)
         else:
             lower[mine], upper[mine] = _plain(part, model, name)
-    return lower / NS, upper / NS
+    # Steps take whole nanoseconds; sums of floats may be a little above theirs.
+    return np.floor(lower + FLOAT_ERROR_NS) / NS, upper / NS
 
 
 def way_of(name: str, sequence: bool, ring: str) -> str:

@@ -17,7 +17,8 @@ from rtp_sim.hardware.spec import Cluster
 from rtp_sim.planner.answer import row_of
 from rtp_sim.planner.money import SECONDS_PER_HOUR, kilowatts, usd_per_second
 from rtp_sim.planner.plan import Row, row_json
-from rtp_sim.planner.search import Question, search
+from rtp_sim.planner.search import search
+from rtp_sim.planner.searched import Question
 
 HALVINGS = 3
 """How often the gap between too few and enough nodes is halved."""
@@ -109,10 +110,10 @@ def _on(question: Question, cluster: Cluster, need: Need) -> Offer:
     size = cluster.name, cluster.nodes, cluster.world_size
     if not searched.best:
         return Offer(*size, None, None, None, None, _why_not(need, bool(site.fits.any())))
-    row = row_of(searched, searched.best[0], rank=1)
+    row = row_of(searched, searched.lines[0], rank=1)
     # The step is the global batch, so it takes a known number of steps.
     steps = need.tokens / (question.workload.global_batch * searched.network.seq)
-    seconds = steps * searched.best[0].metrics.step_time_s
+    seconds = steps * searched.lines[0].metrics.step_time_s
     rate, power = usd_per_second(site.machine), kilowatts(site.machine)
     usd = None if rate is None else rate * seconds
     kwh = None if power is None else power * seconds / SECONDS_PER_HOUR

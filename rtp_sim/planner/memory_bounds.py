@@ -128,8 +128,10 @@ def _stage(space: Space, model: Model, name: str, stages: Stages, stage: int) ->
     found = lookup((few,), lambda micros: _under_way(name, p, stage, micros, counts)).astype(np.int64)
     # Which chunk is at work when most is held is not looked at: with several, only what every backward needs counts.
     extra = mb * (np.maximum(head, backward) if stages.chunks == 1 else backward)
+    # Where weight gradients are put off, what a whole backward needs is never needed at once.
+    split = any(action.kind == "W" for action in PIPELINES[name].order(p, stage, p, stages.chunks))
     early, late = (
-        np.where(blocks > 0, mb * (blocks * each + (firsts * first if stage == 0 else 0)) + extra, 0)
+        np.where(blocks > 0, mb * (blocks * each + (firsts * first if stage == 0 else 0)) + (0 if split else extra), 0)
         for blocks, firsts in (found[:2], found[2:])
     )
     weights, gradients = held * policy.weight_bytes, held * policy.gradient_bytes
@@ -156,7 +158,8 @@ def _under_way(name: str, p: int, stage: int, micros: int, counts: list[int]) ->
         # A backward works on activations that are held until it ends, or until its weight gradients are there.
         held = sum(n * c for n, c in zip(chunks, counts, strict=True))
         late = max(late, (held, chunks[0])) if all_begun else late
-        begun.add(action.chunk)
+        # A backward that puts weight gradients off leaves none behind.
+        begun |= {action.chunk} if action.kind in "BW" else set()
         all_begun = len(begun) == len(counts)
         chunks[action.chunk] -= action.kind in "BW"
     return (*early, *late)

@@ -10,8 +10,10 @@ import numpy as np
 from rtp_sim.errors import InputError
 from rtp_sim.hardware.profiles import load_cluster
 from rtp_sim.planner.answer import needs
+from rtp_sim.planner.evaluate import evaluate
 from rtp_sim.planner.plan import Candidate
-from rtp_sim.planner.search import Question, Searched, evaluate, search, slowest
+from rtp_sim.planner.search import search
+from rtp_sim.planner.searched import Question, Searched, slowest
 
 TIMES_MORE_NODES = (2, 4, 8)
 TRIED = 3
@@ -82,7 +84,7 @@ def _smallest_places(memory: np.ndarray) -> list[int]:
 
 def _remedies(question: Question) -> Iterator[str]:
     """Each limit lifted by itself, then more nodes: what makes something fit."""
-    small = replace(question, top=1, front=False, processes=1)
+    small = replace(question, top=1, front=False, processes=1, simulate=False)
     for number, limit in enumerate(question.limits):
         others = tuple(x for k, x in enumerate(question.limits) if k != number)
         found = _first(replace(small, limits=others))

@@ -11,8 +11,10 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from rtp_sim.planner.evaluate import Run
 from rtp_sim.planner.money import usd_per_second
-from rtp_sim.planner.search import ROUND, Found, Run, Searched, add
+from rtp_sim.planner.search import ROUND, add, simulate_some
+from rtp_sim.planner.searched import Found, Searched
 
 MOST = 16
 NEAR = 0.02
@@ -40,8 +42,21 @@ def front_of(points: Iterable[Point]) -> list[int]:
     ]  # fmt: skip
 
 
+def front(searched: Searched) -> list[Found]:
+    """The plans of the front, by time."""
+    found = [searched.best[i] for i in front_of([point_of(searched, one) for one in searched.best])]
+    return sorted(found, key=lambda one: (point_of(searched, one), one.site, one.place))
+
+
 def complete_front(searched: Searched, run: Run) -> None:
-    """Estimates candidates that could belong to the front. What is left over stays in `waiting`."""
+    """Evaluates candidates that could belong to the front, and simulates what does. What is left over stays in
+    `waiting`."""
+    _estimate_front(searched, run)
+    while simulate_some(searched, [one for one in front(searched) if not one.final], run):
+        pass
+
+
+def _estimate_front(searched: Searched, run: Run) -> None:
     spent = 0
     while spent < MOST:
         open_ones = open_candidates(searched)
@@ -50,7 +65,7 @@ def complete_front(searched: Searched, run: Run) -> None:
         # Spread over the front that the bounds make, its ends among them.
         edge = _edge(searched, open_ones)
         chosen = sorted({edge[round(k * (len(edge) - 1) / (ROUND - 1))] for k in range(ROUND)})
-        add(searched, run(chosen))
+        add(searched, run(chosen, False))
         searched.waiting = [place for place in searched.waiting if place not in set(chosen)]
         spent += len(chosen)
 

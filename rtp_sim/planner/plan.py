@@ -18,9 +18,10 @@ from rtp_sim.schedule.options import Options
 from rtp_sim.schedule.pipeline_order import PIPELINES
 
 PLAN_SCHEMA = "rtp-sim/plan/1"
-STAGES = ("constraints", "rules", "memory", "bounds", "estimate")
+STAGES = ("constraints", "rules", "memory", "bounds", "estimate", "simulate")
 """Where the search can leave a candidate, in its order: what the user wants, the strategy's own rules, memory in
-closed form, bounds of the step time, the estimate (`compose.estimate`), which decides and is what is shown."""
+closed form, bounds of the step time, the estimate (`compose.estimate`), the simulation of the finalists, which decides
+and is what is shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,14 +98,26 @@ class Price:
 
 
 @dataclass(frozen=True, slots=True)
+class Variants:
+    """Candidates with the partition counts of a plan that differ from it in lesser things (searched.KIND says which it
+    shares): those that were evaluated, with their step times, best first; by how much the farthest of them is slower,
+    estimates compared with estimates; how many others have bounds above the plan."""
+
+    seen: tuple[tuple[str, float], ...] = ()
+    within: float = 0.0
+    beaten_by_bounds: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """A candidate and what the search found out about it.
 
     `stage` is the last stage that looked at it (STAGES); `feasible` is None if nothing said it does not fit. `reason`
     says why it is not shown, or is "" for a plan. `rank` counts the plans shown from 1; `tie` marks plans whose
     interval meets that of the first. `metrics` and `how` (see compose.estimate.Estimate) are those of the last
-    evaluation, None and "" without one. `interval_s` is the step time's interval from the calibration's residuals, None
-    where the profile has none.
+    evaluation, None and "" without one; `estimated_s` is the step time before it was simulated, None where it was
+    simulated at once or not at all. `variants` are shown with it. `interval_s` is the step time's interval from the
+    calibration's residuals, None where the profile has none.
     """
 
     candidate: Candidate
@@ -118,6 +131,8 @@ class Row:
     interval_s: tuple[float, float] | None = None
     rank: int | None = None
     tie: bool = False
+    estimated_s: float | None = None
+    variants: Variants = Variants()
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +195,12 @@ def row_json(row: Row) -> dict[str, Any]:
         "bounds": None if row.bounds is None else asdict(row.bounds),
         "metrics": None if row.metrics is None else metrics_row(row.metrics),
         "how": row.how,
+        "estimated_step_time_s": row.estimated_s,
+        "variants": {
+            "seen": [{"label": label, "step_time_s": step_s} for label, step_s in row.variants.seen],
+            "within": row.variants.within,
+            "beaten_by_bounds": row.variants.beaten_by_bounds,
+        },
         "price": None if row.price is None else asdict(row.price),
         "interval_s": None if row.interval_s is None else list(row.interval_s),
     }

@@ -5,126 +5,46 @@
     memory        the least memory in closed form, on columns
     bounds        lower bounds of the objective, on columns; candidates wait in their order
     estimate      the best of them one after another, until no bound is left below the last plan to be shown
+    simulate      the best of these whole, by the events (evaluate.py), until the plans to be shown are all simulated
+                  and no estimate is left below the last of them
 
-A candidate that is never estimated has a lower bound above the last plan shown, so none of them could be shown: the
-plans are those of an exhaustive search. Estimates run on several processes, always in rounds of the same size, so
-that the outcome does not depend on how many there are.
+Candidates of one kind (searched.py, KIND) have the same partition counts; the best of a kind is shown for all of them,
+and a candidate whose bound is above the best of its kind is not looked at. A candidate that is never estimated has a
+lower bound above the last plan shown, or above one of its kind that is better: the plans are those of an exhaustive
+search. Work is done on several processes, always in rounds of the same size, so that the outcome does not depend on how
+many there are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from multiprocessing import get_context
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 import numpy as np
 import numpy.typing as npt
 
-from rtp_sim.compose.estimate import estimate
-from rtp_sim.errors import InputError
-from rtp_sim.experiment import settle
 from rtp_sim.hardware.spec import Cluster
-from rtp_sim.metrics import StepMetrics
 from rtp_sim.model.network import Network
 from rtp_sim.model.training import TrainingSpec
 from rtp_sim.planner.bounds import Floats, Model, time_bounds
-from rtp_sim.planner.constraints import Limit, check_limits, hold_all
-from rtp_sim.planner.memory_bounds import by_category, memory_bounds
-from rtp_sim.planner.money import kilowatts, machine_of, require_price, usd_per_second
-from rtp_sim.planner.plan import Bounds, Candidate, Machine
-from rtp_sim.planner.rules import Broken, broken_rules
-from rtp_sim.planner.space import DEFAULT_STRATEGIES, Ints, Space, make_space
-from rtp_sim.planner.workload import Workload
+from rtp_sim.planner.constraints import check_limits, hold_all
+from rtp_sim.planner.evaluate import EXACT_OPS, Places, Run, estimating
+from rtp_sim.planner.memory_bounds import memory_bounds
+from rtp_sim.planner.money import machine_of, require_price
+from rtp_sim.planner.rules import broken_rules
+from rtp_sim.planner.searched import Found, Question, Searched, Site, score, score_of, slowest
+from rtp_sim.planner.space import Ints, Space, make_space
 
-OBJECTIVES = ("time", "memory", "gpus", "cost", "energy")
 ROUND = 4
-"""Candidates that are estimated together before the search looks whether it is done."""
-
-SLACK = 0.003
-"""Estimates are composed or continued in straight lines, and can come out this much below what the whole step would
-take; the search goes on until the bounds are so far above the last plan."""
+"""Candidates that are evaluated together before the search looks whether it is done."""
 
 Say = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Question:
-    """What to plan: a workload, the machines it may run on (cluster with its nodes and GPUs), the wish. `prices` are
-    USD per GPU and hour by cluster ("" for all)."""
-
-    workload: Workload
-    clusters: tuple[Cluster, ...]
-    objective: str = "time"
-    top: int = 10
-    strategies: tuple[str, ...] = DEFAULT_STRATEGIES
-    limits: tuple[Limit, ...] = ()
-    headroom: float = 0.0
-    min_tokens_per_s: float | None = None
-    prices: tuple[tuple[str, float], ...] = ()
-    front: bool = True
-    processes: int = 2
-
-
-@dataclass(frozen=True)
-class Site:
-    """One machine of the search with its candidates. `dropped` says which stage dropped each ("" for none)."""
-
-    machine: Machine
-    cluster: Cluster
-    model: Model
-    space: Space
-    allowed: npt.NDArray[np.bool_]
-    broken: list[Broken]
-    sound: Ints
-    memory: Ints
-    fits: npt.NDArray[np.bool_]
-    lower_s: Floats
-    upper_s: Floats
-
-    def bounds(self, place: int) -> Bounds:
-        """The bounds of the candidate at a place of `sound`."""
-        column = self.memory[:, place]
-        return Bounds(float(self.lower_s[place]), float(self.upper_s[place]), int(column.sum()), by_category(column))
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """An estimated candidate: where it is (site, place among the sound), its metrics, whether it may be shown."""
-
-    site: int
-    place: int
-    metrics: StepMetrics
-    how: str
-    fits: bool
-    fast_enough: bool
-
-    @property
-    def good(self) -> bool:
-        """Whether it may be shown."""
-        return self.fits and self.fast_enough
-
-
-@dataclass
-class Searched:
-    """What a search leaves behind, before it is put into words: `waiting` are candidates by (site, place) that were
-    never estimated, best bound first; `best` the good ones by objective."""
-
-    question: Question
-    network: Network
-    sites: list[Site]
-    found: list[Found] = field(default_factory=list)
-    best: list[Found] = field(default_factory=list)
-    waiting: list[tuple[int, int]] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-    violated: int = 0
-
-
 def search(question: Question, say: Say = lambda _: None) -> Searched:
     """Looks for the best candidates. InputError for a question that contradicts itself."""
-    network = question.workload.network()
+    network = question.network or question.workload.network()
     began = perf_counter()
     spaces = [
         make_space(network, c.name, c.nodes, c.world_size, c.gpus_per_node, question.workload.global_batch,
@@ -137,17 +57,30 @@ def search(question: Question, say: Say = lambda _: None) -> Searched:
         searched.sites.append(_site(question, network, cluster, space, searched.seconds))
     say(f"{sum(map(len, spaces))} candidates, {sum(int(s.fits.sum()) for s in searched.sites)} within memory by their "
         f"bounds ({perf_counter() - began:.1f} s)")  # fmt: skip
-    began = perf_counter()
     queue = _queue(searched)
     with estimating(searched) as run:
+        run = _timed(run, searched.seconds)
         _best_first(searched, queue, run)
-        searched.seconds["estimate"] = perf_counter() - began
-        say(f"{len(searched.found)} estimated ({searched.seconds['estimate']:.1f} s)")
+        say(f"{len(searched.found)} estimated ({searched.seconds['estimate']:.1f} s), {searched.simulated} simulated "
+            f"({searched.seconds['simulate']:.1f} s)")  # fmt: skip
         if question.front and searched.best:
             from rtp_sim.planner.pareto import complete_front
 
             complete_front(searched, run)
     return searched
+
+
+def _timed(run: Run, seconds: dict[str, float]) -> Run:
+    """The same, with its time added up by what was done."""
+    seconds |= {"estimate": 0.0, "simulate": 0.0}
+
+    def timed(places: Places, whole: bool) -> list[Found]:
+        began = perf_counter()
+        found = run(places, whole)
+        seconds["simulate" if whole else "estimate"] += perf_counter() - began
+        return found
+
+    return timed
 
 
 def _site(question: Question, network: Network, cluster: Cluster, space: Space, seconds: dict[str, float]) -> Site:
@@ -178,23 +111,6 @@ def _site(question: Question, network: Network, cluster: Cluster, space: Space, 
     return Site(machine, cluster, model, sound, allowed, broken, np.flatnonzero(~wrong), memory, fits, lower, upper)
 
 
-def score(objective: str, machine: Machine, step_s: Floats, memory: Floats) -> tuple[Floats, Floats]:
-    """What is to be small, and what decides between equals."""
-    if objective == "memory":
-        return memory, step_s
-    if objective == "gpus":
-        return np.full_like(step_s, machine.gpus), step_s
-    if objective == "cost":
-        return step_s * (usd_per_second(machine) or 0.0), step_s
-    if objective == "energy":
-        power = kilowatts(machine)
-        if power is None:
-            raise InputError(f"{machine.cluster}: its device profile states no tdp_w; expected it for --objective "
-                             f"energy")  # fmt: skip
-        return step_s * power, step_s
-    return step_s, memory
-
-
 @dataclass(frozen=True)
 class Queue:
     """Candidates that fit by their bounds, best bound first: site, place, and the bound of the objective."""
@@ -219,115 +135,88 @@ def _queue(searched: Searched) -> Queue:
     return Queue(site[order].astype(np.int64), place[order].astype(np.int64), first[order], second[order])
 
 
-def slowest(searched: Searched) -> float:
-    """The longest step that still makes the least tokens per second."""
-    wanted = searched.question.min_tokens_per_s
-    tokens = searched.question.workload.global_batch * searched.network.seq
-    return np.inf if wanted is None else tokens / wanted
-
-
-Run = Callable[[Sequence[tuple[int, int]]], list[Found]]
-
-
 def _best_first(searched: Searched, queue: Queue, run: Run) -> None:
-    """Estimates candidates in the order of their bounds until none that is left could be shown."""
-    at, top = 0, searched.question.top
-    while at < len(queue.site):
-        if len(searched.best) >= top:
-            last = score_of(searched, searched.best[top - 1])
-            if _out_of_reach(searched.question.objective, queue.first[at], queue.second[at], last):
-                break
-        round_of = [(int(queue.site[i]), int(queue.place[i])) for i in range(at, min(at + ROUND, len(queue.site)))]
-        add(searched, run(round_of))
-        at += len(round_of)
-    searched.waiting = [(int(s), int(p)) for s, p in zip(queue.site[at:], queue.place[at:], strict=True)]
+    """Estimates candidates in the order of their bounds, and simulates the best, until none that is left could be
+    shown."""
+    pending = list(range(len(queue.site)))
+    while True:
+        chosen = _next_round(searched, queue, pending)
+        if chosen:
+            add(searched, run([(int(queue.site[i]), int(queue.place[i])) for i in chosen], False))
+            pending = [i for i in pending if i not in chosen]
+            continue
+        if not simulate_some(searched, _finalists(searched), run):
+            break
+    searched.waiting = [(int(queue.site[i]), int(queue.place[i])) for i in pending]
 
 
-def _out_of_reach(objective: str, first: float, second: float, last: tuple[float, float]) -> bool:
-    """Whether a candidate with this bound, and so all after it, cannot come before the last plan."""
-    if objective in ("gpus", "memory"):
-        # Not times: these are known exactly.
-        return (first, second * (1 - SLACK)) > last
-    return first * (1 - SLACK) > last[0]
+def _next_round(searched: Searched, queue: Queue, pending: Sequence[int]) -> list[int]:
+    """The next candidates that could be shown by their bounds, each of another kind."""
+    top, chosen, kinds = searched.question.top, list[int](), set[object]()
+    last = score_of(searched, searched.lines[top - 1]) if len(searched.lines) >= top else None
+    best = {searched.kind(one.site, one.place): _to_beat(searched, one) for one in searched.lines}
+    for i in pending:
+        bound = float(queue.first[i]), float(queue.second[i])
+        if len(chosen) == ROUND or (last is not None and bound > last):
+            break
+        kind = searched.kind(int(queue.site[i]), int(queue.place[i]))
+        if kind not in kinds and (kind not in best or bound < best[kind]):
+            chosen.append(i)
+            kinds.add(kind)
+    return chosen
+
+
+def _to_beat(searched: Searched, one: Found) -> tuple[float, float]:
+    """What the bound of another candidate of its kind must be below, to be estimated."""
+    if one.estimated_s is None or one.ops <= EXACT_OPS:
+        return score_of(searched, one)
+    return score_of(searched, replace(one, metrics=replace(one.metrics, step_time_s=one.estimated_s)))
+
+
+def _finalists(searched: Searched) -> list[Found]:
+    """What is to be simulated next: lines that are shown and still estimates; then what may come before the last line,
+    or before the best of its kind if that is cheap. An estimate may be above the simulation by as much as one was so
+    far."""
+    lines = searched.lines[: searched.question.top]
+    chosen = [one for one in lines if not one.final]
+    if chosen or not lines:
+        return chosen
+    trust = 1 + max((one.above for one in searched.found), default=0.0)
+    best = {searched.kind(one.site, one.place): score_of(searched, one) for one in searched.lines if one.final}
+    last = score_of(searched, lines[-1]) if len(lines) == searched.question.top else (np.inf, np.inf)
+    for one in searched.best:
+        kind = searched.kind(one.site, one.place)
+        # Long variants of a kind are left to their estimates.
+        if not one.final and (kind not in best or one.ops <= EXACT_OPS):
+            value = tuple(v / trust for v in score_of(searched, one))
+            chosen += [one] if value <= min(best.get(kind, last), last) else []
+            best.setdefault(kind, (0.0, 0.0))
+    return chosen
+
+
+def simulate_some(searched: Searched, wanted: Sequence[Found], run: Run) -> bool:
+    """Simulates the first few of these whole; False if there is nothing to do."""
+    places = [(one.site, one.place) for one in wanted[:ROUND]]
+    if not places or not searched.question.simulate:
+        return False
+    estimated_s = {(one.site, one.place): one.metrics.step_time_s for one in wanted}
+    searched.found = [one for one in searched.found if (one.site, one.place) not in places]
+    add(searched, [replace(one, estimated_s=estimated_s[one.site, one.place]) for one in run(places, True)])
+    return True
 
 
 def add(searched: Searched, found: Sequence[Found]) -> None:
-    """Takes up estimated candidates; counts those that are below their bounds."""
-    for one in found:
-        site = searched.sites[one.site]
-        searched.violated += bool(one.metrics.step_time_s < site.lower_s[one.place] * (1 - SLACK))
+    """Takes up evaluated candidates."""
     searched.found += found
     searched.best = sorted(
         (one for one in searched.found if one.good), key=lambda one: (*score_of(searched, one), one.site, one.place)
     )
+    lines: dict[object, Found] = {}
+    for one in searched.best:
+        first = lines.setdefault(searched.kind(one.site, one.place), one)
+        if one.final and not first.final and first.ops > EXACT_OPS:
+            # Of long steps of a kind the best by estimate is simulated, and stands for all.
+            lines[searched.kind(one.site, one.place)] = one
+    searched.lines = sorted(lines.values(), key=searched.best.index)
 
 
-def score_of(searched: Searched, one: Found) -> tuple[float, float]:
-    """The objective of an estimated candidate."""
-    metrics = one.metrics
-    first, second = score(
-        searched.question.objective, searched.sites[one.site].machine, np.array([metrics.step_time_s]),
-        np.array([float(metrics.peak_memory_bytes)]),
-    )  # fmt: skip
-    return float(first[0]), float(second[0])
-
-
-# ---- estimates on several processes
-
-_SHARED: Searched | None = None
-"""What forked workers inherit: networks, clusters and all prices worked out so far."""
-
-
-@contextmanager
-def estimating(searched: Searched) -> Iterator[Run]:
-    """A function that estimates candidates, on as many processes as the question allows."""
-    global _SHARED
-    _SHARED = searched
-    processes = searched.question.processes
-
-    def alone(places: Sequence[tuple[int, int]]) -> list[Found]:
-        return [_estimated(*place) for place in places]
-
-    if processes < 2:
-        yield alone
-        return
-    with ProcessPoolExecutor(processes, mp_context=get_context("fork")) as pool:
-        yield lambda places: list(pool.map(_estimated_at, places)) if len(places) > 1 else alone(places)
-
-
-def _estimated_at(place: tuple[int, int]) -> Found:
-    return _estimated(*place)
-
-
-def _estimated(number: int, place: int) -> Found:
-    assert _SHARED is not None
-    site, question = _SHARED.sites[number], _SHARED.question
-    candidate = site.space.candidate(place)
-    metrics, how = evaluate(question.workload, candidate, site.cluster, _SHARED.network, site.model)
-    metrics, how = _at_least(metrics, how, site.bounds(place), site.machine.memory_bytes)
-    return Found(
-        number, place, metrics, how, metrics.peak_memory_bytes <= site.machine.allowed_bytes,
-        metrics.step_time_s <= slowest(_SHARED),
-    )  # fmt: skip
-
-
-def _at_least(metrics: StepMetrics, how: str, bounds: Bounds, usable_bytes: int) -> tuple[StepMetrics, str]:
-    """A straight line through short steps can miss a peak that only long ones have; the closed form does not."""
-    if metrics.peak_memory_bytes >= bounds.memory_bytes:
-        return metrics, how
-    held = dict.fromkeys(metrics.memory_by_category, 0) | dict(bounds.memory_by_category)
-    fits = bounds.memory_bytes <= usable_bytes
-    changed = replace(metrics, peak_memory_bytes=bounds.memory_bytes, memory_by_category=held, fits=fits)
-    return changed, f"{how}; memory in closed form"
-
-
-def evaluate(
-    workload: Workload, candidate: Candidate, cluster: Cluster, network: Network, model: Model | None = None
-) -> tuple[StepMetrics, str]:
-    """The metrics of a candidate as `rtp-sim simulate --engine estimate` gives them, and what they rest on."""
-    setting = settle(candidate.request(workload), cluster, network)
-    if model is not None:
-        # The same cost model for all candidates, so that what is priced once stays priced.
-        setting = replace(setting, cost=model.cost)
-    found = estimate(setting, folds=None if model is None else model.folds)
-    return found.metrics, found.how

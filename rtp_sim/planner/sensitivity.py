@@ -2,7 +2,7 @@
 the plan would then cost.
 
 For each number and each factor the whole search is done again on the changed machines, so the winner is that of all
-candidates, not of those that were shown.
+candidates, not of those that were shown. Long steps are compared by their estimates.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from rtp_sim.hardware.scaled import numbers_of, scaled
+from rtp_sim.planner.evaluate import evaluate
 from rtp_sim.planner.plan import Candidate
-from rtp_sim.planner.search import Question, Searched, evaluate, search
+from rtp_sim.planner.search import search
+from rtp_sim.planner.searched import Question, Searched
 
 FACTORS = (0.8, 1.2)
 
@@ -35,9 +37,9 @@ class Swing:
 
 def swings(searched: Searched, say: Say = lambda _: None) -> Iterator[Swing]:
     """Every number of the machines of a search, times each factor. Nothing if the search found no plan."""
-    if not searched.best:
+    if not searched.lines:
         return
-    best = searched.best[0]
+    best = searched.lines[0]
     chosen = searched.sites[best.site].space.candidate(best.place)
     names = dict.fromkeys(name for c in searched.question.clusters for name, _ in numbers_of(c))
     for done, name in enumerate(names):
@@ -49,9 +51,9 @@ def swings(searched: Searched, say: Say = lambda _: None) -> Iterator[Swing]:
 def _swing(searched: Searched, site: int, chosen: Candidate, name: str, factor: float) -> Swing:
     asked = searched.question
     clusters = tuple(scaled(cluster, name, factor) for cluster in asked.clusters)
-    question: Question = replace(asked, clusters=clusters, top=1, front=False)
+    question: Question = replace(asked, clusters=clusters, top=1, front=False, simulate=False)
     again = search(question)
-    metrics, _ = evaluate(asked.workload, chosen, clusters[site], again.network)
+    metrics, _ = evaluate(asked.workload, chosen, clusters[site], again.network, again.sites[site].model)
     fits = metrics.peak_memory_bytes <= again.sites[site].machine.allowed_bytes
     kept_s = metrics.step_time_s if fits else None
     if not again.best:

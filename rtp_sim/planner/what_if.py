@@ -5,11 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from math import exp, log
+from math import exp, gcd, log
 
 from rtp_sim.errors import InputError
+from rtp_sim.experiment import find_network
 from rtp_sim.hardware.profiles import load_cluster, profile_contents
-from rtp_sim.planner.search import Found, Question, Searched, evaluate, search
+from rtp_sim.model.presets import find_model
+from rtp_sim.model.spec import ModelSpec
+from rtp_sim.planner.evaluate import evaluate
+from rtp_sim.planner.search import search
+from rtp_sim.planner.searched import Found, Question, Searched
 
 STEPS = 12
 """Bisections of a break-even point: each halves the ratio of its ends."""
@@ -106,7 +111,7 @@ def break_even(question: Question, key: str, one: str, other: str, factor: float
 
 
 def _best_s(question: Question, strategy: str) -> float:
-    searched = search(replace(question, strategies=(strategy,), top=1, front=False, objective="time"))
+    searched = search(replace(question, strategies=(strategy,), top=1, front=False, objective="time", simulate=False))
     if not searched.best:
         raise InputError(f"break-even: {strategy} has no plan that fits on {question.clusters[0].world_size} GPUs of "
                          f"{question.clusters[0].name}")  # fmt: skip
@@ -118,13 +123,15 @@ def _best_s(question: Question, strategy: str) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Largest:
-    """The largest value of `what` for which a plan fits; `next_value` no longer does (None: not looked for)."""
+    """The largest value of `what` for which a plan fits; `next_value` no longer does (None: not looked for). `means`
+    says in words what the value is, where that is more than a number."""
 
     what: str
     value: int
     plan: str
     memory_bytes: int
     next_value: int | None
+    means: str = ""
 
 
 def longest_sequence(question: Question, step: int = 256) -> Largest | None:
@@ -136,10 +143,47 @@ def longest_sequence(question: Question, step: int = 256) -> Largest | None:
     return _largest("seq-len", fits, step)
 
 
+def largest_model(question: Question, what: str) -> Largest | None:
+    """The largest model like that of the workload for which a plan fits. As "layers" it grows in blocks alone; as
+    "model" in heads, with hidden size, MLP and blocks in proportion (the shape of a head and the share of key/value
+    heads stay). The value is the number of blocks or of heads. None if not even the smallest fits; InputError for a
+    list of layers."""
+    workload = question.workload
+    spec = find_model(workload.model)
+    unit = gcd(spec.num_heads, spec.num_kv_heads)
+    step = 1 if what == "layers" else spec.num_heads // unit
+
+    def sized(value: int) -> ModelSpec:
+        return replace(spec, num_layers=value) if what == "layers" else _in_proportion(spec, value)
+
+    def fits(value: int) -> Found | None:
+        network = find_network(sized(value), workload.seq_len, workload.attention, workload.dropout)
+        return _fitting(replace(question, network=network))
+
+    found = _largest(what, fits, step)
+    if found is None:
+        return None
+    model = sized(found.value)
+    return replace(found, means=f"{model.num_layers} blocks, hidden size {model.hidden_size}, {model.num_heads} heads, "
+                   f"{model.parameter_count() / 1e9:.2f}B parameters")  # fmt: skip
+
+
+def _in_proportion(spec: ModelSpec, heads: int) -> ModelSpec:
+    """The model with so many heads."""
+
+    def share(number: int) -> int:
+        return max(1, round(number * heads / spec.num_heads))
+
+    return replace(
+        spec, num_heads=heads, num_kv_heads=share(spec.num_kv_heads), hidden_size=share(spec.hidden_size),
+        ffn_hidden_size=share(spec.ffn_hidden_size), num_layers=share(spec.num_layers),
+    )  # fmt: skip
+
+
 def _fitting(question: Question) -> Found | None:
     """The plan with the least memory, if it fits."""
     try:
-        searched = search(replace(question, top=1, front=False, objective="memory"))
+        searched = search(replace(question, top=1, front=False, objective="memory", simulate=False))
     except InputError:
         return None
     return searched.best[0] if searched.best else None

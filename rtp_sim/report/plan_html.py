@@ -23,6 +23,7 @@ from rtp_sim.report.format import (
 from rtp_sim.report.html import InputRow, inputs_section, note, page, section, write_page
 from rtp_sim.report.palette import in_stack_order
 from rtp_sim.report.pareto import Axis, Point, pareto_chart
+from rtp_sim.report.plan_tables import estimate_words, variants_words
 
 OBJECTIVES = {"time": "shortest step", "memory": "least memory", "gpus": "fewest GPUs", "cost": "cheapest",
               "energy": "least energy"}  # fmt: skip
@@ -31,7 +32,8 @@ STAGE_WORDS = {
     "rules": "the strategy cannot split the model or the batch so",
     "memory": "its closed form says that it needs more memory than there is",
     "bounds": "it cannot be faster than a plan that was evaluated, by its lower bound",
-    "estimate": "evaluated, and not among the plans shown",
+    "estimate": "estimated, and behind the plans that were simulated",
+    "simulate": "simulated, and not among the plans shown",
 }
 NOTES = {
     "front": "Plans that no other beats in step time, memory and cost together. Numbers are ranks of the table above, "
@@ -44,14 +46,19 @@ NOTES = {
 }
 
 
-def write_plan_report(path: str | PathLike[str], plan: Plan, sensitivity: Grid | None = None) -> None:
+def write_plan_report(
+    path: str | PathLike[str], plan: Plan, sensitivity: Grid | None = None, answers: Sequence[str] = ()
+) -> None:
     """Write the page to `path`. InputError if it cannot be written."""
-    write_page(path, plan_html(plan, sensitivity))
+    write_page(path, plan_html(plan, sensitivity, answers))
 
 
-def plan_html(plan: Plan, sensitivity: Grid | None = None) -> str:
-    """The page as text. `sensitivity` is the table of what changes the choice, where it was asked for."""
+def plan_html(plan: Plan, sensitivity: Grid | None = None, answers: Sequence[str] = ()) -> str:
+    """The page as text. `sensitivity` is the table of what changes the choice, `answers` are sentences about what else
+    was asked (break-even points, what fits at most), where they were."""
     body = [_plans_section(plan), _front_section(plan), *_bar_sections(plan)]
+    if answers:
+        body.append(section("what-if", "What if", "".join(note(sentence) for sentence in answers)))
     if sensitivity is not None:
         body.append(grid_section(sensitivity, note(NOTES["sensitivity"])))
     body += [
@@ -85,13 +92,15 @@ def plans_grid(plan: Plan) -> Grid:
         (
             f"{row.rank}. {label(row.candidate)}", *([_machine(row.candidate)] if several else []),
             _verdict(row, plan), _step(row), _interval(row), _tokens(row), _mfu(row), _memory(row), _usd(row),
-            _kwh(row), MISSING if row.bounds is None else format_seconds(row.bounds.lower_s),
+            _kwh(row), MISSING if row.bounds is None else format_seconds(row.bounds.lower_s), estimate_words(row),
+            variants_words(row),
         )
         for row in plan.shown
     )  # fmt: skip
     header = (
         "plan", *(["machine"] if several else []), "against the first", "step", "interval", "tokens/s", "MFU",
         "peak memory", "$ per M tokens", "kWh per M tokens", "lower bound",
+        "against its estimate", "variants",
     )  # fmt: skip
     return _filled(Grid("plans", "Plans", header, rows, 3 if several else 2))
 

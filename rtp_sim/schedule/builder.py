@@ -7,9 +7,22 @@ of a program shows exactly the synchronisation that it needs. A vector clock per
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
-from rtp_sim.schedule.ir import DTYPE_BYTES, Action, Buffer, Holding, Op, Part, Program, Size
+from rtp_sim.schedule.ir import DTYPE_BYTES, Action, Buffer, Holding, Op, Part, Program, Recv, Send, Size
+
+
+@dataclass
+class Tape:
+    """What was asked of a builder, to be asked again for another micro-batch: `first` is the op it began with."""
+
+    first: int
+    buffers: list[Buffer] = field(default_factory=list)
+    calls: list[tuple[str, str, Action, tuple[str, ...], tuple[str, ...], tuple[int, ...], bool]] = field(
+        default_factory=list
+    )
 
 
 class Builder:
@@ -27,6 +40,7 @@ class Builder:
         self._known: list[dict[str, int]] = []
         self._host_known: dict[str, int] = {}
         self._next_after: dict[str, list[int]] = {}
+        self._tape: Tape | None = None
 
     def buffer(
         self, name: str, category: str, dtype: str, numel: Size, *,
@@ -40,6 +54,8 @@ class Builder:
             self._buffers[name] = Buffer(name, category, dtype, numel, part, live_in, live_out, *flat)
             if live_in:
                 self._filled.add(name)
+            if self._tape is not None:
+                self._tape.buffers.append(self._buffers[name])
         return name
 
     def declared(self, name: str) -> Buffer:
@@ -82,6 +98,8 @@ class Builder:
     ) -> int:  # fmt: skip
         """Appends an op and returns its index; `after` adds dependencies that no buffer carries (pacing)."""
         index = len(self._ops)
+        if self._tape is not None:
+            self._tape.calls.append((name, stream, action, reads, writes, after, blocks_host))
         needed = {*after, *self._next_after.pop(stream, ())}
         for b in reads:
             if b in self._writer:
@@ -105,6 +123,37 @@ class Builder:
             self._readers[b] = []
             self._filled.add(b)
         return index
+
+    @contextmanager
+    def recording(self) -> Iterator[Tape]:
+        """Notes buffers and ops that are asked for inside. Contents that are dropped and pacing by `next_waits` are not
+        noted."""
+        self._tape = tape = Tape(len(self._ops))
+        try:
+            yield tape
+        finally:
+            self._tape = None
+
+    def play(self, tape: Tape, old: str, new: str) -> None:
+        """The same again, with names that begin with the micro-batch `old` beginning with `new`. Ops that were added as
+        dependencies are the ones as far behind. Dependencies through buffers are found anew."""
+        shift = len(self._ops) - tape.first
+        begins, skip = (f"{old}/", f"{old}."), len(old)
+
+        def named(name: str) -> str:
+            return new + name[skip:] if name.startswith(begins) else name
+
+        for like in tape.buffers:
+            name = named(like.name)
+            if name not in self._buffers:
+                self._buffers[name] = replace(like, name=name)
+                if like.live_in:
+                    self._filled.add(name)
+        for name, stream, action, reads, writes, after, blocks_host in tape.calls:
+            if isinstance(action, Send | Recv):
+                action = replace(action, tag=named(action.tag))
+            self.op(named(name), stream, action, tuple([named(b) for b in reads]), tuple([named(b) for b in writes]),
+                    after=tuple([d + shift for d in after]), blocks_host=blocks_host)  # fmt: skip
 
     def _order(self, stream: str, needed: set[int]) -> tuple[dict[str, int], tuple[int, ...]]:
         """What is known done when the op starts, and the dependencies that are not implied by the others."""

@@ -8,10 +8,12 @@ step. Where embedding and head share weights and lie on different stages, both k
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from rtp_sim.errors import InputError
 from rtp_sim.model.layers import Layer, Linear
 from rtp_sim.model.network import Block, Network
+from rtp_sim.schedule.builder import Tape
 from rtp_sim.schedule.data_parallel import DataParallel
 from rtp_sim.schedule.ir import Compute, Group, Recv, Send
 from rtp_sim.schedule.options import Options
@@ -22,6 +24,7 @@ from rtp_sim.schedule.step import PutOff, Step
 from rtp_sim.schedule.strategies.tensor_parallel import Tensor
 
 GROUP = "pp"
+SECOND = 2
 TIED = "embedding"
 """The group of the stages that share weights, the first and usually the last."""
 
@@ -97,17 +100,50 @@ def write_stage(step: Step, stages: Stages, actions: Sequence[Action]) -> None:
     step.take_part(stages.blocks(step.stage))
     stage = _Stage(step, stages, plain=stages.chunks == 1 and all(a.kind in "FB" for a in actions))
     last = max(a.micro for a in actions)
+    repeats = Repeats(step, stages)
     for action in actions:
         step.actions.append((action, step.b.count))
-        match action.kind:
-            case "F":
-                stage.forward(action)
-            case "W":
-                stage.weight_gradients(action, action.micro == last)
-            case kind:
-                stage.backward(action, split=kind == "I", last=action.micro == last)
+        if repeats.played(action, last):
+            continue
+        with repeats.noting(action, last):
+            stage.act(action, last)
     step.actions.append((Action("end", 0, last), step.b.count))
     stage.finish()
+
+
+class Repeats:
+    """Actions that do the same as an earlier one for another micro-batch, played from a tape instead of worked out
+    again: from the second micro-batch on (the first makes the gradients that later ones add to) up to the last."""
+
+    def __init__(self, step: Step, stages: Stages) -> None:
+        self.step = step
+        # Weight gradients put off, gradients handed on within a stage and pacing have a memory of their own.
+        self.possible = not (stages.v_shape or stages.count == 1 or step.options.gradient_local) and bool(
+            step.options.pp_overlap
+        )
+        self.done: dict[tuple[str, int], int] = {}
+        self.tapes: dict[tuple[str, int], tuple[str, Tape]] = {}
+
+    def played(self, action: Action, last: int) -> bool:
+        """Whether the action could be played."""
+        known = self.tapes.get((action.kind, action.chunk))
+        if known is None or (action.kind == "B" and action.micro == last):
+            return False
+        self.step.micro = action.micro
+        self.step.b.play(known[1], known[0], f"m{action.micro}")
+        return True
+
+    @contextmanager
+    def noting(self, action: Action, last: int) -> Iterator[None]:
+        """Keeps what an action does, where later ones will do the same."""
+        key = action.kind, action.chunk
+        self.done[key] = self.done.get(key, 0) + 1
+        if not self.possible or action.kind not in "FB" or self.done[key] != SECOND or action.micro == last:
+            yield
+            return
+        with self.step.b.recording() as tape:
+            yield
+        self.tapes[key] = f"m{action.micro}", tape
 
 
 class _Stage:
@@ -130,6 +166,16 @@ class _Stage:
         self._tied = [x for x in step.network.layers() if step.keeps(x) and x.weight_name in elsewhere]
 
     # ---- actions
+
+    def act(self, action: Action, last: int) -> None:
+        """One action of the order."""
+        match action.kind:
+            case "F":
+                self.forward(action)
+            case "W":
+                self.weight_gradients(action, action.micro == last)
+            case kind:
+                self.backward(action, split=kind == "I", last=action.micro == last)
 
     def forward(self, action: Action) -> None:
         """Receives what the piece reads, computes it, sends what it makes."""
