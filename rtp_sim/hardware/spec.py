@@ -132,7 +132,7 @@ class CommunicationParams:
     longer the host takes to issue a collective, per member of its group, where the same ranks exchange pipeline
     messages with other nodes (None: not at all). `algorithms` lists which of ring, tree, hierarchical, in-switch the
     library may pick. `kinds` are collectives (by the IR's names) that were measured by
-    themselves.
+    themselves. `most_rings`: over how many of the rings that the wiring has a collective is spread (None: all).
     """
 
     p2p_base_ns: Number
@@ -149,6 +149,7 @@ class CommunicationParams:
     collective_chunk_inter_ns: Number | None = None
     collective_turn_piped_ns: Number | None = None
     kinds: Mapping[str, KindParams] = field(default_factory=dict)
+    most_rings: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

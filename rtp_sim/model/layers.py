@@ -119,6 +119,14 @@ def _single(kernel: str, dims: Dims, numel: int, inputs: tuple[str, ...] = ("x0"
     return Lowered((Call(kernel, dims, inputs, ("y",), weight),), {"y": Tensor(numel)})
 
 
+def _passes(times: tuple[int, int], numel: int, tensor: str) -> tuple[Call, ...]:
+    """What a chain of elementwise ops in fp32 moves beyond the one kernel that stands for it: so many reads and writes
+    of the tensor in the forward and in the backward pass; nothing for (0, 0)."""
+    if times == (0, 0):
+        return ()
+    return (Call("passes", _dims(numel=numel, times=times[0], back=times[1]), (tensor,), (tensor,)),)
+
+
 @dataclass(frozen=True, slots=True)
 class Linear(LayerOp):
     """y = x W^T + b. Split "out" or "vocab" by rows of W, "in" by its columns (the bias is then on every shard).
@@ -236,10 +244,11 @@ class Positions(LayerOp):
 
 @dataclass(frozen=True, slots=True)
 class Norm(LayerOp):
-    """Layer norm (weight and bias) or RMS norm (weight)."""
+    """Layer norm (weight and bias) or RMS norm (weight); with `passes` made of several kernels (`_passes`)."""
 
     kind: str
     width: int
+    passes: tuple[int, int] = (0, 0)
 
     def params(self, split: Split = WHOLE) -> tuple[Param, ...]:
         """weight, and bias for layer norm."""
@@ -249,7 +258,8 @@ class Norm(LayerOp):
     def lower(self, extent: Extent, split: Split = WHOLE) -> Lowered:
         """One row-wise kernel."""
         rows = split.share(extent.tokens, "rows")
-        return _single(self.kind, _dims(rows=rows, width=self.width), rows * self.width, weight=True)
+        one = _single(self.kind, _dims(rows=rows, width=self.width), rows * self.width, weight=True)
+        return Lowered((*one.calls, *_passes(self.passes, rows * self.width, "y")), one.tensors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,9 +314,7 @@ class Attention(LayerOp):
     `context_copy`: the context is copied into the projection's layout, as torch.nn.MultiheadAttention does, so autograd
     keeps it twice. `scaled_copies`: materialised attention keeps scaled queries and keys beside the projection's
     output, as torch's own fallback does. `stacked_kv`: keys and values are stacked once more for the rotary kernel,
-    while the queries still hold on to the storage of all three. `dropout_kept`: dropout inside materialised attention
-    is taken as a part of the softmax, whose kernel leaves the dropped probabilities and a mask behind as well
-    (5 bytes per score in half precision, arXiv 2205.05198); unlike `dropout` it costs memory, but no kernel.
+    while the queries still hold on to the storage of all three. `rotary_passes`: rotation by several kernels (`_passes`).
     `fused_matrices`: the softmax of materialised attention fuses the cast to fp32 and back, the scale and the mask only
     for whole multiples of so many matrices (sequences x heads of a rank); else each is a kernel of its own."""
 
@@ -322,8 +330,8 @@ class Attention(LayerOp):
     dropout: float = 0.0
     context_copy: bool = False
     scaled_copies: bool = False
+    rotary_passes: tuple[int, int] = (0, 0)
     stacked_kv: bool = False
-    dropout_kept: bool = False
     fused_matrices: int = 0
 
     def _heads(self, split: Split) -> tuple[int, int]:
@@ -351,6 +359,7 @@ class Attention(LayerOp):
         tensors = {"qkv": Tensor(t * width), "y": Tensor(t * self.hidden)}
         if self.rotary:
             calls.append(Call("rope", _dims(numel=t * (q + kv) * d), ("qkv",), ("qkv",)))
+            calls += _passes(self.rotary_passes, t * (q + kv) * d, "qkv")
         core, core_tensors = self._core(extent, q, kv)
         context = "context"
         if self.context_copy:
@@ -379,16 +388,13 @@ class Attention(LayerOp):
             numel = b * s * (heads + kv_heads) * d
             tensors["scaled"], operands = Tensor(numel), ("qkv", "scaled")
             scaled.append(Call("copy", _dims(numel=numel), ("qkv",), ("scaled",)))
-        kept = ("dropped", "probs", "mask") if self.dropout_kept else ("probs",)
         calls = [*scaled, Call("attn.scores", shape, operands, ("scores",))]
         read = "scores"
         for name in UNFUSED_SOFTMAX if self.fused_matrices and b * heads % self.fused_matrices else ():
             calls.append(Call("copy", _dims(numel=scores.numel), (read,), (name,)))
             tensors[name], read = scores, name
-        calls.append(Call("softmax", _dims(rows=b * heads * s, width=s), (read,), kept))
-        probs = kept[0]
-        if self.dropout_kept:
-            tensors |= {"dropped": scores, "mask": Tensor(scores.numel, "uint8")}
+        calls.append(Call("softmax", _dims(rows=b * heads * s, width=s), (read,), ("probs",)))
+        probs = "probs"
         if self.dropout:
             calls.append(Call("dropout", _dims(numel=scores.numel), ("probs",), ("dropped", "mask")))
             tensors |= {"dropped": scores, "mask": Tensor(scores.numel, "uint8")}
@@ -509,11 +515,14 @@ class CrossEntropy(LayerOp):
 
     `unfused`: as torch.nn.CrossEntropyLoss in a loop that holds on to the logits: the backward has logits,
     log-probabilities, their gradient and that of the logits at the same time. `upcast`: the logits are first copied to
-    the dtype of the loss; the log-probabilities are made in another copy of them, beside the first."""
+    the dtype of the loss; the log-probabilities are made in another copy of them, beside the first. `passes`: maximum,
+    shift, exponentials, sum and division are torch ops of their own, as in Megatron's vocabulary-parallel loss (see
+    `_passes`)."""
 
     vocab: int
     unfused: bool = False
     upcast: bool = False
+    passes: tuple[int, int] = (0, 0)
 
     def lower(self, extent: Extent, split: Split = WHOLE) -> Lowered:
         """One row-wise kernel, or log-softmax and look-up."""
@@ -536,7 +545,7 @@ class CrossEntropy(LayerOp):
         if self.upcast:
             cast = Call("upcast", _dims(numel=rows * width), ("x0",), ("wide",))
             call = Call("cross_entropy", dims, ("wide", "x1"), ("y", "log_probs", "statistics"))
-            return Lowered((cast, call), tensors | {"wide": Tensor(rows * width, "loss")})
+            return Lowered((cast, *_passes(self.passes, rows * width, "wide"), call), tensors | {"wide": Tensor(rows * width, "loss")})
         return Lowered((Call("cross_entropy", dims, ("x0", "x1"), outputs),), tensors)
 
 

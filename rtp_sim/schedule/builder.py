@@ -8,6 +8,7 @@ of a program shows exactly the synchronisation that it needs. A vector clock per
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rtp_sim.schedule.ir import DTYPE_BYTES, Action, Buffer, Holding, Op, Part, Program, Size
 
@@ -105,6 +106,12 @@ class Builder:
             self._readers[b] = []
             self._filled.add(b)
         return index
+
+    def host_waits(self) -> None:
+        """The host issues nothing more until the latest op is done."""
+        index = len(self._ops) - 1
+        self._ops[index] = replace(self._ops[index], blocks_host=True)
+        _merge(self._host_known, self._known[index])
 
     def _order(self, stream: str, needed: set[int]) -> tuple[dict[str, int], tuple[int, ...]]:
         """What is known done when the op starts, and the dependencies that are not implied by the others."""

@@ -116,6 +116,8 @@ class _Stage:
     def __init__(self, step: Step, stages: Stages, plain: bool) -> None:
         self.step, self.stages = step, stages
         self._waits = plain and not step.options.pp_overlap
+        # The interleaved schedule asks for its messages in advance: a host that waits would not come to it.
+        self._timed = step.options.pp_synchronised and plain
         self.tensor = Tensor(step, step.options.sequence_parallel)
         self.sync = DataParallel(step, step.options.dp_sync)
         self._put_off: dict[tuple[int, int], list[PutOff]] = {}
@@ -139,6 +141,7 @@ class _Stage:
             self._exchange(k, k - 1, self.stages.crossing[k - 1])
         for layer in self._layers(k):
             self.tensor.forward(layer)
+        self._synchronise()
         if k + 1 < len(self.stages.pieces):
             self._exchange(k, k + 1, self.stages.crossing[k], sends=True)
 
@@ -156,8 +159,13 @@ class _Stage:
             self._put_off[action.chunk, action.micro] = list(later)
         else:
             self._backward_layers(k, last)
+            self._synchronise()
         if k:
             self._hand_on(k, self.stages.crossing[k - 1])
+
+    def _synchronise(self) -> None:
+        if self._timed:
+            self.step.b.host_waits()
 
     def _backward_layers(self, k: int, last: bool) -> None:
         for block in reversed(self.stages.pieces[k]):
