@@ -315,6 +315,8 @@ class Attention(LayerOp):
     keeps it twice. `scaled_copies`: materialised attention keeps scaled queries and keys beside the projection's
     output, as torch's own fallback does. `stacked_kv`: keys and values are stacked once more for the rotary kernel,
     while the queries still hold on to the storage of all three. `rotary_passes`: rotation by several kernels (`_passes`).
+    `dropout_kept`: dropout inside materialised attention is taken as a part of the softmax, whose kernel leaves the
+    dropped probabilities and a mask behind as well: unlike `dropout` it costs memory, but no kernel.
     `fused_matrices`: the softmax of materialised attention fuses the cast to fp32 and back, the scale and the mask only
     for whole multiples of so many matrices (sequences x heads of a rank); else each is a kernel of its own."""
 
@@ -330,6 +332,7 @@ class Attention(LayerOp):
     dropout: float = 0.0
     context_copy: bool = False
     scaled_copies: bool = False
+    dropout_kept: bool = False
     rotary_passes: tuple[int, int] = (0, 0)
     stacked_kv: bool = False
     fused_matrices: int = 0
@@ -393,8 +396,11 @@ class Attention(LayerOp):
         for name in UNFUSED_SOFTMAX if self.fused_matrices and b * heads % self.fused_matrices else ():
             calls.append(Call("copy", _dims(numel=scores.numel), (read,), (name,)))
             tensors[name], read = scores, name
-        calls.append(Call("softmax", _dims(rows=b * heads * s, width=s), (read,), ("probs",)))
-        probs = "probs"
+        kept = ("dropped", "probs", "mask") if self.dropout_kept else ("probs",)
+        calls.append(Call("softmax", _dims(rows=b * heads * s, width=s), (read,), kept))
+        probs = kept[0]
+        if self.dropout_kept:
+            tensors |= {"dropped": scores, "mask": Tensor(scores.numel, "uint8")}
         if self.dropout:
             calls.append(Call("dropout", _dims(numel=scores.numel), ("probs",), ("dropped", "mask")))
             tensors |= {"dropped": scores, "mask": Tensor(scores.numel, "uint8")}

@@ -29,7 +29,7 @@ class Habits:
     `dp_overlap`: gradients are reduced beside the backward pass; `dp_bucket_bytes` at a time; `dp_copy`: into buckets
     of
     their own; `gradient_buffer`: gradients are kept in one buffer from step to step. `fsdp_unit`: "block" or "model".
-    `stacked_kv`, `fused_matrices`: see `model.layers.Attention`; `upcast_loss`, `loss_passes`: `CrossEntropy`.
+    `stacked_kv`, `dropout_kept`, `fused_matrices`: see `model.layers.Attention`; `upcast_loss`, `loss_passes`: `CrossEntropy`.
     `norm_passes`, `rotary_passes`: what norms and rotations move beyond one fused kernel, unless a row is compiled.
     `fsdp_gather_again`, `tp_overlap`: see `Options`. `rings`: a collective is spread over so many rings at most, each
     over one of a node's adapters (0: over all). `dropout`: as the framework does unless asked.
@@ -76,6 +76,7 @@ class Habits:
     recompute_works: bool = True
     selective_blocks: int = 0
     dropout: float = 0.0
+    dropout_kept: bool = False
     pp_balance: str = "layers"
     pp_overlap: bool = True
     pp_scatter_gather: bool = False
@@ -124,6 +125,15 @@ FRAMEWORKS: Mapping[str, Habits] = {
             pp_synchronised=True,
         ),
         Habits(
+            "megatron-zero-bubble", "gpt", mixed="fp16", dropout_kept=True, gradient_buffer=True, dp_overlap=False,
+            dp_copy=False, pp_overlap=False, pp_scatter_gather=True,
+        ),
+        Habits(
+            "megatron-deepspeed-bloom", "gpt", mixed="fp16", dropout_kept=True, dp_overlap=False, dp_copy=False,
+            vocab_size=51200, gradient_local=True, fused_matrices=4, outside_bytes=10_300_000_000, pp_overlap=False,
+            pp_scatter_gather=True,
+        ),
+        Habits(
             "nanotron", "llama", mixed="bf16-grad32", gradient_buffer=True, dp_copy=False, upcast_loss=True,
             separate_gate=True, stacked_kv=True, gradient_local=True, tp_keep_gathered=True,
             pp_balance="cost", dp_bucket_bytes=50 * MIB,
@@ -142,6 +152,8 @@ FRAMEWORKS: Mapping[str, Habits] = {
 EDITIONS = (
     ("megatron-lm", "ZeRO-3", "deepspeed-zero3"),
     ("megatron-lm", "SC'21", "megatron-lm-2021"),
+    ("megatron-lm", "Qi et al.", "megatron-zero-bubble"),
+    ("megatron-deepspeed", "BLOOM prequel", "megatron-deepspeed-bloom"),
 )
 """(framework as rows name it, words of the source, habits): what ran where a source tells more than the name. The first
 is for rows without model parallelism, as such sources compare with it."""

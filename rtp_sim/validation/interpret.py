@@ -67,6 +67,7 @@ class Experiment:
     upcast_loss: bool
     separate_gate: bool
     stacked_kv: bool
+    dropout_kept: bool
     loss_passes: tuple[int, int]
     norm_passes: tuple[int, int]
     rotary_passes: tuple[int, int]
@@ -98,8 +99,8 @@ class Experiment:
             return replace(op, context_copy=True, scaled_copies=op.implementation == "materialised")
         if isinstance(op, Attention):
             flash = op.implementation == "flash"
-            return replace(op, stacked_kv=self.stacked_kv and flash, fused_matrices=self.fused_matrices,
-                           rotary_passes=self.rotary_passes)  # fmt: skip
+            return replace(op, stacked_kv=self.stacked_kv and flash, dropout_kept=self.dropout_kept and not flash,
+                           fused_matrices=self.fused_matrices, rotary_passes=self.rotary_passes)  # fmt: skip
         if isinstance(op, Norm):
             return replace(op, passes=self.norm_passes)
         if isinstance(op, CrossEntropy) and self.torch_loss:
@@ -159,7 +160,7 @@ def interpret(row: Row) -> Interpretation:
     experiment = Experiment(
         cells.cluster, 1 if strategy == "single" else cells.gpus, model, cells.seq_len, attention, every,
         habits.torch_attention, habits.torch_loss, habits.upcast_loss, habits.separate_gate, habits.stacked_kv,
-        habits.loss_passes, habits.norm_passes, habits.rotary_passes, habits.fused_matrices, strategy, inner, cells.pp, training, options,
+        habits.dropout_kept, habits.loss_passes, habits.norm_passes, habits.rotary_passes, habits.fused_matrices, strategy, inner, cells.pp, training, options,
         HostCosts(habits.op_ns, habits.hop_ns, habits.collective_ns), habits.rings,
     )  # fmt: skip
     return Interpretation(experiment, tuple(said), reading_of(cells, habits))
