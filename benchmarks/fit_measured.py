@@ -52,7 +52,9 @@ FITTED = {
 """What each machine's rows can tell, with a start of its own where the usual one is on the wrong side of a bound: the
 host costs nothing as long as the device is slower."""
 MOST = {"vtrain-a100": 48}
-"""So many calibration rows at most are fitted where there are hundreds of a kind: every so many-th in the file's order."""
+"""So many calibration rows at most are fitted where there are hundreds of a kind, evenly over the file."""
+LEAST_FOR_SPREAD = 5
+"""Rows that an interval is made from at least: two residuals say nothing about eight of ten."""
 PROFILES = Path(__file__).parent.parent / "hardware_profiles" / "clusters"
 MARK = "# Fitted by benchmarks/fit_measured.py"
 
@@ -95,6 +97,7 @@ def written(result: Fit, parts: str) -> str:
     source = f"fit to {result.rows} calibration rows of {parts}: median error {e.median_ape:.1%}, mean {e.mape:.1%}"
     tables: dict[str, list[str]] = {}
     spread = {"calibration.residual_p10": round(result.low, 4), "calibration.residual_p90": round(result.high, 4)}
+    spread = spread if result.rows >= LEAST_FOR_SPREAD else {}
     for key, value in {**spread, **result.values}.items():
         table, _, name = key.rpartition(".")
         shown = f'"{value}"' if isinstance(value, str) else f"{value:g}"
@@ -134,7 +137,7 @@ def spread(folder: Path, clusters: list[str], validated: Path) -> None:
                 if isinstance(entry, Row) and entry.calibration and entry.cells.cluster == cluster:
                     error = rows.get((path.name, entry.cells.row_id), {}).get("step_time_error")
                     ratios += [] if error is None else [1 / (1 + error)]
-        if ratios:
+        if len(ratios) >= LEAST_FOR_SPREAD:
             put_spread(cluster, ratios)
             print(f"{cluster}: {len(ratios)} rows")
 

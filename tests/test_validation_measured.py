@@ -284,7 +284,7 @@ def test_fits_by_hand():
 
 
 def test_intervals_by_hand():
-    # Steps of 1 s with 0.9 to 1.2 around: 0.9 and 1.2 are inside, 0.89 is not; without spread or measurement nobody knows.
+    # Steps of 1 s with 0.9 to 1.2 around: 0.9 and 1.2 are inside, 0.89 is not.
     rows = [replace(outcome(1, m), spread=(0.9, 1.2)) for m in (0.9, 1.2, 0.89, None)]
     assert rows[0].interval_s == (0.9, 1.2)
     assert [o.in_interval for o in (*rows, outcome(1, 1))] == [True, True, False, None, None]
@@ -352,8 +352,8 @@ def test_the_input_gradient_is_reduced_beside_the_weight_gradients_or_behind_the
 def test_the_host_waits_behind_every_pass_of_a_micro_batch():
     ops = built(setting_of(experiment(tp="2", dp="4", num_microbatches="2", gpus="8"))).schedule.programs[0].ops
     # Forward, backward, forward, backward; what comes last in each.
-    assert [op.name.split(".")[0:2] for op in ops if op.blocks_host] == [["m0", "head"], ["m0", "embed"], ["m1", "head"],
-                                                                      ["m1", "embed"]]  # fmt: skip
+    waited_for = [op.name.split(".")[:2] for op in ops if op.blocks_host]
+    assert waited_for == [["m0", "head"], ["m0", "embed"], ["m1", "head"], ["m1", "embed"]]
 
 
 def test_compiled_rows_have_no_chains_of_elementwise_kernels():

@@ -148,8 +148,8 @@ _ALL = (
     # The same in torch's two steps; the look-up's backward fills an array of zeros.
     Kernel("upcast", "memory", _zero, _numel(1), lambda d: 4 * d["numel"]),
     Kernel("upcast.bwd", "memory", _zero, _numel(1), lambda d: 4 * d["numel"]),
-    # What several kernels read and write, in words of fp32, where others have one: more `times` than this, `back` in the
-    # backward. In place.
+    # What several kernels read and write, in words of fp32, where others have one: more `times` than this, `back` in
+    # the backward. In place.
     Kernel("passes", "memory", _zero, _zero, lambda d: 4 * d["times"] * d["numel"]),
     Kernel("passes.bwd", "memory", _zero, _zero, lambda d: 4 * d["back"] * d["numel"]),
     Kernel("log_softmax", "memory", _zero, _rows(2)),

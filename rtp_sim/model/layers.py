@@ -314,7 +314,7 @@ class Attention(LayerOp):
     `context_copy`: the context is copied into the projection's layout, as torch.nn.MultiheadAttention does, so autograd
     keeps it twice. `scaled_copies`: materialised attention keeps scaled queries and keys beside the projection's
     output, as torch's own fallback does. `stacked_kv`: keys and values are stacked once more for the rotary kernel,
-    while the queries still hold on to the storage of all three. `rotary_passes`: rotation by several kernels (`_passes`).
+    while the queries still hold on to the storage of all three. `rotary_passes`: rotation by several kernels.
     `dropout_kept`: dropout inside materialised attention is taken as a part of the softmax, whose kernel leaves the
     dropped probabilities and a mask behind as well: unlike `dropout` it costs memory, but no kernel.
     `fused_matrices`: the softmax of materialised attention fuses the cast to fp32 and back, the scale and the mask only
@@ -551,7 +551,8 @@ class CrossEntropy(LayerOp):
         if self.upcast:
             cast = Call("upcast", _dims(numel=rows * width), ("x0",), ("wide",))
             call = Call("cross_entropy", dims, ("wide", "x1"), ("y", "log_probs", "statistics"))
-            return Lowered((cast, *_passes(self.passes, rows * width, "wide"), call), tensors | {"wide": Tensor(rows * width, "loss")})
+            calls = (cast, *_passes(self.passes, rows * width, "wide"), call)
+            return Lowered(calls, tensors | {"wide": Tensor(rows * width, "loss")})
         return Lowered((Call("cross_entropy", dims, ("x0", "x1"), outputs),), tensors)
 
 

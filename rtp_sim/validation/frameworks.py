@@ -17,7 +17,8 @@ buffers, as the device profiles assume (1.2 GiB)."""
 
 MEGATRON_LOSS = (7, 1)
 """Reads and writes of fp32 logits by Megatron's vocab_parallel_cross_entropy (mpu/cross_entropy.py): maximum 1, shift 2,
-exponential 2, sum 1, division 2, of which the fused kernel's price has 1; the backward multiplies in place, 2."""
+exponential 2, sum 1, division 2, of which the fused kernel's price (two halves) is 1; the backward multiplies in place,
+2, of which its price is 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,8 @@ class Habits:
     `dp_overlap`: gradients are reduced beside the backward pass; `dp_bucket_bytes` at a time; `dp_copy`: into buckets
     of
     their own; `gradient_buffer`: gradients are kept in one buffer from step to step. `fsdp_unit`: "block" or "model".
-    `stacked_kv`, `dropout_kept`, `fused_matrices`: see `model.layers.Attention`; `upcast_loss`, `loss_passes`: `CrossEntropy`.
+    `stacked_kv`, `dropout_kept`, `fused_matrices`: see `model.layers.Attention`; `upcast_loss`, `loss_passes`:
+    `CrossEntropy`.
     `norm_passes`, `rotary_passes`: what norms and rotations move beyond one fused kernel, unless a row is compiled.
     `fsdp_gather_again`, `tp_overlap`: see `Options`. `rings`: a collective is spread over so many rings at most, each
     over one of a node's adapters (0: over all). `dropout`: as the framework does unless asked.
@@ -105,13 +107,13 @@ FRAMEWORKS: Mapping[str, Habits] = {
         ),
         Habits("composer-fsdp", "mpt", mixed="bf16"),
         Habits(
-            "megatron-lm", "gpt", mixed="fp16", dropout=0.1, upcast_loss=True, loss_passes=MEGATRON_LOSS, gradient_buffer=True,
-            dp_overlap=False, dp_copy=False, pp_overlap=False, pp_scatter_gather=True,
+            "megatron-lm", "gpt", mixed="fp16", dropout=0.1, upcast_loss=True, loss_passes=MEGATRON_LOSS,
+            gradient_buffer=True, dp_overlap=False, dp_copy=False, pp_overlap=False, pp_scatter_gather=True,
             pp_synchronised=True,
         ),
         Habits(
-            "megatron-lm-2021", "gpt", mixed="fp16", dropout=0.1, upcast_loss=True, loss_passes=MEGATRON_LOSS, gradient_buffer=True,
-            dp_overlap=False, dp_copy=False, tp_overlap=False, pp_overlap=False, pp_scatter_gather=True,
+            "megatron-lm-2021", "gpt", mixed="fp16", dropout=0.1, upcast_loss=True, loss_passes=MEGATRON_LOSS,
+            gradient_buffer=True, dp_overlap=False, dp_copy=False, tp_overlap=False, pp_overlap=False, pp_scatter_gather=True,
             pp_synchronised=True,
         ),
         Habits(
@@ -119,8 +121,8 @@ FRAMEWORKS: Mapping[str, Habits] = {
             fsdp_gather_again=True, rings=1,
         ),
         Habits(
-            "megatron-deepspeed", "gpt", mixed="fp16", dropout=0.1, upcast_loss=True, loss_passes=MEGATRON_LOSS, dp_overlap=False,
-            dp_copy=False, vocab_size=51200, vocab_unsplit=50257, gradient_local=True, fused_matrices=4,
+            "megatron-deepspeed", "gpt", mixed="fp16", dropout=0.1, upcast_loss=True, loss_passes=MEGATRON_LOSS,
+            dp_overlap=False, dp_copy=False, vocab_size=51200, vocab_unsplit=50257, gradient_local=True, fused_matrices=4,
             outside_bytes=10_300_000_000, tp_overlap=False, pp_overlap=False, pp_scatter_gather=True,
             pp_synchronised=True,
         ),

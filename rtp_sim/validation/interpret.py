@@ -160,7 +160,8 @@ def interpret(row: Row) -> Interpretation:
     experiment = Experiment(
         cells.cluster, 1 if strategy == "single" else cells.gpus, model, cells.seq_len, attention, every,
         habits.torch_attention, habits.torch_loss, habits.upcast_loss, habits.separate_gate, habits.stacked_kv,
-        habits.dropout_kept, habits.loss_passes, habits.norm_passes, habits.rotary_passes, habits.fused_matrices, strategy, inner, cells.pp, training, options,
+        habits.dropout_kept, habits.loss_passes, habits.norm_passes, habits.rotary_passes, habits.fused_matrices,
+        strategy, inner, cells.pp, training, options,
         HostCosts(habits.op_ns, habits.hop_ns, habits.collective_ns), habits.rings,
     )  # fmt: skip
     return Interpretation(experiment, tuple(said), reading_of(cells, habits))
@@ -322,7 +323,7 @@ def _dp_sync(cells: RowFile, say: Say) -> str:
 
 
 def _dp_overlap(cells: RowFile, habits: Habits) -> bool:
-    """Whether gradients are reduced beside the backward: where a row says so itself (Megatron's DDP-impl), as it says."""
+    """Whether gradients are reduced beside the backward: where a row itself says so (Megatron's DDP-impl)."""
     return "DDP-impl torch" in cells.note or habits.dp_overlap
 
 
