@@ -551,8 +551,8 @@ class CrossEntropy(LayerOp):
         if self.upcast:
             cast = Call("upcast", _dims(numel=rows * width), ("x0",), ("wide",))
             call = Call("cross_entropy", dims, ("wide", "x1"), ("y", "log_probs", "statistics"))
-            calls = (cast, *_passes(self.passes, rows * width, "wide"), call)
-            return Lowered(calls, tensors | {"wide": Tensor(rows * width, "loss")})
+            chain = (cast, *_passes(self.passes, rows * width, "wide"), call)
+            return Lowered(chain, tensors | {"wide": Tensor(rows * width, "loss")})
         return Lowered((Call("cross_entropy", dims, ("x0", "x1"), outputs),), tensors)
 
 

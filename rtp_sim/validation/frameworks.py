@@ -16,9 +16,9 @@ CONTEXT_BYTES = 1229 * MIB
 buffers, as the device profiles assume (1.2 GiB)."""
 
 MEGATRON_LOSS = (7, 1)
-"""Reads and writes of fp32 logits by Megatron's vocab_parallel_cross_entropy (mpu/cross_entropy.py): maximum 1, shift 2,
-exponential 2, sum 1, division 2, of which the fused kernel's price (two halves) is 1; the backward multiplies in place,
-2, of which its price is 1."""
+"""Reads and writes of fp32 logits by Megatron's loss (mpu/cross_entropy.py): maximum 1, shift 2, exponential 2,
+sum 1, division 2, of which the fused kernel's price (two halves) is 1; the backward multiplies in place, 2, of which
+its price is 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +39,8 @@ class Habits:
     scaled_dot_product_attention picks, with a mask (no causal skipping). `torch_loss`: torch.nn.CrossEntropyLoss.
     `optimizer_scratch`: bytes per parameter that the optimizer step allocates for itself. `recompute_works`: whether
     the run's recompute option saved memory. `selective_blocks`: "selective" recompute repeats every n-th block.
-    `pp_balance`, `pp_overlap`, `pp_scatter_gather`, `pp_synchronised`: how stages are cut, whether they compute on while
-    they send, whether tensor-parallel ranks send shares, whether the host waits for each pass (`Options`).
+    `pp_balance`, `pp_overlap`, `pp_scatter_gather`, `pp_synchronised`: how stages are cut, whether they compute on
+    while they send, whether tensor-parallel ranks send shares, whether the host waits for each pass (`Options`).
     `memory_stages`, `memory_reserved`, `outside_bytes`: what the framework's own number for memory counts
     (`reading.Reading`). `gathers_again`: gathered inputs are not kept in pipelines, nor where they would not fit.
     `op_ns`, `hop_ns`, `collective_ns`: host time to issue a kernel, a hop of rotation, another communication op.
@@ -113,8 +113,8 @@ FRAMEWORKS: Mapping[str, Habits] = {
         ),
         Habits(
             "megatron-lm-2021", "gpt", mixed="fp16", dropout=0.1, upcast_loss=True, loss_passes=MEGATRON_LOSS,
-            gradient_buffer=True, dp_overlap=False, dp_copy=False, tp_overlap=False, pp_overlap=False, pp_scatter_gather=True,
-            pp_synchronised=True,
+            gradient_buffer=True, dp_overlap=False, dp_copy=False, tp_overlap=False, pp_overlap=False,
+            pp_scatter_gather=True, pp_synchronised=True,
         ),
         Habits(
             "deepspeed-zero3", "gpt", mixed="fp16", dropout=0.1, upcast_loss=True, loss_passes=MEGATRON_LOSS,
@@ -122,8 +122,8 @@ FRAMEWORKS: Mapping[str, Habits] = {
         ),
         Habits(
             "megatron-deepspeed", "gpt", mixed="fp16", dropout=0.1, upcast_loss=True, loss_passes=MEGATRON_LOSS,
-            dp_overlap=False, dp_copy=False, vocab_size=51200, vocab_unsplit=50257, gradient_local=True, fused_matrices=4,
-            outside_bytes=10_300_000_000, tp_overlap=False, pp_overlap=False, pp_scatter_gather=True,
+            dp_overlap=False, dp_copy=False, vocab_size=51200, vocab_unsplit=50257, gradient_local=True,
+            fused_matrices=4, outside_bytes=10_300_000_000, tp_overlap=False, pp_overlap=False, pp_scatter_gather=True,
             pp_synchronised=True,
         ),
         Habits(

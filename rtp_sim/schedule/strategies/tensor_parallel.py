@@ -3,7 +3,8 @@
 All ranks of a tp group work on the same micro-batch. Attention is split by heads, an MLP by its features, embedding
 and head by vocabulary. `tp` all-reduces the output of each split layer, and in the backward pass its input gradient,
 which overlaps with the weight gradients unless `tp_overlap` is off. `tp-sp` keeps the activations between split layers
-in shards of tokens: all-gather before, reduce-scatter after; the backward gathers the saved input again for the weight gradient.
+in shards of tokens: all-gather before, reduce-scatter after; the backward gathers the saved input again for the weight
+gradient.
 """
 
 from __future__ import annotations
