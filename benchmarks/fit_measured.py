@@ -28,6 +28,7 @@ from rtp_sim.hardware.profiles import load_cluster
 from rtp_sim.validation.accuracy import Errors, errors_of
 from rtp_sim.validation.evaluate import evaluate
 from rtp_sim.validation.fit import PARAMETERS, Fit, Parameter, fit, link_parameter
+from rtp_sim.validation.frameworks import FRAMEWORKS, habits_of
 from rtp_sim.validation.interpret import Experiment, Unsupported, interpret
 from rtp_sim.validation.measured import Row, read_measured
 
@@ -39,19 +40,21 @@ FITTED = {
     "selene-a100-80g": "matmul_efficiency memory_efficiency link:nvlink3",
     "rtp-a100-80g": f"{KERNELS} matmul_efficiency_fp32 attention_efficiency_fp32 host_issue link:hdr",
     "rtp-v100-32g": "matmul_efficiency memory_efficiency matmul_efficiency_fp32 host_issue link:edr link:nvlink2",
-    "vtrain-a100": "matmul_efficiency=0.85 memory_efficiency=0.43 host_issue=80 host_issue_backward=68 "
-    "matmul_efficiency_ragged=0.28 message_issue=300",
+    "vtrain-a100": "matmul_efficiency=0.88 memory_efficiency=0.75 host_issue=78 host_issue_backward=42 "
+    "matmul_efficiency_ragged=0.33 message_issue=290",
     "hf-h100-efa": "matmul_efficiency=0.53 attention_efficiency memory_efficiency host_issue=95 link:efa=0.7 "
     "collective_turn_piped=270 collective_chunk_inter=46",
-    "sail-a100-80g-roce": "matmul_efficiency=0.6 memory_efficiency host_issue",
-    "jeanzay-a100-80g-opa": "matmul_efficiency=0.6 memory_efficiency blocking_issue=120 link:opa=0.9",
+    "sail-a100-80g-roce": "matmul_efficiency=0.65 memory_efficiency=0.75 host_issue",
+    "jeanzay-a100-80g-opa": "matmul_efficiency memory_efficiency blocking_issue=100 link:opa=0.87",
     "ibm-vela-a100": "matmul_efficiency memory_efficiency",
     "ibm-h100": "matmul_efficiency memory_efficiency",
 }
 """What each machine's rows can tell, with a start of its own where the usual one is on the wrong side of a bound: the
 host costs nothing as long as the device is slower."""
-SAMPLED = {"vtrain-a100": 6}
-"""Every so many-th of the calibration rows is fitted, in the order of the file, where there are hundreds of a kind."""
+MOST = {"vtrain-a100": 48}
+"""So many calibration rows at most are fitted where there are hundreds of a kind, evenly over the file."""
+LEAST_FOR_SPREAD = 5
+"""Rows that an interval is made from at least: two residuals say nothing about eight of ten."""
 PROFILES = Path(__file__).parent.parent / "hardware_profiles" / "clusters"
 MARK = "# Fitted by benchmarks/fit_measured.py"
 
@@ -66,14 +69,19 @@ def rows_of(folder: Path, cluster: str) -> list[tuple[Experiment, float, bool]]:
             # What 256 and 512 GPUs on EFA add is the state of that network, a factor of ten between equal runs.
             if entry.cells.cluster == "hf-h100-efa" and entry.cells.gpus > 128:
                 continue
-            # fp8 is not calibrated; the ZeRO-3 rows of the Megatron paper are DeepSpeed's, another program.
-            if "fp8" in entry.cells.precision or (entry.cells.framework == "megatron-lm" and entry.cells.dp > 256):
+            # fp8 is not calibrated; in the Megatron paper's ZeRO-3 rows the network decides, by an unexplained rate.
+            if "fp8" in entry.cells.precision or _is_zero3(entry):
                 continue
             try:
                 found.append((interpret(entry).experiment, entry.cells.step_time_s, entry.calibration))
             except (Unsupported, InputError):
                 continue
     return found
+
+
+def _is_zero3(row: Row) -> bool:
+    c = row.cells
+    return habits_of(c.framework, c.source, c.tp * c.pp > 1) is FRAMEWORKS["deepspeed-zero3"]
 
 
 def parameter(text: str) -> Parameter:
@@ -89,6 +97,7 @@ def written(result: Fit, parts: str) -> str:
     source = f"fit to {result.rows} calibration rows of {parts}: median error {e.median_ape:.1%}, mean {e.mape:.1%}"
     tables: dict[str, list[str]] = {}
     spread = {"calibration.residual_p10": round(result.low, 4), "calibration.residual_p90": round(result.high, 4)}
+    spread = spread if result.rows >= LEAST_FOR_SPREAD else {}
     for key, value in {**spread, **result.values}.items():
         table, _, name = key.rpartition(".")
         shown = f'"{value}"' if isinstance(value, str) else f"{value:g}"
@@ -128,7 +137,7 @@ def spread(folder: Path, clusters: list[str], validated: Path) -> None:
                 if isinstance(entry, Row) and entry.calibration and entry.cells.cluster == cluster:
                     error = rows.get((path.name, entry.cells.row_id), {}).get("step_time_error")
                     ratios += [] if error is None else [1 / (1 + error)]
-        if ratios:
+        if len(ratios) >= LEAST_FOR_SPREAD:
             put_spread(cluster, ratios)
             print(f"{cluster}: {len(ratios)} rows")
 
@@ -158,8 +167,9 @@ def main() -> None:
         names = FITTED[cluster].split()
         parameters = [parameter(name) for name in names]
         seen = [(experiment, seconds) for experiment, seconds, calibration in rows if calibration]
-        if a.most and len(seen) > a.most:
-            seen = seen[:: -(-len(seen) // a.most)]
+        most = a.most or MOST.get(cluster, 0)
+        if most and len(seen) > most:
+            seen = seen[:: -(-len(seen) // most)]
         if not seen:
             continue
         print(f"{cluster}: {len(seen)} of {len(rows)} rows", flush=True)

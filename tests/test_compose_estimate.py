@@ -24,6 +24,7 @@ VARIANTS: list[dict[str, object]] = [
     {"nodes": 2, "inner": 2, "options": Options(sequence_parallel=True, dp_sync="zero1")},
     {"nodes": 2, "inner": 2, "recompute": "full", "options": Options(pp_scatter_gather=True, pp_overlap=False)},
     {"gpus": 8, "options": Options(dp_overlap=False), "micro_batches": 16, "clip_norm": 1.0},
+    {"nodes": 2, "inner": 2, "options": Options(pp_overlap=False, pp_synchronised=True, tp_overlap=False)},
 ]
 
 

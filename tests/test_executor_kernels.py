@@ -441,7 +441,7 @@ def test_a_shard_of_attention_by_hand() -> None:
 def test_every_priced_kernel_of_a_layer_has_one_that_computes() -> None:
     without_layer = {"copy", "zero", "optimizer", "grad_norm", "loss_scale"}
     # Habits of other frameworks, priced to predict their runs; ours has one kernel instead.
-    forward = {"mul", "upcast", "log_softmax", "nll"}
+    forward = {"mul", "upcast", "log_softmax", "nll", "passes"}
     elsewhere = {"accumulate", *forward, *(f"{name}.bwd" for name in forward)}
     assert set(PRICED) - without_layer - elsewhere == set(KERNELS)
     assert not elsewhere & set(KERNELS)

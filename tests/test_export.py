@@ -100,7 +100,8 @@ def test_commands_parse_back_to_the_request(request_: Request):
 def test_every_option_has_a_flag_or_is_named():
     """An option that is added without a flag must not vanish from commands."""
     plain, silent = Options(), {"ddp_first_bucket_bytes", "fsdp_split_gradients", "dp_copy", "gradient_buffer",
-                                "gradient_local", "tp_keep_gathered", "optimizer_scratch",
+                                "gradient_local", "tp_keep_gathered", "tp_overlap", "optimizer_scratch",
+                                "fsdp_gather_again", "pp_synchronised",
                                 "zero1_all_reduce"}  # fmt: skip
     chosen: dict[str, Any] = {
         "fsdp_unit": "model", "rtp_ring": "flat", "dp_sync": "zero2", "pp_balance": "cost", "pp_layers": (1, 2),

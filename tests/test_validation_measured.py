@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,28 @@ from rtp_sim.errors import InputError
 from rtp_sim.experiment import built
 from rtp_sim.experiment import run as run_step
 from rtp_sim.hardware.profiles import load_cluster
+from rtp_sim.model.kernels import bytes_moved
+from rtp_sim.model.layers import Extent, Norm
+from rtp_sim.schedule.ir import Collective
 from rtp_sim.schedule.layout import make_groups, make_layout
-from rtp_sim.validation.accuracy import Errors, Fits, Outcome, errors_of, fits_of, rank_correlation, spearman
+from rtp_sim.validation.accuracy import (
+    Errors,
+    Fits,
+    Inside,
+    Outcome,
+    errors_of,
+    fits_of,
+    inside_of,
+    rank_correlation,
+    spearman,
+)
 from rtp_sim.validation.evaluate import Estimate, evaluate, setting_of
 from rtp_sim.validation.fit import PARAMETERS, fit
+from rtp_sim.validation.frameworks import FRAMEWORKS, habits_of
 from rtp_sim.validation.interpret import Experiment, Unsupported, interpret
 from rtp_sim.validation.measured import Problem, Row, RowFile, calibration_half, read_measured
+from rtp_sim.validation.peers import CLAIMS
+from rtp_sim.validation.published import predict
 
 PLAIN = {
     "row_id": "r1", "source": "a paper", "cluster": "selene-a100-80g", "framework": "megatron-lm", "model": "GPT-tiny",
@@ -264,6 +281,96 @@ def test_ranks_by_hand():
 def test_fits_by_hand():
     rows = [outcome(1, 1), outcome(1, None, status="failed"), outcome(1, None, False, "failed"), outcome(1, 1, False)]
     assert fits_of([*rows, rows[0]]) == Fits(true_fit=2, false_fit=1, true_fail=1, false_fail=1)
+
+
+def test_intervals_by_hand():
+    # Steps of 1 s with 0.9 to 1.2 around: 0.9 and 1.2 are inside, 0.89 is not.
+    rows = [replace(outcome(1, m), spread=(0.9, 1.2)) for m in (0.9, 1.2, 0.89, None)]
+    assert rows[0].interval_s == (0.9, 1.2)
+    assert [o.in_interval for o in (*rows, outcome(1, 1))] == [True, True, False, None, None]
+    assert inside_of(rows) == Inside(3, 2, pytest.approx(1.2 / 0.9))
+    assert inside_of([outcome(1, 1)]) == Inside(0, 0, None)
+
+
+def test_the_interval_of_a_row_is_that_of_its_machine(table: Callable[..., Path]):
+    (found,) = predict([read_measured(table({}))])
+    left = load_cluster("selene-a100-80g", gpus=8).residuals
+    assert left is not None
+    assert found.spread == (left.low.value, left.high.value)
+
+
+def test_peers_stand_beside_the_rows_that_they_are_about():
+    assert [c.covers("vtrain.csv", row(pp="2").cells) for c in CLAIMS] == [False, False, True, True]
+    assert CLAIMS[0].covers("megatron_sc21.csv", row(tp="2").cells)
+    assert not CLAIMS[0].covers("megatron_sc21.csv", row().cells)
+    text = (Path(__file__).parent.parent / "docs" / "accuracy.md").read_text(encoding="utf-8")
+    for claim in CLAIMS:
+        stated = [line for line in text.splitlines() if line.startswith(f"| {claim.rows} | {claim.peer} | ")]
+        assert len(stated) == 1
+        assert float(stated[0].split(" | ")[2].removesuffix(" %")) == pytest.approx(100 * claim.mape)
+
+
+# ---- habits
+
+
+def test_what_ran_is_read_from_the_source_too():
+    sc21 = "Narayanan et al. SC'21: Table 2 (PTD-P vs ZeRO-3)"
+    assert habits_of("megatron-lm", sc21, splits_model=False) is FRAMEWORKS["deepspeed-zero3"]
+    assert habits_of("megatron-lm", sc21, splits_model=True) is FRAMEWORKS["megatron-lm-2021"]
+    assert habits_of("megatron-lm", "another", splits_model=False) is FRAMEWORKS["megatron-lm"]
+    assert habits_of("unheard of", sc21, splits_model=False) is None
+
+
+def test_zero3_of_2021_gathers_three_times_in_one_ring():
+    ran = experiment(source="PTD-P vs ZeRO-3", recompute="full", gpus="16", dp="16")
+    setting = setting_of(ran)
+    ops = built(setting).schedule.programs[0].ops
+    gathers = [op.name for op in ops if isinstance(op.action, Collective) and op.action.kind == "all_gather"]
+    # Two blocks in F, R and B; embedding and head are one unit, gathered once a pass.
+    assert [name.removeprefix("m0.gather.") for name in gathers] == [
+        "F.root", "F.h0", "F.h1", "B.root", "R.h1", "B.h1", "R.h0", "B.h0",
+    ]  # fmt: skip
+    # A node has eight adapters, and a ring over two nodes crosses one of each.
+    flowing_ns = []
+    for cluster in (setting.cluster, load_cluster("selene-a100-80g", gpus=16)):
+        cost = ClusterCost(cluster)
+        (phase,) = cost.collective("all_gather", tuple(range(16)), 1 << 30, "fp16")
+        flowing_ns.append(unshared_ns(phase, cost) - phase.latency_ns)
+    assert flowing_ns[0] / flowing_ns[1] == pytest.approx(8, rel=1e-6)
+
+
+@pytest.mark.parametrize("overlaps", [True, False])
+def test_the_input_gradient_is_reduced_beside_the_weight_gradients_or_behind_them(overlaps: bool):
+    ran = experiment(tp="2", dp="4", source="" if overlaps else "Narayanan et al. SC'21")
+    ops = built(setting_of(ran)).schedule.programs[0].ops
+    reduce = next(op for op in ops if op.name == "m0.h1.mlp.B.reduce.h1.norm2.y")
+    last = next(op for op in reversed(ops) if op.name.startswith("m0.h1.mlp.B") and op.name.endswith("linear.wgrad"))
+    # The weight gradient of the first product is issued behind the reduction, or before it.
+    assert (last.index > reduce.index) == overlaps
+
+
+def test_the_host_waits_behind_every_pass_of_a_micro_batch():
+    ops = built(setting_of(experiment(tp="2", dp="4", num_microbatches="2", gpus="8"))).schedule.programs[0].ops
+    # Forward, backward, forward, backward; what comes last in each.
+    waited_for = [op.name.split(".")[:2] for op in ops if op.blocks_host]
+    assert waited_for == [["m0", "head"], ["m0", "embed"], ["m1", "head"], ["m1", "embed"]]
+
+
+def test_compiled_rows_have_no_chains_of_elementwise_kernels():
+    def passes(**cells: str) -> int:
+        ran = experiment(framework="fms-fsdp", strategy="fsdp", gated_mlp="True", **cells)
+        return sum(c.kernel == "passes" for x in ran.network().layers() for c in x.op.lower(Extent(1, 8)).calls)
+
+    # Two norms and one rotation in each of two blocks, and the last norm.
+    assert passes() == 7
+    assert passes(note="torch.compile; 400 Gb/s per node") == 0
+
+
+def test_chains_move_so_many_words_of_fp32():
+    (norm, chain) = Norm("rmsnorm", 64, passes=(7, 14)).lower(Extent(2, 8)).calls
+    assert norm.outputs == chain.inputs == chain.outputs == ("y",)
+    assert bytes_moved("passes", chain.dims, "bf16") == 4 * 7 * 1024
+    assert bytes_moved("passes.bwd", chain.dims, "bf16") == 4 * 14 * 1024
 
 
 # ---- the command

@@ -26,8 +26,8 @@ Vector = dict[str, int]
 class Stretch:
     """`ends[stream]` is the end of each stream, and of each op that a later stretch asks for; `source` when what is
     sent is ready to go (None: nothing is). `meets` is when the rank comes to the collective that ends the stretch, in
-    which another stage takes part. `issued` is when the host has issued all ops: it waits for a receive that blocks it.
-    `receive_issue_ns` is its time until the receive is issued.
+    which another stage takes part. `issued` is when the host has issued all ops: it waits for a receive that blocks it,
+    and with `host_waits` for kernels. `receive_issue_ns` is its time until the receive is issued.
 
     `compute_ns` is the kernels' time and `exposed_ns` that of communication beside which none runs, where the stretch
     starts with everything ready; `slowed_ns` how much longer it takes if kernels beside communication are slower.
@@ -40,6 +40,7 @@ class Stretch:
     send: Op | None
     send_ns: int
     issued: Vector
+    host_waits: bool
     receive_issue_ns: int
     compute_ns: int
     exposed_ns: int
@@ -64,6 +65,7 @@ def stretch(
     receive = send = None
     receive_issue_ns = send_ns = 0
     host: Vector = {HOST: 0}
+    waits = False
     for op in ops[first:stop]:
         host = {name: constant + issue_ns[op.index] for name, constant in host.items()}
         if isinstance(op.action, Recv):
@@ -95,8 +97,10 @@ def stretch(
         ends[op.stream] = known[op.index] = end
         if op.index in wanted:
             ends[mark_of(op.index)] = end
+        if op.blocks_host:
+            host, waits = end, True
     compute_ns, exposed_ns, slowed_ns = _at_rest(ops[first:stop], duration_ns, slowdown_permille)
-    return Stretch(ends, source, meets, receive, send, send_ns, host, receive_issue_ns, compute_ns, exposed_ns,
+    return Stretch(ends, source, meets, receive, send, send_ns, host, waits, receive_issue_ns, compute_ns, exposed_ns,
                    slowed_ns)  # fmt: skip
 
 

@@ -108,7 +108,7 @@ def _receive_hosts(stages: Sequence[Progress], turns: Sequence[Sequence[Turn]]) 
         for turn in mine:
             if turn.receives is not None:
                 posted[turn.receives] = clock_ns + turn.stretch.receive_issue_ns
-            if RECEIVED in turn.stretch.issued:
+            if set(turn.stretch.issued) != {HOST}:
                 break
             clock_ns += turn.stretch.issued[HOST]
     return posted
@@ -148,7 +148,7 @@ def _take(
         pending[turn.sends] = _Pending(stage, stretch.send.stream, ready_ns, turn.send_ns)
     if stretch.meets is not None:
         stage.meets_ns = after(stretch.meets, state) + slowed
-    clocks[HOST] = after(stretch.issued, state)
+    clocks[HOST] = after(stretch.issued, state) + (slowed if stretch.host_waits else 0)
     stage.compute_ns += stretch.compute_ns + slowed
     stage.exposed_ns += stretch.exposed_ns
     if turn.known_as is not None:

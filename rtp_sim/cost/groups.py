@@ -54,7 +54,7 @@ class Group:
         for rank in ranks:
             by_node.setdefault(topology.node_of(rank), []).append(rank)
         self.members = tuple(tuple(local) for local in by_node.values())
-        self._orders = topology.channels(ranks)
+        self._orders = topology.channels(ranks)[: params.most_rings]
         self._steps = params.collective_step_intra_ns.value, params.collective_step_inter_ns.value
         self._ways: dict[str, Way] = {}
         self.hops = self._hops()

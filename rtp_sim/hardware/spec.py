@@ -134,7 +134,8 @@ class CommunicationParams:
     on `message_stall_nodes` nodes and more, where it was measured (None: not at all). `all_reduce_nodes` lists (nodes,
     fraction of the wires' raw bandwidth that all-reduces over so many nodes reach at most), ascending, joined by
     powers; empty: all of it. `algorithms` lists which of ring, tree, hierarchical, in-switch the library may pick.
-    `kinds` are collectives (by the IR's names) that were measured by themselves.
+    `kinds` are collectives (by the IR's names) that were measured by themselves. `most_rings`: over how many of the
+    rings that the wiring has a collective is spread (None: all).
     """
 
     p2p_base_ns: Number
@@ -154,6 +155,7 @@ class CommunicationParams:
     message_stall_nodes: Number | None = None
     all_reduce_nodes: tuple[tuple[int, float], ...] = ()
     kinds: Mapping[str, KindParams] = field(default_factory=dict)
+    most_rings: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -148,6 +148,10 @@ _ALL = (
     # The same in torch's two steps; the look-up's backward fills an array of zeros.
     Kernel("upcast", "memory", _zero, _numel(1), lambda d: 4 * d["numel"]),
     Kernel("upcast.bwd", "memory", _zero, _numel(1), lambda d: 4 * d["numel"]),
+    # What several kernels read and write, in words of fp32, where others have one: more `times` than this, `back` in
+    # the backward. In place.
+    Kernel("passes", "memory", _zero, _zero, lambda d: 4 * d["times"] * d["numel"]),
+    Kernel("passes.bwd", "memory", _zero, _zero, lambda d: 4 * d["back"] * d["numel"]),
     Kernel("log_softmax", "memory", _zero, _rows(2)),
     Kernel("log_softmax.bwd", "memory", _zero, _rows(3)),
     Kernel("nll", "memory", _zero, lambda d: d["rows"], _statistics(2)),
@@ -200,6 +204,7 @@ BACKWARD: Mapping[str, tuple[Rule, ...]] = {
     "nll": (Rule("nll.bwd", ("x1",), ("dx0",)),),
     "upcast": (Rule("upcast.bwd", ("dy",), ("dx",)),),
     "copy": (Rule("copy", ("dy",), ("dx",)),),
+    "passes": (Rule("passes.bwd", ("dy",), ("dx",)),),
     "maxpool2d": (Rule("maxpool2d.bwd", ("dy", "y1"), ("dx",)),),
 }
 

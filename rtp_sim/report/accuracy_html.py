@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from os import PathLike
 
-from rtp_sim.report.accuracy_tables import accuracy_grids, verdict
+from rtp_sim.report.accuracy_tables import accuracy_grids, interval_text, row_grid, verdict
 from rtp_sim.report.diff_html import grid_section
 from rtp_sim.report.diff_tables import signed_percent
 from rtp_sim.report.format import format_bytes, format_seconds
@@ -18,7 +18,8 @@ from rtp_sim.validation.accuracy import Outcome
 
 INTRO = (
     "Errors are (predicted - measured) / measured. Fits may have used the calibration rows (a fixed half of each file, "
-    "by a hash of the row's id) and nothing of the validation rows."
+    "by a hash of the row's id) and nothing of the validation rows. A prediction interval is what the calibration rows "
+    "of the same machine left: eight of ten of them lie inside theirs. How many of the others do is counted below."
 )
 NAMES = {"measured": "calibration row", "predicted": "validation row"}
 
@@ -48,7 +49,7 @@ def accuracy_html(outcomes: Sequence[Outcome], worst: int) -> str:
             "peak-memory", "Peak memory, predicted against measured", f"<figure>{_scatter(memory, 'memory')}</figure>"
         ),
     ]
-    grids = [grid_section(grid) for grid in accuracy_grids(outcomes, worst)]
+    grids = [grid_section(grid) for grid in (*accuracy_grids(outcomes, worst), row_grid(outcomes))]
     body = [note(INTRO), *charts, *grids]
     return page("Predicted against published runs", verdict(outcomes), "\n".join(body), [])
 
@@ -69,6 +70,8 @@ def _scatter(points: Sequence[Point], what: str) -> str:
     for o, predicted, measured in points:
         error = signed_percent(predicted / measured - 1)
         tip = f"{o.file}, {o.row_id}: predicted {show(predicted)}, measured {show(measured)} ({error})"
+        if what == "step time" and o.interval_s is not None:
+            tip += f", 8 of 10 between {interval_text(o)}"
         role = "measured" if o.calibration else "predicted"
         parts.append(dot("point", *place(measured, predicted, low, high), 2.6, role, tip))
     label = f"Predicted against measured {what} of {len(points)} rows"

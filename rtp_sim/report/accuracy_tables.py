@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rtp_sim.report.diff_tables import Grid, Json, signed_percent
 from rtp_sim.report.format import MISSING, format_bytes, format_percent, format_seconds
 from rtp_sim.schedule.ir import CATEGORIES
-from rtp_sim.validation.accuracy import Errors, Fits, Outcome, Summary, strategy_of, summarise, worst, worst_memory
+from rtp_sim.validation.accuracy import (
+    Errors,
+    Fits,
+    Inside,
+    Outcome,
+    Summary,
+    errors_of,
+    inside_of,
+    strategy_of,
+    summarise,
+    worst,
+    worst_memory,
+)
+from rtp_sim.validation.peers import CLAIMS
 from rtp_sim.validation.reading import GIB
 
 SCHEMA = "rtp-sim/validate/1"
 HEADER = ("rows", "predicted", "median APE", "MAPE", "p90", "bias", "memory MAPE", "memory bias", "rank corr.")
 WORST_HEADER = (
-    "row", "model", "strategy", "GPUs", "measured", "predicted", "error", "compute", "exposed comm.", "bubble",
-    "of it host", "memory error",
+    "row", "model", "strategy", "GPUs", "measured", "predicted", "8 of 10 between", "error", "compute",
+    "exposed comm.", "bubble", "of it host", "memory error",
 )  # fmt: skip
 
 WORST_MEMORY_HEADER = (
@@ -41,8 +54,40 @@ def accuracy_grids(outcomes: Sequence[Outcome], count: int) -> list[Grid]:
     for what in dict.fromkeys(name for name, _, _ in validation.groups):
         lines = tuple(_line(value, s) for name, value, s in validation.groups if name == what)
         grids.append(Grid(what, f"Validation rows by {what}", (what, *HEADER), lines))
+    grids += [interval_grid(sets), peer_grid(outcomes)]
     ends = [worst_grid(outcomes, count), worst_memory_grid(outcomes, count)]
     return [*grids, fits_grid(summarise(outcomes, False).fits), *reason_grids(outcomes), *ends]
+
+
+def interval_grid(sets: Mapping[str, Sequence[Outcome]]) -> Grid:
+    """How many step times lie in the interval that the calibration rows of their machine left, on both halves."""
+    lines = []
+    for name in ("all machines", *sorted({o.cells.cluster for rows in sets.values() for o in rows if o.cells})):
+        found = {
+            half: inside_of(o for o in rows if name == "all machines" or (o.cells and o.cells.cluster == name))
+            for half, rows in sets.items()
+        }
+        width = found["validation"].width or found["calibration"].width
+        if width is not None:
+            halves = [s for half in ("calibration", "validation") for s in _inside(found[half])]
+            lines.append((name, *halves, f"{width:.2f}"))
+    header = ("machine", "calibration rows", "inside", "validation rows", "inside", "upper / lower end, median")
+    return Grid("intervals", "Measured step times inside their prediction interval, stated 80 %", header, tuple(lines))
+
+
+def _inside(found: Inside) -> tuple[str, str]:
+    return str(found.rows), _percent(found.share)
+
+
+def peer_grid(outcomes: Sequence[Outcome]) -> Grid:
+    """What peers say of the same sources beside the errors of all rows of these that are here."""
+    lines = []
+    for claim in CLAIMS:
+        own = errors_of(o.step_time_error for o in outcomes if claim.covers(o.file, o.cells))
+        if own.count:
+            lines.append((claim.rows, claim.peer, f"{claim.mape:.1%}", f"{own.mape:.1%}", str(own.count)))
+    header = ("rows", "peer", "its mean error", "ours", "rows here")
+    return Grid("peers", "The same sources as peers predict them", header, tuple(lines), 2)
 
 
 def fits_grid(fits: Fits) -> Grid:
@@ -79,7 +124,7 @@ def worst_grid(outcomes: Sequence[Outcome], count: int) -> Grid:
         rows.append(
             (
                 o.row_id, o.cells.model, strategy_of(o.cells), str(o.cells.gpus), _seconds(o.cells.step_time_s),
-                _seconds(e.step_s), signed_percent(o.step_time_error),
+                _seconds(e.step_s), interval_text(o), signed_percent(o.step_time_error),
                 *(format_percent(share / e.step_s) for share in shares), signed_percent(o.peak_memory_error),
             )
         )  # fmt: skip
@@ -103,6 +148,22 @@ def worst_memory_grid(outcomes: Sequence[Outcome], count: int) -> Grid:
         )  # fmt: skip
     title = "Peak memory that is furthest off, what tensors hold on the fullest stage, and the moment"
     return Grid("worst-memory", title, WORST_MEMORY_HEADER, tuple(rows), 3)
+
+
+def row_grid(outcomes: Sequence[Outcome]) -> Grid:
+    """Every row that has a prediction and a measured step time, with its interval."""
+    rows = []
+    for o in outcomes:
+        if o.cells is None or o.estimate is None or o.cells.step_time_s is None:
+            continue
+        inside = {True: "inside", False: "outside", None: MISSING}[o.in_interval]
+        half = "calibration" if o.calibration else "validation"
+        rows.append(
+            (o.row_id, o.cells.cluster, half, _seconds(o.cells.step_time_s), _seconds(o.estimate.step_s),
+             signed_percent(o.step_time_error), interval_text(o), inside)
+        )  # fmt: skip
+    header = ("row", "machine", "half", "measured", "predicted", "error", "8 of 10 between", "measured is")
+    return Grid("rows", "All rows with their prediction intervals", header, tuple(rows), 3)
 
 
 def verdict(outcomes: Sequence[Outcome]) -> str:
@@ -137,6 +198,8 @@ def row_json(o: Outcome) -> Json:
         "predicted_step_time_s": e.step_s if e else None,
         "measured_step_time_s": c.step_time_s if c else None,
         "step_time_error": o.step_time_error,
+        "step_time_interval_s": None if o.interval_s is None else list(o.interval_s),
+        "in_interval": o.in_interval,
         "predicted_peak_memory_gib": None if o.peak_bytes is None else o.peak_bytes / o.reading.unit_bytes,
         "measured_peak_memory_gib": c.peak_memory_gib if c else None,
         "peak_memory_error": o.peak_memory_error,
@@ -168,6 +231,8 @@ def summary_json(s: Summary) -> Json:
         "fits": {"true_fit": s.fits.true_fit, "false_fit": s.fits.false_fit, "true_fail": s.fits.true_fail,
                  "false_fail": s.fits.false_fail},
         "rank_correlation": s.rank_correlation,
+        "interval": {"rows": s.interval.rows, "inside": s.interval.inside, "share": s.interval.share,
+                     "width": s.interval.width},
     }  # fmt: skip
     if s.groups:
         found["groups"] = [{"by": by, "name": name, **summary_json(part)} for by, name, part in s.groups]
@@ -193,6 +258,14 @@ def _percent(fraction: float | None) -> str:
 
 def _seconds(seconds: float | None) -> str:
     return MISSING if seconds is None else format_seconds(seconds)
+
+
+def interval_text(o: Outcome) -> str:
+    """The prediction interval in words."""
+    if o.interval_s is None:
+        return MISSING
+    low_s, high_s = o.interval_s
+    return f"{format_seconds(low_s)} - {format_seconds(high_s)}"
 
 
 def memory_text(o: Outcome) -> str:

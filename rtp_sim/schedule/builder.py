@@ -155,6 +155,12 @@ class Builder:
             self.op(named(name), stream, action, tuple([named(b) for b in reads]), tuple([named(b) for b in writes]),
                     after=tuple([d + shift for d in after]), blocks_host=blocks_host)  # fmt: skip
 
+    def host_waits(self) -> None:
+        """The host issues nothing more until the latest op is done."""
+        index = len(self._ops) - 1
+        self._ops[index] = replace(self._ops[index], blocks_host=True)
+        _merge(self._host_known, self._known[index])
+
     def _order(self, stream: str, needed: set[int]) -> tuple[dict[str, int], tuple[int, ...]]:
         """What is known done when the op starts, and the dependencies that are not implied by the others."""
         known = dict(self._host_known)

@@ -11,6 +11,8 @@ MIB = 1 << 20
 class Options:
     """`ddp_bucket_bytes` and `ddp_first_bucket_bytes`: torch DDP's 25 MiB and 1 MiB. `fsdp_unit`: "block" gathers each
     block alone, "model" the whole model as one unit. `fsdp_prefetch`: gather the next unit while this one computes.
+    `fsdp_gather_again`: weights that were gathered to recompute a block are dropped and gathered once more for its
+    backward (DeepSpeed's ZeRO-3 of 2021).
     `fsdp_split_gradients`: gradients are computed per layer and copied into the flat one (torch's FSDP 1).
     `rtp_fuse_mlp`: rotate an MLP as one unit instead of two. `rtp_hide_gradient_hop`: add the travelling gradient
     after the next sub-step instead of waiting for it first. `rtp_prefetch`: start a unit's first hop during the
@@ -26,11 +28,15 @@ class Options:
     them `pp_balance`, "layers" or "cost". `pp_overlap`: a stage computes on while it sends; without it the next
     computation waits for the sends, and in 1F1B and GPipe the host for what it receives, as in Megatron's
     plain 1F1B (`torch.cuda.synchronize` behind each exchange) and in nanotron (its host reads shapes that it receives).
+    `pp_synchronised`: the host waits for the end of every forward and every backward of a micro-batch, as Megatron's
+    timers do (in 1F1B and GPipe).
     `pp_scatter_gather`: tensor-parallel ranks each send a share of an activation that all of them have, and gather it
     behind (arXiv 2104.04473, section 4.1).
     `dp_copy`: reduce gradients in buckets of their own, as torch DDP does (tensor parallelism and rotation reduce in
     place). `gradient_buffer`: gradients stay allocated from step to step. `gradient_local`: each layer's gradient is
     computed in the weights' dtype into storage of its own and then added to the kept one (fp32 accumulation by hooks).
+    `tp_overlap`: tensor parallelism reduces the gradient of a layer's input while the layer's weight gradients are
+    computed; without it behind them, as Megatron did before December 2021.
     `tp_keep_gathered`: sequence parallelism keeps gathered inputs for the backward pass instead of gathering again.
     `optimizer_scratch`: numbers of the optimizer's dtype per parameter that its step allocates for itself (torch's
     foreach Adam: 1).
@@ -40,6 +46,7 @@ class Options:
     ddp_first_bucket_bytes: int = MIB
     fsdp_unit: str = "block"
     fsdp_prefetch: bool = True
+    fsdp_gather_again: bool = False
     fsdp_split_gradients: bool = False
     rtp_fuse_mlp: bool = False
     rtp_hide_gradient_hop: bool = False
@@ -55,10 +62,12 @@ class Options:
     pp_layers: tuple[int, ...] = ()
     pp_balance: str = "layers"
     pp_overlap: bool = True
+    pp_synchronised: bool = False
     pp_scatter_gather: bool = False
     dp_copy: bool = True
     gradient_buffer: bool = False
     gradient_local: bool = False
+    tp_overlap: bool = True
     tp_keep_gathered: bool = False
     optimizer_scratch: int = 0
     eval_passes: int = 0

@@ -1,5 +1,5 @@
 """How well predictions meet measurements: errors of rows, their statistics, and what they say about fitting and
-ranking.
+ranking, and how many fall into their prediction interval.
 
 An error is (predicted - measured) / measured; APE is its size. `bias` is the mean error, `p90_ape` the 90th percentile
 (linear between the nearest two). The rank correlation is Spearman's, of predicted and measured step times within groups
@@ -26,7 +26,8 @@ LEAST_IN_GROUP = 3
 class Outcome:
     """A row with its estimate, or with why there is none: `refused` (the framework would not start it, which is a
     prediction too), `skipped` (nothing can predict it) or `invalid` (a mistake in the file). `cells` is None for a row
-    that could not be read."""
+    that could not be read. `spread` is what the machine's fit left: the 10th and 90th percentile of measured /
+    predicted step time of its calibration rows, None where nothing was fitted."""
 
     file: str
     line: int
@@ -39,6 +40,21 @@ class Outcome:
     invalid: str = ""
     refused: str = ""
     reading: Reading = AS_TENSORS
+    spread: tuple[float, float] | None = None
+
+    @property
+    def interval_s(self) -> tuple[float, float] | None:
+        """Between which step times eight of ten such runs are said to lie."""
+        e = self.estimate
+        return None if e is None or self.spread is None else (e.step_s * self.spread[0], e.step_s * self.spread[1])
+
+    @property
+    def in_interval(self) -> bool | None:
+        """Whether the measured step time lies between these; None where one of the two is missing."""
+        if self.interval_s is None or self.cells is None or self.cells.step_time_s is None:
+            return None
+        low_s, high_s = self.interval_s
+        return low_s <= self.cells.step_time_s <= high_s
 
     @property
     def peak_bytes(self) -> int | None:
@@ -91,6 +107,21 @@ class Fits:
 
 
 @dataclass(frozen=True, slots=True)
+class Inside:
+    """Of `rows` with a prediction interval and a measured step time, so many lie `inside`; `width` is the median of
+    upper over lower end, None where there are no rows."""
+
+    rows: int
+    inside: int
+    width: float | None
+
+    @property
+    def share(self) -> float | None:
+        """The part of the rows that lies inside: the intervals state 0.8."""
+        return self.inside / self.rows if self.rows else None
+
+
+@dataclass(frozen=True, slots=True)
 class Summary:
     """Of a set of rows; `predicted` are those with an estimate or a verdict; `groups` holds those of its parts, by
     (what they share, its value)."""
@@ -103,6 +134,7 @@ class Summary:
     peak_memory: Errors
     fits: Fits
     rank_correlation: float | None
+    interval: Inside
     groups: tuple[tuple[str, str, Summary], ...] = ()
 
 
@@ -125,6 +157,14 @@ def fits_of(outcomes: Iterable[Outcome]) -> Fits:
     return Fits(counts[True, True], counts[True, False], counts[False, False], counts[False, True])
 
 
+def inside_of(outcomes: Iterable[Outcome]) -> Inside:
+    """How many measured step times lie in the interval stated for them."""
+    judged = [(o.spread, o.in_interval) for o in outcomes if o.in_interval is not None]
+    widths = [spread[1] / spread[0] for spread, _ in judged if spread is not None]
+    width = float(np.median(widths)) if widths else None
+    return Inside(len(judged), sum(bool(inside) for _, inside in judged), width)
+
+
 def summarise(outcomes: Sequence[Outcome], grouped: bool = True) -> Summary:
     """The statistics of the rows, and of their groups by file, machine, strategy, scale and model."""
     groups: list[tuple[str, str, Summary]] = []
@@ -143,6 +183,7 @@ def summarise(outcomes: Sequence[Outcome], grouped: bool = True) -> Summary:
         errors_of(o.peak_memory_error for o in outcomes),
         fits_of(outcomes),
         rank_correlation(outcomes),
+        inside_of(outcomes),
         tuple(groups),
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from rtp_sim.compose.estimate import estimate
@@ -70,6 +70,8 @@ def evaluate(experiment: Experiment, cluster: Cluster | None = None) -> Estimate
 def setting_of(e: Experiment, cluster: Cluster | None = None) -> Setting:
     """The experiment with its cluster, layout and groups."""
     cluster = cluster or cluster_of(e.cluster, e.gpus)
+    if e.rings:
+        cluster = replace(cluster, communication=replace(cluster.communication, most_rings=e.rings))
     request = Request(e.model.name, e.cluster, e.strategy, options=e.options)
     piped = e.strategy in PIPELINES
     layout = make_layout(e.strategy, cluster.world_size, e.inner if e.inner or piped else None, None,

@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 from rtp_sim.cost.host import HostCosts
 from rtp_sim.errors import InputError
 from rtp_sim.hardware.profiles import list_clusters
-from rtp_sim.model.layers import Attention, CrossEntropy, LayerOp, Mlp
+from rtp_sim.model.layers import Attention, CrossEntropy, LayerOp, Mlp, Norm
 from rtp_sim.model.network import Network, transformer_network
 from rtp_sim.model.spec import ModelSpec
 from rtp_sim.model.training import TrainingSpec
 from rtp_sim.schedule.options import Options
 from rtp_sim.schedule.pipeline_order import PIPELINES
 from rtp_sim.text import nearest
-from rtp_sim.validation.frameworks import FRAMEWORKS, Habits
+from rtp_sim.validation.frameworks import Habits, habits_of
 from rtp_sim.validation.measured import Row, RowFile
 from rtp_sim.validation.reading import Reading, reading_of
 from rtp_sim.validation.refusals import refusal
@@ -70,6 +70,9 @@ class Experiment:
     separate_gate: bool
     stacked_kv: bool
     dropout_kept: bool
+    loss_passes: tuple[int, int]
+    norm_passes: tuple[int, int]
+    rotary_passes: tuple[int, int]
     fused_matrices: int
     strategy: str
     inner: int
@@ -77,6 +80,7 @@ class Experiment:
     training: TrainingSpec
     options: Options
     host: HostCosts
+    rings: int = 0
 
     def network(self) -> Network:
         """The model's layers, with the blocks that are recomputed marked."""
@@ -98,11 +102,13 @@ class Experiment:
         if isinstance(op, Attention):
             flash = op.implementation == "flash"
             return replace(op, stacked_kv=self.stacked_kv and flash, dropout_kept=self.dropout_kept and not flash,
-                           fused_matrices=self.fused_matrices)  # fmt: skip
+                           fused_matrices=self.fused_matrices, rotary_passes=self.rotary_passes)  # fmt: skip
+        if isinstance(op, Norm):
+            return replace(op, passes=self.norm_passes)
         if isinstance(op, CrossEntropy) and self.torch_loss:
             return replace(op, unfused=True)
         if isinstance(op, CrossEntropy) and self.upcast_loss:
-            return replace(op, upcast=True)
+            return replace(op, upcast=True, passes=self.loss_passes)
         if isinstance(op, Mlp) and self.separate_gate:
             return replace(op, separate_gate=True)
         return op
@@ -126,11 +132,14 @@ def interpret(row: Row) -> Interpretation:
         raise InputError(
             _at(row, "cluster", f"unknown cluster {cells.cluster!r}: {nearest(cells.cluster, list_clusters())}")
         )
-    habits = FRAMEWORKS.get(cells.framework)
+    habits = habits_of(cells.framework, cells.source, cells.tp * cells.pp > 1)
     said: list[str] = []
     if habits is None:
         said.append(f"framework {cells.framework!r} is not known: taken as plain torch")
         habits = Habits("torch", "llama" if cells.gated_mlp else "gpt")
+    if _compiled(cells):
+        said.append("compiled: chains of elementwise kernels are fused")
+        habits = replace(habits, separate_gate=False, norm_passes=(0, 0), rotary_passes=(0, 0))
     _require_supported(cells)
     model = _model(cells, habits, said.append)
     attention = _attention(cells, habits, model, said.append)
@@ -142,27 +151,34 @@ def interpret(row: Row) -> Interpretation:
     )  # fmt: skip
     options = Options(
         ddp_bucket_bytes=habits.dp_bucket_bytes, fsdp_unit=habits.fsdp_unit, fsdp_prefetch=habits.fsdp_prefetch,
-        dp_sync=_dp_sync(cells, said.append), dp_copy=habits.dp_copy,
-        dp_overlap=habits.dp_overlap and not (cells.strategy == "zero1" and habits.zero1_after),
+        dp_sync=_dp_sync(cells, said.append), dp_overlap=_dp_overlap(cells, habits), dp_copy=habits.dp_copy,
         zero1_all_reduce=habits.zero1_after,
         gradient_buffer=habits.gradient_buffer or (strategy.startswith("rtp") and habits.rotation_keeps_gradients),
         fsdp_split_gradients=habits.fsdp_split_gradients,
         gradient_local=habits.gradient_local and training.policy.gradient_dtype != training.policy.weight_dtype,
+        fsdp_gather_again=habits.fsdp_gather_again, tp_overlap=habits.tp_overlap,
         tp_keep_gathered=habits.tp_keep_gathered, optimizer_scratch=habits.optimizer_scratch, rtp_ring="flat",
         sequence_parallel=bool(cells.sequence_parallel) and cells.tp > 1, vpp=_chunks(cells, strategy, said.append),
         pp_balance=habits.pp_balance, pp_overlap=habits.pp_overlap, pp_scatter_gather=habits.pp_scatter_gather,
+        pp_synchronised=habits.pp_synchronised,
     )  # fmt: skip
     experiment = Experiment(
         cells.cluster, 1 if strategy == "single" else cells.gpus, model, cells.seq_len, attention, every,
         habits.torch_attention, habits.torch_loss, habits.upcast_loss, habits.separate_gate, habits.stacked_kv,
-        habits.dropout_kept, habits.fused_matrices, strategy, inner, cells.pp, training, options,
-        HostCosts(habits.op_ns, habits.hop_ns, habits.collective_ns),
+        habits.dropout_kept, habits.loss_passes, habits.norm_passes, habits.rotary_passes, habits.fused_matrices,
+        strategy, inner, cells.pp, training, options,
+        HostCosts(habits.op_ns, habits.hop_ns, habits.collective_ns), habits.rings,
     )  # fmt: skip
     refused = ""
     if habits.checks_stages and strategy in PIPELINES:
         sharing = cells.strategy == "zero1"
         refused = refusal(experiment.network(), strategy, cells.pp, cells.num_microbatches, options, zero1=sharing)
     return Interpretation(experiment, tuple(said), reading_of(cells, habits), refused)
+
+
+def _compiled(cells: RowFile) -> bool:
+    """Whether the row says that torch.compile was used."""
+    return "torch.compile" in cells.note or "torch.compile" in cells.framework
 
 
 def _at(row: Row, column: str, message: str) -> str:
@@ -313,6 +329,13 @@ def _dp_sync(cells: RowFile, say: Say) -> str:
         say("strategy zero2: a pipeline adds up gradients over its micro-batches; taken as zero1")
         return "zero1"
     return cells.strategy if cells.strategy in ("zero1", "zero2") else "ddp"
+
+
+def _dp_overlap(cells: RowFile, habits: Habits) -> bool:
+    """Whether gradients are reduced beside the backward: by the row itself (Megatron's DDP-impl), or the habits."""
+    if cells.strategy == "zero1" and habits.zero1_after:
+        return False
+    return "DDP-impl torch" in cells.note or habits.dp_overlap
 
 
 def _hybrid(cells: RowFile, say: Say) -> tuple[str, int]:

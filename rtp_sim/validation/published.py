@@ -114,7 +114,9 @@ def _outcome(entry: Row | Problem, found: object, answers: dict[Experiment, Answ
     answer = answers[found.experiment]
     if isinstance(answer, str):
         return Outcome(*row, assumptions=found.assumptions, skipped=answer)
-    return Outcome(*row, estimate=answer, assumptions=found.assumptions, reading=found.reading)
+    left = cluster_of(found.experiment.cluster, found.experiment.gpus).residuals
+    spread = None if left is None else (left.low.value, left.high.value)
+    return Outcome(*row, estimate=answer, assumptions=found.assumptions, reading=found.reading, spread=spread)
 
 
 def _answers(experiments: list[Experiment], cache: Cache, workers: int, progress: Progress) -> dict[Experiment, Answer]:

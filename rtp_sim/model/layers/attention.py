@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rtp_sim.model.layers.base import WHOLE, Call, Extent, LayerOp, Lowered, Param, Split, Tensor, dims_of
+from rtp_sim.model.layers.base import WHOLE, Call, Extent, LayerOp, Lowered, Param, Split, Tensor, dims_of, more_passes
 
 UNFUSED_SOFTMAX = ("cast", "scaled_scores", "masked", "cast_back")
 """What the kernels around a softmax that is not fused leave behind."""
@@ -19,9 +19,9 @@ class Attention(LayerOp):
     `context_copy`: the context is copied into the projection's layout, as torch.nn.MultiheadAttention does, so autograd
     keeps it twice. `scaled_copies`: materialised attention keeps scaled queries and keys beside the projection's
     output, as torch's own fallback does. `stacked_kv`: keys and values are stacked once more for the rotary kernel,
-    while the queries still hold on to the storage of all three. `dropout_kept`: dropout inside materialised attention
-    is taken as a part of the softmax, whose kernel leaves the dropped probabilities and a mask behind as well
-    (5 bytes per score in half precision, arXiv 2205.05198); unlike `dropout` it costs memory, but no kernel.
+    while the queries still hold on to the storage of all three. `rotary_passes`: rotation by several kernels.
+    `dropout_kept`: dropout inside materialised attention is taken as a part of the softmax, whose kernel leaves the
+    dropped probabilities and a mask behind as well: unlike `dropout` it costs memory, but no kernel.
     `fused_matrices`: the softmax of materialised attention fuses the cast to fp32 and back, the scale and the mask only
     for whole multiples of so many matrices (sequences x heads of a rank); else each is a kernel of its own."""
 
@@ -37,8 +37,9 @@ class Attention(LayerOp):
     dropout: float = 0.0
     context_copy: bool = False
     scaled_copies: bool = False
-    stacked_kv: bool = False
     dropout_kept: bool = False
+    rotary_passes: tuple[int, int] = (0, 0)
+    stacked_kv: bool = False
     fused_matrices: int = 0
 
     def _heads(self, split: Split) -> tuple[int, int]:
@@ -66,6 +67,7 @@ class Attention(LayerOp):
         tensors = {"qkv": Tensor(t * width), "y": Tensor(t * self.hidden)}
         if self.rotary:
             calls.append(Call("rope", dims_of(numel=t * (q + kv) * d), ("qkv",), ("qkv",)))
+            calls += more_passes(self.rotary_passes, t * (q + kv) * d, "qkv")
         core, core_tensors = self._core(extent, q, kv)
         context = "context"
         if self.context_copy:
@@ -94,12 +96,12 @@ class Attention(LayerOp):
             numel = b * s * (heads + kv_heads) * d
             tensors["scaled"], operands = Tensor(numel), ("qkv", "scaled")
             scaled.append(Call("copy", dims_of(numel=numel), ("qkv",), ("scaled",)))
-        kept = ("dropped", "probs", "mask") if self.dropout_kept else ("probs",)
         calls = [*scaled, Call("attn.scores", shape, operands, ("scores",))]
         read = "scores"
         for name in UNFUSED_SOFTMAX if self.fused_matrices and b * heads % self.fused_matrices else ():
             calls.append(Call("copy", dims_of(numel=scores.numel), (read,), (name,)))
             tensors[name], read = scores, name
+        kept = ("dropped", "probs", "mask") if self.dropout_kept else ("probs",)
         calls.append(Call("softmax", dims_of(rows=b * heads * s, width=s), (read,), kept))
         probs = kept[0]
         if self.dropout_kept:

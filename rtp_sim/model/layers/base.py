@@ -118,6 +118,14 @@ def one_call(kernel: str, dims: Dims, numel: int, inputs: tuple[str, ...] = ("x0
     return Lowered((Call(kernel, dims, inputs, ("y",), weight),), {"y": Tensor(numel)})
 
 
+def more_passes(times: tuple[int, int], numel: int, tensor: str) -> tuple[Call, ...]:
+    """What a chain of elementwise ops in fp32 moves beyond the one kernel that stands for it: so many reads and writes
+    of the tensor in the forward and in the backward pass; nothing for (0, 0)."""
+    if times == (0, 0):
+        return ()
+    return (Call("passes", dims_of(numel=numel, times=times[0], back=times[1]), (tensor,), (tensor,)),)
+
+
 @dataclass(frozen=True, slots=True)
 class Layer:
     """A named layer of a network: reads tensors `inputs`, writes tensor `output`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rtp_sim.model.layers.base import WHOLE, Call, Extent, LayerOp, Lowered, Split, Tensor, dims_of
+from rtp_sim.model.layers.base import WHOLE, Call, Extent, LayerOp, Lowered, Split, Tensor, dims_of, more_passes
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,11 +14,14 @@ class CrossEntropy(LayerOp):
 
     `unfused`: as torch.nn.CrossEntropyLoss in a loop that holds on to the logits: the backward has logits,
     log-probabilities, their gradient and that of the logits at the same time. `upcast`: the logits are first copied to
-    the dtype of the loss; the log-probabilities are made in another copy of them, beside the first."""
+    the dtype of the loss; the log-probabilities are made in another copy of them, beside the first. `passes`: maximum,
+    shift, exponentials, sum and division are torch ops of their own, as in Megatron's vocabulary-parallel loss (see
+    `more_passes`)."""
 
     vocab: int
     unfused: bool = False
     upcast: bool = False
+    passes: tuple[int, int] = (0, 0)
 
     def lower(self, extent: Extent, split: Split = WHOLE) -> Lowered:
         """One row-wise kernel, or log-softmax and look-up."""
@@ -41,5 +44,6 @@ class CrossEntropy(LayerOp):
         if self.upcast:
             cast = Call("upcast", dims_of(numel=rows * width), ("x0",), ("wide",))
             call = Call("cross_entropy", dims, ("wide", "x1"), ("y", "log_probs", "statistics"))
-            return Lowered((cast, call), tensors | {"wide": Tensor(rows * width, "loss")})
+            chain = (cast, *more_passes(self.passes, rows * width, "wide"), call)
+            return Lowered(chain, tensors | {"wide": Tensor(rows * width, "loss")})
         return Lowered((Call("cross_entropy", dims, ("x0", "x1"), outputs),), tensors)

@@ -5,7 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from rtp_sim.model.layers.base import WHOLE, Call, Extent, LayerOp, Lowered, Param, Split, Tensor, dims_of, one_call
+from rtp_sim.model.layers.base import (
+    WHOLE,
+    Call,
+    Extent,
+    LayerOp,
+    Lowered,
+    Param,
+    Split,
+    Tensor,
+    dims_of,
+    more_passes,
+    one_call,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,10 +137,11 @@ class Positions(LayerOp):
 
 @dataclass(frozen=True, slots=True)
 class Norm(LayerOp):
-    """Layer norm (weight and bias) or RMS norm (weight)."""
+    """Layer norm (weight and bias) or RMS norm (weight); with `passes` made of several kernels (`more_passes`)."""
 
     kind: str
     width: int
+    passes: tuple[int, int] = (0, 0)
 
     def params(self, split: Split = WHOLE) -> tuple[Param, ...]:
         """weight, and bias for layer norm."""
@@ -138,7 +151,8 @@ class Norm(LayerOp):
     def lower(self, extent: Extent, split: Split = WHOLE) -> Lowered:
         """One row-wise kernel."""
         rows = split.share(extent.tokens, "rows")
-        return one_call(self.kind, dims_of(rows=rows, width=self.width), rows * self.width, weight=True)
+        one = one_call(self.kind, dims_of(rows=rows, width=self.width), rows * self.width, weight=True)
+        return Lowered((*one.calls, *more_passes(self.passes, rows * self.width, "y")), one.tensors)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ reduce-scatters stay in the group, and the last micro-batch's gradient shards ar
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rtp_sim.model.layers import Layer
 from rtp_sim.model.network import Block
@@ -46,25 +46,43 @@ def hsdp(step: Step) -> None:
 def _run(step: Step, group: str) -> None:
     units, blocks = _units(step, group), step.network.blocks
     order = [units[b.name] for b in blocks]
+    ahead = 1 + step.options.fsdp_prefetch
     for last in step.microbatches():
-        gathered: set[str] = set()
+        gathered: set[tuple[str, str]] = set()
         for i, block in enumerate(blocks):
-            _gather(step, order[i : i + 1 + step.options.fsdp_prefetch], gathered, "F")
+            _gather(step, [(unit, "F") for unit in order[i : i + ahead]], gathered)
             for layer in block.layers:
                 step.forward_layer(layer, _work(step, order[i]))
-        gathered.clear()
-        for i in reversed(range(len(blocks))):
-            ahead = order[max(0, i - step.options.fsdp_prefetch) : i + 1][::-1]
-            _gather(step, ahead, gathered, "B")
-            work = _work(step, order[i])
-            for _ in step.backward_block(blocks[i], lambda _, work=work: work):  # type: ignore[misc]
-                pass
-            if order[i] not in order[:i]:
+        visits = [(i, tag) for i in reversed(range(len(blocks))) for tag in _visits(step, blocks[i])]
+        for at, (i, tag) in enumerate(visits):
+            _gather(step, [(order[j], t) for j, t in visits[at : at + ahead]], gathered)
+            _backward(step, blocks[i], order[i], tag)
+            if tag == "B" and order[i] not in order[:i]:
                 _reduce(step, order[i])
                 if group == FSDP and last:
                     _reduce_across(step, order[i])
     owned = [u for u in dict.fromkeys(order) if u.numel]
     step.optimizer([OptimizerShare(u.name, u.shard, (f"g.{u.name}",), (f"w.{u.name}",), u.holds, group) for u in owned])
+
+
+def _visits(step: Step, block: Block) -> str:
+    """What the backward pass gathers a block's weights for, a letter each: R recomputes it, B is its backward, which
+    recomputes it first where that is no visit of its own."""
+    return "RB" if step.options.fsdp_gather_again and step.recomputes(block) else "B"
+
+
+def _backward(step: Step, block: Block, unit: Unit, tag: str) -> None:
+    work = _work(step, unit, tag)
+    if tag == "R":
+        for layer in block.layers:
+            step.forward_layer(layer, replace(work, tag=tag))
+    elif _visits(step, block) == "B":
+        for _ in step.backward_block(block, lambda _: work):
+            pass
+    else:
+        for layer in reversed(block.layers):
+            step.backward_layer(layer, work)
+            step.merge_input_grads(layer)
 
 
 def _units(step: Step, group: str) -> dict[str, Unit]:
@@ -95,29 +113,29 @@ def _sharded(step: Step, unit: Unit, name: str, category: str, dtype: str, persi
     return step.b.buffer(name, category, dtype, share, persistent=persistent, holds=unit.holds, slice_of=unit.group)
 
 
-def _work(step: Step, unit: Unit) -> Work:
-    """Where the unit's layers find whole weights and leave whole gradients; the shards themselves in a group of one."""
+def _work(step: Step, unit: Unit, tag: str = "") -> Work:
+    """Where the unit's layers find whole weights and leave whole gradients; the shards themselves in a group of one.
+    Weights gathered to recompute (tag R) lie apart, so that those for the backward can be on their way."""
     if step.group_size(unit.group) == 1 or not unit.numel:
         _sharded(step, unit, f"g.{unit.name}", "gradients", step.policy.gradient_dtype)
         return Work(weight=f"w.{unit.name}", grad=f"g.{unit.name}")
     padded = unit.shard * step.group_size(unit.group)
-    policy, holds = step.policy, unit.holds
-    if step.options.fsdp_split_gradients:
-        weight = step.b.buffer(f"full.{unit.name}", "communication", policy.weight_dtype, padded, holds=holds)
+    policy, holds, name = step.policy, unit.holds, f"full.{unit.name}{'.again' if tag == 'R' else ''}"
+    weight = step.b.buffer(name, "communication", policy.weight_dtype, padded, holds=holds)
+    if step.options.fsdp_split_gradients or tag == "R":
         return Work(weight=weight)
-    weight = step.b.buffer(f"full.{unit.name}", "communication", policy.weight_dtype, padded, holds=holds)
     grad = step.b.buffer(f"gfull.{unit.name}", "communication", policy.gradient_dtype, padded, holds=holds)
     return Work(weight=weight, grad=grad)
 
 
-def _gather(step: Step, wanted: list[Unit], gathered: set[str], tag: str) -> None:
-    """Gathers the units not yet gathered in this pass, no earlier than the compute issued so far has ended."""
-    for unit in wanted:
-        if unit.name in gathered or not unit.numel:
+def _gather(step: Step, wanted: list[tuple[Unit, str]], gathered: set[tuple[str, str]]) -> None:
+    """Gathers the (unit, visit) not gathered yet, no earlier than the compute issued so far has ended."""
+    for unit, tag in wanted:
+        if (unit.name, tag) in gathered or not unit.numel:
             continue
-        gathered.add(unit.name)
+        gathered.add((unit.name, tag))
         padded = unit.shard * step.group_size(unit.group)
-        name, target = f"m{step.micro}.gather.{tag}.{unit.name}", _work(step, unit).weight or ""
+        name, target = f"m{step.micro}.gather.{tag}.{unit.name}", _work(step, unit, tag).weight or ""
         shard, after = (f"w.{unit.name}",), step.b.last("compute")
         step.collective("all_gather", unit.group, "fsdp", name, padded, shard, (target,), after=after)
 

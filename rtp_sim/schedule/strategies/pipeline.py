@@ -117,10 +117,11 @@ class Repeats:
 
     def __init__(self, step: Step, stages: Stages) -> None:
         self.step = step
-        # Weight gradients put off, gradients handed on within a stage and pacing have a memory of their own.
-        self.possible = not (stages.v_shape or stages.count == 1 or step.options.gradient_local) and bool(
-            step.options.pp_overlap
-        )
+        # Weight gradients put off, gradients handed on within a stage and pacing have a memory of their own; where the
+        # host waits is not on the tape.
+        options = step.options
+        simple = not (stages.v_shape or stages.count == 1 or options.gradient_local or options.pp_synchronised)
+        self.possible = simple and options.pp_overlap
         self.done: dict[tuple[str, int], int] = {}
         self.tapes: dict[tuple[str, int], tuple[str, Tape]] = {}
 
@@ -152,6 +153,8 @@ class _Stage:
     def __init__(self, step: Step, stages: Stages, plain: bool) -> None:
         self.step, self.stages = step, stages
         self._waits = plain and not step.options.pp_overlap
+        # The interleaved schedule asks for its messages in advance: a host that waits would not come to it.
+        self._timed = step.options.pp_synchronised and plain
         self.tensor = Tensor(step, step.options.sequence_parallel)
         self.sync = DataParallel(step, step.options.dp_sync)
         self._put_off: dict[tuple[int, int], list[PutOff]] = {}
@@ -185,6 +188,7 @@ class _Stage:
             self._exchange(k, k - 1, self.stages.crossing[k - 1])
         for layer in self._layers(k):
             self.tensor.forward(layer)
+        self._synchronise()
         if k + 1 < len(self.stages.pieces):
             self._exchange(k, k + 1, self.stages.crossing[k], sends=True)
 
@@ -202,8 +206,13 @@ class _Stage:
             self._put_off[action.chunk, action.micro] = list(later)
         else:
             self._backward_layers(k, last)
+            self._synchronise()
         if k:
             self._hand_on(k, self.stages.crossing[k - 1])
+
+    def _synchronise(self) -> None:
+        if self._timed:
+            self.step.b.host_waits()
 
     def _backward_layers(self, k: int, last: bool) -> None:
         for block in reversed(self.stages.pieces[k]):

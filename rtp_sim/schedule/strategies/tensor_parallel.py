@@ -2,8 +2,9 @@
 
 All ranks of a tp group work on the same micro-batch. Attention is split by heads, an MLP by its features, embedding
 and head by vocabulary. `tp` all-reduces the output of each split layer, and in the backward pass its input gradient,
-which overlaps with the weight gradients. `tp-sp` keeps the activations between split layers in shards of tokens:
-all-gather before, reduce-scatter after; the backward gathers the saved input again for the weight gradient.
+which overlaps with the weight gradients unless `tp_overlap` is off. `tp-sp` keeps the activations between split layers
+in shards of tokens: all-gather before, reduce-scatter after; the backward gathers the saved input again for the weight
+gradient.
 """
 
 from __future__ import annotations
@@ -163,7 +164,14 @@ class Tensor:
         if self.sequence and self._reads_whole(layer):
             work = self._with_inputs(layer, work, "B")
         reduced: dict[str, str] = {}
-        step.backward_layer(layer, work, lambda buffer: self._reduce_input_grad(layer, buffer, reduced))
+        made: list[str] = []
+
+        def reduce(buffer: str) -> None:
+            self._reduce_input_grad(layer, buffer, reduced)
+
+        step.backward_layer(layer, work, reduce if step.options.tp_overlap else made.append)
+        for buffer in made:
+            reduce(buffer)
         step.merge_input_grads(layer, reduced)
 
     def _reduce_input_grad(self, layer: Layer, buffer: str, reduced: dict[str, str]) -> None:
