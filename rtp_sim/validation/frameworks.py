@@ -135,11 +135,6 @@ FRAMEWORKS: Mapping[str, Habits] = {
             dp_copy=False, pp_overlap=False, pp_scatter_gather=True,
         ),
         Habits(
-            "megatron-deepspeed-bloom", "gpt", mixed="fp16", dropout_kept=True, dp_overlap=False, dp_copy=False,
-            vocab_size=51200, gradient_local=True, fused_matrices=4, outside_bytes=10_300_000_000, pp_overlap=False,
-            pp_scatter_gather=True,
-        ),
-        Habits(
             "nanotron", "llama", mixed="bf16-grad32", gradient_buffer=True, dp_copy=False, upcast_loss=True,
             separate_gate=True, stacked_kv=True, gradient_local=True, tp_keep_gathered=True,
             pp_balance="cost", pp_overlap=False, checks_stages=True, zero1_after=True, dp_bucket_bytes=50 * MIB,
@@ -159,7 +154,6 @@ EDITIONS = (
     ("megatron-lm", "ZeRO-3", "deepspeed-zero3"),
     ("megatron-lm", "SC'21", "megatron-lm-2021"),
     ("megatron-lm", "Qi et al.", "megatron-zero-bubble"),
-    ("megatron-deepspeed", "BLOOM prequel", "megatron-deepspeed-bloom"),
 )
 """(framework as rows name it, words of the source, habits): what ran where a source tells more than the name. The first
 is for rows without model parallelism, as such sources compare with it."""
