@@ -196,4 +196,5 @@ def _layer(data: Json) -> Layer:
     made = getattr(layers, kind, None)
     if not (isinstance(made, type) and issubclass(made, LayerOp)):
         raise InputError(f"request JSON: layer {name!r} is a {kind!r}; expected a layer op of this version")
-    return Layer(name, made(**record), tuple(data["inputs"]), data["output"], data["shares"])
+    sizes = {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
+    return Layer(name, made(**sizes), tuple(data["inputs"]), data["output"], data["shares"])
