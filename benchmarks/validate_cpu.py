@@ -33,7 +33,7 @@ from rtp_sim.engine.simulate import simulate
 from rtp_sim.executor import distributed, machine, shm, worker  # noqa: F401 - forked ranks find torch imported
 from rtp_sim.executor.collect import collect
 from rtp_sim.executor.launcher import HOST, LAUNCHER_PID, free_port
-from rtp_sim.executor.pace import steady
+from rtp_sim.executor.pace import TOLERANCE, steady
 from rtp_sim.executor.request import RunRequest
 from rtp_sim.executor.rundir import RunDirectory
 from rtp_sim.experiment import Prepared, Request, prepare
@@ -51,6 +51,9 @@ RETRIES = 3
 STATED_STEPS = 3
 FEWEST_STEPS = 3
 """At the usual pace, for a launch to count: the median of one or two is whatever they happened to meet."""
+TOLERANCE_IN_TURNS = 0.3
+"""By how much the pace may be off where several ranks take turns on a core: readings behind another's turn are 5 to
+20 % longer, and that of the slowest of four ranks counts."""
 PATIENCE_S = 60
 
 
@@ -63,6 +66,11 @@ class Setting:
     transport: str
     mean: float | None
     most: float | None
+
+    @property
+    def tolerance(self) -> float:
+        """By how much a step's pace may be off the usual one."""
+        return TOLERANCE if self.ranks <= (os.cpu_count() or 1) else TOLERANCE_IN_TURNS
 
     @property
     def key(self) -> str:
@@ -160,6 +168,9 @@ def run_request(a: argparse.Namespace, job: Job) -> RunRequest:
 
 # ---- measuring
 
+Usual = tuple[int, float]
+"""The usual pace in ns (0: none is known), and by what part of it a step's may be off."""
+
 
 @dataclass(frozen=True, slots=True)
 class Launch:
@@ -172,13 +183,13 @@ class Launch:
     pace_ns: tuple[int, ...]
     foreign: float
 
-    def steady_ns(self, usual_ns: int) -> list[int]:
+    def steady_ns(self, usual: Usual) -> list[int]:
         """Times of the steps at the usual pace."""
-        return [t for t, pace in zip(self.times_ns, self.pace_ns, strict=True) if steady(pace, usual_ns)]
+        return [t for t, pace in zip(self.times_ns, self.pace_ns, strict=True) if steady(pace, *usual)]
 
-    def counts(self, most_foreign: float, usual_ns: int) -> bool:
+    def counts(self, most_foreign: float, usual: Usual) -> bool:
         """Whether the launch was quiet enough."""
-        enough = len(self.steady_ns(usual_ns)) >= min(FEWEST_STEPS, len(self.times_ns))
+        enough = len(self.steady_ns(usual)) >= min(FEWEST_STEPS, len(self.times_ns))
         return self.foreign <= most_foreign and enough
 
 
@@ -247,8 +258,7 @@ def _own_core_s() -> float:
 def measure_all(a: argparse.Namespace, jobs: Sequence[Job], log: Path) -> None:
     """Round after round over all cases, so that a case's launches lie apart in time; not again what is on file."""
     done: dict[tuple[str, str], int] = {}
-    usual = {job.setting.name: 0 if job.times is not None else usual_pace_ns(calibrated(a, job.setting))
-             for job in jobs}  # fmt: skip
+    usual = {job.setting.name: usual_of(a, job) for job in jobs}
     for one in read(log):
         if one.setting in usual and one.counts(a.foreign, usual[one.setting]):
             done[one.setting, one.case] = done.get((one.setting, one.case), 0) + 1
@@ -293,10 +303,12 @@ def calibrated(a: argparse.Namespace, setting: Setting) -> Path:
     return path
 
 
-def usual_pace_ns(profile: Path) -> int:
-    """The cores' usual pace while the profile was made."""
-    text = profile.with_suffix(".calibration.json").read_text(encoding="utf-8")
-    return int(json.loads(text)["facts"]["pace_ns"])
+def usual_of(a: argparse.Namespace, job: Job) -> Usual:
+    """The cores' usual pace while the profile was made; none where ranks only sleep."""
+    if job.times is not None:
+        return 0, 0.0
+    text = calibrated(a, job.setting).with_suffix(".calibration.json").read_text(encoding="utf-8")
+    return int(json.loads(text)["facts"]["pace_ns"]), job.setting.tolerance
 
 
 def say(text: str) -> None:
@@ -327,21 +339,21 @@ def rows(a: argparse.Namespace, jobs: Sequence[Job], log: Path) -> list[Row]:
     launches = list(read(log))
     found = []
     for job in jobs:
-        usual_ns = 0 if job.times is not None else usual_pace_ns(calibrated(a, job.setting))
+        usual = usual_of(a, job)
         of_case = [one for one in launches if (one.setting, one.case) == (job.setting.name, job.case.name)]
-        mine = [one for one in of_case if one.counts(a.foreign, usual_ns)]
+        mine = [one for one in of_case if one.counts(a.foreign, usual)]
         if not mine:
             continue
         cluster = job.prepared.cluster
         if job.times is None:
             cluster = load_cluster(str(calibrated(a, job.setting)), 1, job.setting.ranks)
         predicted_ns = predict(job.prepared.schedule, cluster, job.conditions).step_time_ns
-        times = [statistics.median(one.steady_ns(usual_ns)) for one in mine]
+        times = [statistics.median(one.steady_ns(usual)) for one in mine]
         measured_ns = statistics.median(times)
         cv = statistics.stdev(times) / statistics.fmean(times) if len(times) > 1 else 0.0
         found.append(Row(
             job.setting.name, job.case.name, predicted_ns / 1e6, measured_ns / 1e6, predicted_ns / measured_ns - 1, cv,
-            len(times), sum(len(x.steady_ns(usual_ns)) for x in mine) / sum(len(x.times_ns) for x in mine),
+            len(times), sum(len(x.steady_ns(usual)) for x in mine) / sum(len(x.times_ns) for x in mine),
             max(one.foreign for one in mine),
         ))  # fmt: skip
     return found
