@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from rtp_sim.schedule.ir import Collective, Compute, Op, Recv, Send
 
-HOST, RECEIVED, EARLIER = "host", "received", "earlier."
+HOST, RECEIVED, EARLIER, MARK = "host", "received", "earlier.", "op"
 NEVER = -(1 << 62)
 
 Vector = dict[str, int]
@@ -106,7 +106,7 @@ def stretch(
 
 def mark_of(op: int) -> str:
     """What the end of a single op is called among inputs and ends."""
-    return f"op{op}"
+    return f"{MARK}{op}"
 
 
 def _later(vector: Vector, other: Vector) -> None:

@@ -126,7 +126,7 @@ def fold(schedule: Schedule, cost: CostModel, *, folded: bool = True, alike: boo
     patterns = [patterns_of(program) for program in schedule.programs]
     _check_membership(schedule, patterns)
     nodes = list(_nodes(schedule, cost, patterns))
-    links = sorted({link for node in nodes for phase in node.phases for link in phase.usage})
+    links = sorted({link for node in nodes for _, usage in _usages_of(node) for link in usage})
     capacities = [cost.link_capacity(link) for link in links]
     if min(capacities, default=1) < 1:
         raise ValueError("the cost model gave a link a capacity below 1 byte/s")
@@ -135,8 +135,9 @@ def fold(schedule: Schedule, cost: CostModel, *, folded: bool = True, alike: boo
     size = (schedule.world_size, len(nodes), len(links))
     colours, rounds = [list(range(n)) for n in size], 0
     if folded:
-        start = [_rank_colours(schedule, patterns), _node_colours(nodes), _interned(capacities)]
-        refined = (alike and _taken_alike(start[0], start[2], nodes, edges)) or _refine(start, nodes, edges)
+        ranks, wires = _rank_colours(schedule, patterns), _interned(capacities)
+        refined = _taken_alike(ranks, wires, nodes, edges) if alike else None
+        refined = refined or _refine([ranks, _node_colours(nodes), wires], nodes, edges)
         if refined is not None:
             colours, rounds = refined
     return _quotient(schedule, nodes, edges, colours, capacities, rounds)
@@ -171,12 +172,16 @@ def _shape_of(schedule: Schedule, cost: CostModel, found: Patterns) -> object:
     used = []
     for name, wanted in found.collectives.items():
         members = schedule.groups[name].instances[0]
-        phases = [
-            tuple(frozenset(phase.usage.items()) for phase in cost.collective(kind, members, size_bytes, dtype))
-            for kind, size_bytes, dtype, root in wanted
-            if len(members) > 1 and not root
-        ]
-        used.append((name, frozenset(phases), frozenset(root for *_, root in wanted)))
+        phases = {
+            tuple(id(phase.usage) for phase in found): found
+            for found in (
+                cost.collective(kind, members, size_bytes, dtype)
+                for kind, size_bytes, dtype, root in wanted
+                if len(members) > 1 and not root
+            )
+        }
+        usages = frozenset(tuple(frozenset(p.usage.items()) for p in found) for found in phases.values())
+        used.append((name, usages, frozenset(root for *_, root in wanted)))
     uneven = tuple((part, tuple(_interned(sizes))) for part, sizes in found.uneven)
     return frozenset(used), frozenset(found.wires), frozenset(uneven)
 
@@ -278,8 +283,19 @@ def _sampled(sizes: set[int]) -> tuple[int, ...]:
 
 
 def _edges(node: _Node, number: Mapping[int, int]) -> list[tuple[int, int, int]]:
-    """(phase, link, weight) with links by number."""
-    return [(p, number[link], weight) for p, phase in enumerate(node.phases) for link, weight in phase.usage.items()]
+    """(phase, link, weight) with links by number, of the first phase with each usage."""
+    return [
+        (p, number[link], weight) for p, usage in _usages_of(node) for link, weight in usage.items()
+    ]
+
+
+def _usages_of(node: _Node) -> list[tuple[int, Mapping[int, int]]]:
+    """The usages of the phases, those that are the same object once, with the first phase that has them: sizes of one
+    collective differ in their time alone."""
+    first: dict[int, int] = {}
+    for p, phase in enumerate(node.phases):
+        first.setdefault(id(phase.usage), p)
+    return [(p, node.phases[p].usage) for p in first.values()]
 
 
 def _interned(values: Iterable[object]) -> list[int]:
@@ -401,7 +417,7 @@ def _quotient(
         leader = nodes[same[0]]
         totals = _totals([edges[n] for n in same], links, population)
         usages[leader.key] = {
-            frozenset(phase.usage.items()): totals.get(p, ()) for p, phase in enumerate(leader.phases)
+            frozenset(usage.items()): totals.get(p, ()) for p, usage in _usages_of(leader)
         }
         if leader.key[0] == "group":
             for n in same:

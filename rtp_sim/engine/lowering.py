@@ -32,13 +32,14 @@ Amount = tuple[int, tuple[int, ...]]
 class Kernel(NamedTuple):
     """A compute op. All lowered ops begin with the same fields: the op's index; the host has issued it
     `offset_ns` after op `gate` ended (-1: after the step began); `deps` are what stream order does not
-    imply."""
+    imply. `slowdown_permille` as in engine/costs.py, of the first shard."""
 
     number: int
     gate: int
     offset_ns: int
     deps: tuple[int, ...]
     duration_ns: Amount
+    slowdown_permille: int | None = None
 
 
 class Rotation(NamedTuple):
@@ -244,7 +245,7 @@ class _Lowering:
         """The op with what its kind needs after the fields `common` to all kinds."""
         action = op.action
         if isinstance(action, Compute):
-            return Kernel(*common, self.duration(action))
+            return Kernel(*common, self.duration(action), self.cost_of(action, 0).slowdown_permille)
         if isinstance(action, Shift):
             on_group = self.shifts.setdefault(action.group, [])
             shape = self.shape(action)
@@ -277,11 +278,14 @@ class _Lowering:
         return self.amount(action.part, tuple(self.price(action, s) for s in range(len(action.variants))))
 
     def price(self, action: Compute, shard: int) -> int:
+        return self.cost_of(action, shard).duration_ns
+
+    def cost_of(self, action: Compute, shard: int) -> OpCost:
         key = (action.kernel, action.dtype, action.dims_at(shard))
         found = self.prices.get(key)
         if found is None:
             found = self.prices[key] = self.cost.compute(*key)
-        return found.duration_ns
+        return found
 
     def amount(self, part: Part | None, size: Size) -> Amount:
         if isinstance(size, int):
