@@ -71,17 +71,14 @@ def composition(
     cost = cost or setting.cost
     permille = cost.overlap_slowdown_permille if slowdown else 1000
     setting, stages, orders, short = shortened(setting)
-    prices = priced(short.schedule, cost, [stage_of_rank(setting.layout, r) for r in range(setting.layout.world_size)],
-                    shared, folds, alike)  # fmt: skip
-    made: dict[object, dict[Label, Stretch]] = {}
-    tables = []
-    for s in range(stages.count):
-        kind = short.kind_of_stage[s]
-        key = (kind, prices.duration_ns[s])
-        if key not in made:
-            made[key] = _stretches(short.schedule.programs[kind], short.ranges[kind], prices, s, permille)
-        tables.append(made[key])
-    return Composition(setting, stages, orders, short, prices, tuple(tables), cost, permille)
+    # With a program number per stage, so that the step in passes (passes.py) folds like it.
+    stage_of = tuple(stage_of_rank(setting.layout, r) for r in range(setting.layout.world_size))
+    programs = tuple(short.schedule.programs[kind] for kind in short.kind_of_stage)
+    by_stage = replace(short.schedule, programs=programs, program_of_rank=stage_of)
+    prices = priced(by_stage, cost, stage_of, shared, folds, alike)
+    known: dict[object, Stretch] = {}
+    tables = tuple(_stretches(short, s, prices, permille, known) for s in range(stages.count))
+    return Composition(setting, stages, orders, short, prices, tables, cost, permille)
 
 
 def shortened(setting: Setting) -> tuple[Setting, Stages, tuple[tuple[Action, ...], ...], Short]:
@@ -174,24 +171,29 @@ def label_of(action: Action, last: int) -> Label:
     return action.kind, action.chunk, action.kind in "BW" and action.micro == last
 
 
-def _stretches(program: Program, ranges: Ranges, prices: Prices, stage: int, permille: int) -> dict[Label, Stretch]:
-    found: dict[Label, Stretch] = {}
+def _stretches(short: Short, stage: int, prices: Prices, permille: int, known: dict[object, Stretch]) -> Table:
+    """The stretches of a stage; `known` are those of stages before it, many of which are the same."""
+    kind = short.kind_of_stage[stage]
+    program, ranges = short.schedule.programs[kind], short.ranges[kind]
+    duration_ns, issue_ns = prices.duration_ns[stage], prices.issue_ns[stage]
     forward = {(label, micro): range(a, b) for label, micro, a, b in ranges}
     # What the end of the step waits for in the last stretches is known op by op.
     end = min(a for label, _, a, _ in ranges if isinstance(label, tuple) and label[0] == "end")
     single = {i for label, _, a, b in ranges if isinstance(label, tuple) and label[-1] is True for i in range(a, b)}
     wanted = frozenset(d for op in program.ops[end:] for d in op.after if d in single)
+    found: dict[Label, Stretch] = {}
     for label, micro, first, stop in ranges:
         if label in found:
             continue
-        kind, chunk = (label[0], label[1]) if isinstance(label, tuple) else ("", 0)
-        before: list[int] = []
-        if kind in ("B", "I", "W"):
-            before += forward[("F", chunk, False), micro]
-        if kind == "W":
-            before += forward[("I", chunk, False), micro]
-        found[label] = stretch(
-            program.ops, first, stop, prices.duration_ns[stage], prices.issue_ns[stage], frozenset(before), wanted,
-            (TIED, GROUP), permille,
-        )  # fmt: skip
+        key = kind, label, duration_ns[first:stop]
+        if key not in known:
+            action, chunk = (label[0], label[1]) if isinstance(label, tuple) else ("", 0)
+            before: list[int] = []
+            if action in ("B", "I", "W"):
+                before += forward[("F", chunk, False), micro]
+            if action == "W":
+                before += forward[("I", chunk, False), micro]
+            known[key] = stretch(program.ops, first, stop, duration_ns, issue_ns, frozenset(before), wanted,
+                                 (TIED, GROUP), permille)  # fmt: skip
+        found[label] = known[key]
     return found

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from rtp_sim.engine.memory import live_intervals
+from rtp_sim.engine.memory import Version
 from rtp_sim.schedule.ir import CATEGORIES, Program
 
 Label = object
@@ -62,16 +62,17 @@ Delta = tuple[int, int, str, int]
 
 
 def footprints(
-    program: Program, ranges: Sequence[tuple[Label, int, int, int]], shards: Mapping[str, int]
-) -> Memory:
-    """The memory of a program's stretches, given as (label, micro-batch, first op, end). `shards` is the index of this
-    rank's shard by buffer (0 where absent)."""
+    program: Program, versions: Sequence[Version], ranges: Sequence[tuple[Label, int, int, int]],
+    shards: Mapping[str, int],
+) -> Memory:  # fmt: skip
+    """The memory of a program's stretches, given as (label, micro-batch, first op, end). `versions` are its live
+    intervals (engine/memory.py), `shards` is the index of this rank's shard by buffer (0 where absent)."""
     label_of = {i: (label, micro) for label, micro, first, stop in ranges for i in range(first, stop)}
     deltas: dict[tuple[Label, int], list[Delta]] = {}
     arising: dict[Label, list[Delta]] = {}
     resident: Amount = {}
     inputs: dict[str, Amount] = {}
-    for version in live_intervals(program):
+    for version in versions:
         buffer = program.buffers[version.buffer]
         size, category = buffer.size_bytes(shards.get(version.buffer, 0)), buffer.category
         micro = version.buffer.partition("/")[0] if "/" in version.buffer and version.buffer[0] == "m" else ""
@@ -119,11 +120,13 @@ def sweep(memory: Memory, order: Sequence[Label], micros: int) -> tuple[dict[str
     return at_most, op
 
 
-def largest_at(program: Program, op: int, shards: Mapping[str, int], count: int = 3) -> tuple[tuple[str, int], ...]:
+def largest_at(
+    program: Program, versions: Sequence[Version], op: int, shards: Mapping[str, int], count: int = 3
+) -> tuple[tuple[str, int], ...]:
     """The largest buffers that are alive at an op, with their bytes: each once, of the micro-batch that it works on."""
     alive = {
         v.buffer: program.buffers[v.buffer].size_bytes(shards.get(v.buffer, 0))
-        for v in live_intervals(program)
+        for v in versions
         if (v.writer is None or v.writer <= op) and (v.kept or op <= max(v.users, default=-1))
     }
     return tuple(sorted(alive.items(), key=lambda pair: (-pair[1], pair[0]))[:count])

@@ -18,6 +18,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from rtp_sim.compose.composition import Composition, Ranges, label_of
 from rtp_sim.compose.pipeline import turns_of
@@ -33,6 +34,9 @@ PASS = "pass"
 """A kernel that says itself how long it takes."""
 
 COMPUTE, DELAY = "compute", "delay"
+
+RESOLUTION = 200
+"""A stream that a pass leaves free less than this part of it before its end is taken to be free at the end."""
 
 
 class PassCost:
@@ -148,22 +152,26 @@ class _Writer:
         asked_ns = self.host_ns(name, one, times)
         share = min(1000, one.compute_ns * 1000 // times.takes_ns) if times.takes_ns else 0
         rest_ns, after = times.takes_ns, list[int]()
-        for number, (index, left_ns) in enumerate(self.waits(turn, times)):
+        for left_ns, waited in self.waits(turn, times).items():
             if left_ns > times.takes_ns:
-                index = self.add(f"{name}.delay{number}", f"{DELAY}{number}", timed(left_ns - times.takes_ns), (index,))
+                waited = [self.add(f"{name}.{DELAY}", DELAY, timed(left_ns - times.takes_ns), waited)]
             elif left_ns < rest_ns:
-                self.add(f"{name}.{number}", COMPUTE, timed(rest_ns - left_ns, asked_ns, share), after)
+                self.add(f"{name}.until.{left_ns}", COMPUTE, timed(rest_ns - left_ns, asked_ns, share), after)
                 rest_ns, asked_ns, after = left_ns, 0, []
-            after.append(index)
+            after += waited
         for stream, _, more_ns in times.tails:
             # The stream is free before the pass ends, but not as long before as a later one could use it.
-            if -min(self.ahead_ns.get(stream, 0), rest_ns) < more_ns <= 0:
+            free_ns = min(self.ahead_ns.get(stream, 0), rest_ns)
+            if -free_ns < more_ns < -times.takes_ns // RESOLUTION:
                 first = self.add(f"{name}.{stream}.free", COMPUTE, timed(rest_ns + more_ns, asked_ns, share), after)
                 self.tails[stream] = self.add(f"{name}.{stream}", stream, timed(0), (first,))
                 rest_ns, asked_ns, after = -more_ns, 0, []
         longer = [tail for tail in times.tails if tail[2] > 0]
         kernel = timed(rest_ns + one.slowed_ns, asked_ns, share)
         made = [self.add(name, COMPUTE, kernel, after, one.host_waits and not longer)]
+        for stream, _, more_ns in times.tails:
+            if -times.takes_ns // RESOLUTION <= more_ns <= 0 and stream in self.ahead_ns:
+                self.tails[stream] = made[0]
         for stream, what, more_ns in longer:
             self.tails[stream] = self.add(f"{name}.{stream}", stream, what or timed(more_ns), made[:1], one.host_waits)
             made.append(self.tails[stream])
@@ -180,15 +188,19 @@ class _Writer:
         self.owed_ns = 0 if one.host_waits else max(0, times.issue_ns - behind_ns)
         return owed_ns + behind_ns
 
-    def waits(self, turn: Turn, times: PassTimes) -> list[tuple[int, int]]:
-        """The ops that the pass waits for, with how long it goes on from the end of each, longest first."""
-        found = []
+    def waits(self, turn: Turn, times: PassTimes) -> dict[int, list[int]]:
+        """The ops that the pass waits for, by how long it goes on from their ends, longest first."""
+        found: dict[int, list[int]] = {}
         if turn.stretch.receive is not None and turn.receives is not None:
-            found.append((self.receive(turn.stretch.receive, turn.receives), times.message_ns))
-        found += [(self.tails.pop(stream), left_ns) for stream, left_ns in times.waits if stream in self.tails]
+            found[times.message_ns] = [self.receive(turn.stretch.receive, turn.receives)]
+        for stream, left_ns in times.waits:
+            if stream in self.tails:
+                found.setdefault(left_ns, []).append(self.tails.pop(stream))
         ended = self.before[turn.continues] if turn.continues is not None else {}
-        found += [(ended[stream], left_ns) for stream, left_ns in times.earlier if stream in ended]
-        return sorted(found, key=lambda wait: -wait[1])
+        for stream, left_ns in times.earlier:
+            if stream in ended:
+                found.setdefault(left_ns, []).append(ended[stream])
+        return dict(sorted(found.items(), reverse=True))
 
     def receive(self, op: Op, key: Key) -> int:
         assert isinstance(op.action, Recv)
@@ -272,6 +284,7 @@ def times_of(one: Stretch, ops: Sequence[Op], duration_ns: Sequence[int]) -> Pas
     )  # fmt: skip
 
 
+@lru_cache(1 << 16)
 def timed(takes_ns: int, issue_ns: int = 0, kernels_permille: int = 0) -> Compute:
     """A kernel that says itself what it takes, and which part of it is kernels: what communication beside it slows."""
     return Compute(PASS, "fp32", (("ns", takes_ns), ("issue_ns", issue_ns), ("kernels_permille", kernels_permille)))

@@ -13,6 +13,7 @@ from rtp_sim.compose.memory import Label, Memory, StageMemory, footprints, large
 from rtp_sim.compose.prices import Prices
 from rtp_sim.compose.walk import Progress, Turn, meet, walk
 from rtp_sim.engine.costs import CostModel
+from rtp_sim.engine.memory import live_intervals
 from rtp_sim.experiment import Setting
 from rtp_sim.metrics import op_traffic
 from rtp_sim.schedule.ir import Collective, Compute, Op, Recv, Schedule, Send
@@ -130,9 +131,10 @@ def _labels(short: Short, stage: int, order: Sequence[Action]) -> list[Label]:
 def _memories(setting: Setting, short: Short, orders: Sequence[Sequence[Action]]) -> list[StageMemory]:
     of_kind: list[Memory] = []
     shards: list[dict[str, int]] = []
-    for program, ranges, rank in zip(short.schedule.programs, short.ranges, short.first_rank, strict=True):
+    versions = [live_intervals(program) for program in short.schedule.programs]
+    for kind, (program, rank) in enumerate(zip(short.schedule.programs, short.first_rank, strict=True)):
         shards.append({n: short.schedule.shard_index(rank, b.part) for n, b in program.buffers.items() if b.part})
-        of_kind.append(footprints(program, ranges, shards[-1]))
+        of_kind.append(footprints(program, versions[kind], short.ranges[kind], shards[-1]))
     found = []
     largest: dict[tuple[int, int], tuple[tuple[str, int], ...]] = {}
     for s, order in enumerate(orders):
@@ -141,7 +143,7 @@ def _memories(setting: Setting, short: Short, orders: Sequence[Sequence[Action]]
         memory, program = StageMemory(held), short.schedule.programs[kind]
         if op is not None:
             if (kind, op) not in largest:
-                largest[kind, op] = largest_at(program, op, shards[kind])
+                largest[kind, op] = largest_at(program, versions[kind], op, shards[kind])
             memory = StageMemory(held, program.ops[op].name, largest[kind, op])
         found.append(memory)
     return found

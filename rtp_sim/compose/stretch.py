@@ -48,7 +48,11 @@ class Stretch:
 
     def after(self, vector: Vector, state: Mapping[str, int]) -> int:
         """The time that a vector gives for these inputs."""
-        return max([state[name] + constant for name, constant in vector.items() if name in state], default=NEVER)
+        latest = NEVER
+        for name, constant in vector.items():
+            if name in state and state[name] + constant > latest:
+                latest = state[name] + constant
+        return latest
 
 
 def stretch(

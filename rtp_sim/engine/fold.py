@@ -14,6 +14,7 @@ for itself.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -326,30 +327,45 @@ def _refine(
     colours: list[list[int]], nodes: list[_Node], edges: list[list[tuple[int, int, int]]]
 ) -> tuple[list[list[int]], int] | None:
     """Refine (rank, node, link) colours until no class splits; None if that takes more than MAX_ROUNDS."""
-    ranks, instances, links = colours
+    ranks, instances, alone = colours
     labels: dict[tuple[int, int], int] = {}
     node_links = [[(labels.setdefault((p, w), len(labels)) << 32, k) for p, k, w in own] for own in edges]
-    link_nodes: list[list[tuple[int, int]]] = [[] for _ in links]
+    touching: list[list[tuple[int, int]]] = [[] for _ in alone]
     rank_nodes: list[list[tuple[int, int]]] = [[] for _ in ranks]
     for n, node in enumerate(nodes):
         for label, link in node_links[n]:
-            link_nodes[link].append((label, n))
+            touching[link].append((label, n))
         for role, rank in enumerate(node.ranks):
             rank_nodes[rank].append((role << 32 if node.ordered else 0, n))
+    # Links of one colour that the same nodes use in the same way, as on one route, are refined as one.
+    bundle = _interned(zip(alone, map(tuple, touching), strict=True))
+    first = {number: link for link, number in reversed(list(enumerate(bundle)))}
+    links = [alone[first[number]] for number in range(len(first))]
+    link_nodes = [touching[first[number]] for number in range(len(first))]
+    node_bundles = [Counter((label, bundle[link]) for label, link in own) for own in node_links]
     count = sum(len(set(c)) for c in (ranks, instances, links))
     for rounds in range(1, MAX_ROUNDS + 1):
         members = [
             tuple(ranks[r] for r in n.ranks) if n.ordered else tuple(sorted([ranks[r] for r in n.ranks])) for n in nodes
         ]
-        across = [tuple(sorted([label + links[k] for label, k in own])) for own in node_links]
+        across = [_across(own, links) for own in node_bundles]
         instances = _interned(zip(instances, members, across, strict=True))
         links = _split(links, link_nodes, instances)
         ranks = _split(ranks, rank_nodes, instances)
         refined = sum(len(set(c)) for c in (ranks, instances, links))
         if refined == count:
-            return [ranks, instances, links], rounds
+            return [ranks, instances, [links[number] for number in bundle]], rounds
         count = refined
     return None
+
+
+def _across(own: Mapping[tuple[int, int], int], links: list[int]) -> tuple[tuple[int, int], ...]:
+    """How many links of each colour a node uses, and how."""
+    found: dict[int, int] = {}
+    for (label, number), count in own.items():
+        key = label + links[number]
+        found[key] = found.get(key, 0) + count
+    return tuple(sorted(found.items()))
 
 
 def _taken_alike(

@@ -98,12 +98,14 @@ LoweredOp = Kernel | Rotation | Gathering | Sending | Receiving
 
 @dataclass(frozen=True, slots=True)
 class LoweredProgram:
-    """`streams` holds each stream's ops in order; `shifts[group]` the shifts on a group in order."""
+    """`streams` holds each stream's ops in order; `shifts[group]` the shifts on a group in order; `issue_ns` the host's
+    time for each op."""
 
     program: Program
     streams: tuple[tuple[LoweredOp, ...], ...]
     ops: tuple[LoweredOp, ...]
     shifts: dict[str, list[Rotation]]
+    issue_ns: tuple[int, ...]
 
 
 @dataclass(slots=True)
@@ -174,7 +176,12 @@ def lower(
         known.fold(schedule, cost, alike) if known is not None else fold(schedule, cost, folded=folded, alike=alike)
     )
     names = _Numbers({}, {}, {})
-    programs = [_Lowering(program, cost, names).run() for program in schedule.programs]
+    # A program that several numbers stand for is lowered once.
+    made: dict[int, LoweredProgram] = {}
+    for program in schedule.programs:
+        if id(program) not in made:
+            made[id(program)] = _Lowering(program, cost, names).run()
+    programs = [made[id(program)] for program in schedule.programs]
     number = {rank: n for n, rank in enumerate(quotient.representatives)}
     sites = tuple(
         _site(schedule, cost, quotient, number, rank, programs[schedule.program_of_rank[rank]], names)
@@ -207,13 +214,15 @@ class _Lowering:
     def run(self) -> LoweredProgram:
         ops = self.program.ops
         lowered: list[LoweredOp] = []
+        issue_ns: list[int] = []
         gate, offset_ns = -1, 0
         for place, op in enumerate(ops):
             if op.index != place:
                 raise ScheduleError(
                     f"program {self.program.name!r}: op {op.name!r} has index {op.index}, but its place is {place}"
                 )
-            offset_ns += self.cost.host_issue_ns(op)
+            issue_ns.append(self.cost.host_issue_ns(op))
+            offset_ns += issue_ns[-1]
             lowered.append(self.lowered(op, (place, gate, offset_ns, self.deps(op, gate))))
             if op.blocks_host:
                 gate, offset_ns = place, 0
@@ -221,7 +230,7 @@ class _Lowering:
         for op, low in zip(ops, lowered, strict=True):
             by_stream[op.stream].append(low)
         streams = tuple(tuple(s) for s in by_stream.values())
-        return LoweredProgram(self.program, streams, tuple(lowered), self.shifts)
+        return LoweredProgram(self.program, streams, tuple(lowered), self.shifts, tuple(issue_ns))
 
     def deps(self, op: Op, gate: int) -> tuple[int, ...]:
         """The last dependency on each other stream: the earlier ones, and those on the op's own, are

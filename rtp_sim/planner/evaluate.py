@@ -1,4 +1,4 @@
-"""`evaluate`: the metrics of a candidate, estimated or simulated, on several processes.
+"""`evaluate`: the metrics of a candidate, estimated or simulated.
 
 A step of at most `SMALL_OPS` ops is simulated at once. Of longer ones the finalists are: op by op, but of a pipeline
 with more than `EXACT_OPS` ops each pass of a micro-batch through a stage as one op (compose/passes.py), the ranks of a
@@ -8,20 +8,17 @@ tests/test_compose_passes.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
-from multiprocessing import get_context
 
-from rtp_sim.compose.estimate import by_passes, estimate
-from rtp_sim.experiment import built, run, settle
+from rtp_sim.compose.composition import composition
+from rtp_sim.compose.estimate import by_passes, composed, estimate
+from rtp_sim.compose.pipeline import walked
+from rtp_sim.experiment import Setting, built, run, settle
 from rtp_sim.hardware.spec import Cluster
 from rtp_sim.metrics import StepMetrics
 from rtp_sim.model.network import Network
-from rtp_sim.planner.bounds import Model, way_of
-from rtp_sim.planner.plan import Bounds, Candidate
-from rtp_sim.planner.searched import Found, Searched, slowest
+from rtp_sim.planner.bounds import Composed, Model, way_of
+from rtp_sim.planner.plan import Candidate
 from rtp_sim.planner.workload import Workload
 from rtp_sim.schedule.pipeline_order import PIPELINES
 
@@ -29,15 +26,14 @@ SMALL_OPS = 3_000
 EXACT_OPS = 20_000
 MOST_OPS = 250_000
 
+MOST_KEPT = 40
+"""Composed steps that are kept for their simulations: some MB each."""
+
 COMMUNICATION = 1.4
 """Ops per kernel: about as many as strategies with a collective around every second layer have."""
 
 WHOLE = "simulated"
 """What a step rests on that was simulated op by op."""
-
-Places = Sequence[tuple[int, int]]
-Run = Callable[[Places, bool], list[Found]]
-"""Evaluates candidates by (site, place): estimates, or with True simulations."""
 
 
 def about_ops(candidate: Candidate, model: Model) -> int:
@@ -51,74 +47,38 @@ def about_ops(candidate: Candidate, model: Model) -> int:
     return round(kernels * COMMUNICATION * candidate.micro_batches)
 
 
-# ---- estimates on several processes
-
-_SHARED: Searched | None = None
-"""What forked workers inherit: networks, clusters and all prices worked out so far."""
-
-
-@contextmanager
-def estimating(searched: Searched) -> Iterator[Run]:
-    """A function that estimates candidates, on as many processes as the question allows."""
-    global _SHARED
-    _SHARED = searched
-    processes = searched.question.processes
-
-    def alone(places: Places, whole: bool) -> list[Found]:
-        return [_evaluated((*place, whole)) for place in places]
-
-    if processes < 2:
-        yield alone
-        return
-    with ProcessPoolExecutor(processes, mp_context=get_context("fork")) as pool:
-        yield lambda places, whole: (
-            list(pool.map(_evaluated, [(*place, whole) for place in places])) if len(places) > 1
-            else alone(places, whole)
-        )  # fmt: skip
-
-
-def _evaluated(at: tuple[int, int, bool]) -> Found:
-    number, place, whole = at
-    assert _SHARED is not None
-    site, question = _SHARED.sites[number], _SHARED.question
-    candidate = site.space.candidate(place)
-    metrics, how = evaluate(question.workload, candidate, site.cluster, _SHARED.network, site.model, whole)
-    if how != WHOLE:
-        metrics, how = _at_least(metrics, how, site.bounds(place), site.machine.memory_bytes)
-    return Found(
-        number, place, metrics, how, metrics.peak_memory_bytes <= site.machine.allowed_bytes,
-        metrics.step_time_s <= slowest(_SHARED), None, whole or how == WHOLE,
-        about_ops(candidate, site.model),
-    )  # fmt: skip
-
-
-def _at_least(metrics: StepMetrics, how: str, bounds: Bounds, usable_bytes: int) -> tuple[StepMetrics, str]:
-    """A straight line through short steps can miss a peak that only long ones have; the closed form does not."""
-    if metrics.peak_memory_bytes >= bounds.memory_bytes:
-        return metrics, how
-    held = dict.fromkeys(metrics.memory_by_category, 0) | dict(bounds.memory_by_category)
-    fits = bounds.memory_bytes <= usable_bytes
-    changed = replace(metrics, peak_memory_bytes=bounds.memory_bytes, memory_by_category=held, fits=fits)
-    return changed, f"{how}; memory in closed form"
-
-
 def evaluate(
     workload: Workload, candidate: Candidate, cluster: Cluster, network: Network, model: Model | None = None,
     simulated: bool = False,
 ) -> tuple[StepMetrics, str]:  # fmt: skip
     """The metrics of a candidate, and what they rest on: those of `rtp-sim simulate --engine estimate`, or of the
     events where the step is short or `simulated` is asked for and it is not too long."""
-    setting = settle(candidate.request(workload), cluster, network)
     if model is None:
-        found = estimate(setting)
+        found = estimate(settle(candidate.request(workload), cluster, network))
         return found.metrics, found.how
-    # The same cost model for all candidates, so that what is priced once stays priced.
-    setting = replace(setting, cost=model.cost)
     ops = about_ops(candidate, model)
-    if simulated and ops > EXACT_OPS and setting.request.strategy in PIPELINES:
-        found = by_passes(setting, model.folds, alike=True)
-    elif ops <= (MOST_OPS if simulated else SMALL_OPS):
+    if candidate.strategy in PIPELINES and ops > (EXACT_OPS if simulated else SMALL_OPS):
+        made, stages = _composed(workload, candidate, network, model)
+        found = by_passes(made, stages, model.folds, alike=True) if simulated else composed(made, stages)
+        return found.metrics, found.how
+    setting = _setting(workload, candidate, network, model)
+    if ops <= (MOST_OPS if simulated else SMALL_OPS):
         return run(built(setting), folds=model.folds).metrics, WHOLE
-    else:
-        found = estimate(setting, folds=model.folds, alike=True)
+    found = estimate(setting, folds=model.folds)
     return found.metrics, found.how
+
+
+def _setting(workload: Workload, candidate: Candidate, network: Network, model: Model) -> Setting:
+    """The candidate's experiment, with the same cost model for all, so that what is priced once stays priced."""
+    return replace(settle(candidate.request(workload), model.cluster, network), cost=model.cost)
+
+
+def _composed(workload: Workload, candidate: Candidate, network: Network, model: Model) -> Composed:
+    """The candidate's pipeline in its stretches: made at its estimate, taken at its simulation."""
+    if candidate in model.composed:
+        return model.composed.pop(candidate)
+    made = composition(_setting(workload, candidate, network, model), folds=model.folds, alike=True)
+    model.composed[candidate] = made, walked(made)
+    if len(model.composed) > MOST_KEPT:
+        del model.composed[next(iter(model.composed))]
+    return model.composed[candidate]
