@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from rtp_sim.compose.memory import Label
 from rtp_sim.compose.prices import Prices, priced
 from rtp_sim.compose.stretch import Stretch, stretch
 from rtp_sim.engine.costs import CostModel
 from rtp_sim.engine.fold import Folds
+from rtp_sim.engine.memory import Version, live_intervals
 from rtp_sim.experiment import Setting
 from rtp_sim.schedule.ir import Collective, Group, Program, Schedule
 from rtp_sim.schedule.layout import stage_of_rank
@@ -30,12 +32,29 @@ Table = Mapping[Label, Stretch]
 
 
 @dataclass(frozen=True)
+class Kind:
+    """A kind of stage: its short program with its stretches."""
+
+    program: Program
+    ranges: Ranges
+
+    @cached_property
+    def versions(self) -> list[Version]:
+        """The live intervals of its buffers."""
+        return live_intervals(self.program)
+
+
+Kinds = dict[object, Kind]
+"""Kinds of stages of one network, by what they depend on: for settings that differ in the places of ranks alone."""
+
+
+@dataclass(frozen=True)
 class Short:
-    """The short schedule: a program per kind of stage."""
+    """The short schedule: a program per kind of stage; of each kind its first rank."""
 
     schedule: Schedule
     kind_of_stage: tuple[int, ...]
-    ranges: tuple[Ranges, ...]
+    kinds: tuple[Kind, ...]
     first_rank: tuple[int, ...]
 
 
@@ -61,19 +80,20 @@ class Composition:
 
 def composition(
     setting: Setting, cost: CostModel | None = None, *, shared: bool = True, slowdown: bool = True,
-    folds: Folds | None = None, alike: bool = False,
+    folds: Folds | None = None, alike: bool = False, kinds: Kinds | None = None,
 ) -> Composition:  # fmt: skip
-    """The stretches of the pipeline step that `setting` describes.
+    """The stretches of the pipeline step that `setting` describes. `folds` and `kinds` spare compositions of one network
+    and cost model after each other what they have in common.
 
     With `shared` off transfers have their links to themselves, with `slowdown` off kernels beside communication are as
     fast as alone: then the times are those of engine/longest_path.py. InputError as build_schedule.
     """
     cost = cost or setting.cost
     permille = cost.overlap_slowdown_permille if slowdown else 1000
-    setting, stages, orders, short = shortened(setting)
+    setting, stages, orders, short = shortened(setting, kinds)
     # With a program number per stage, so that the step in passes (passes.py) folds like it.
     stage_of = tuple(stage_of_rank(setting.layout, r) for r in range(setting.layout.world_size))
-    programs = tuple(short.schedule.programs[kind] for kind in short.kind_of_stage)
+    programs = tuple(short.kinds[kind].program for kind in short.kind_of_stage)
     by_stage = replace(short.schedule, programs=programs, program_of_rank=stage_of)
     prices = priced(by_stage, cost, stage_of, shared, folds, alike)
     known: dict[object, Stretch] = {}
@@ -81,13 +101,15 @@ def composition(
     return Composition(setting, stages, orders, short, prices, tables, cost, permille)
 
 
-def shortened(setting: Setting) -> tuple[Setting, Stages, tuple[tuple[Action, ...], ...], Short]:
+def shortened(
+    setting: Setting, kinds: Kinds | None = None
+) -> tuple[Setting, Stages, tuple[tuple[Action, ...], ...], Short]:
     """The setting with the groups of its stages, its stages, what they do in which order, and the short schedule.
     InputError as build_schedule."""
     stages = stages_of(setting.network, setting.request.options, setting.layout.pp, setting.request.strategy)
     setting = replace(setting, groups=with_sharing_stages(setting.groups, stages))
     orders = _orders(setting, stages)
-    return setting, stages, orders, _short(setting, stages, orders)
+    return setting, stages, orders, _short(setting, stages, orders, {} if kinds is None else kinds)
 
 
 def _orders(setting: Setting, stages: Stages) -> tuple[tuple[Action, ...], ...]:
@@ -98,33 +120,37 @@ def _orders(setting: Setting, stages: Stages) -> tuple[tuple[Action, ...], ...]:
 # ---- the short schedule
 
 
-def _step(setting: Setting, stage: int, micros: int) -> Step:
-    training = replace(setting.training, num_microbatches=micros)
-    name = f"{setting.request.strategy}.stage{stage}"
-    return Step(name, setting.network, training, setting.groups, setting.request.options, stage=stage)
-
-
-def _short(setting: Setting, stages: Stages, orders: Sequence[Sequence[Action]]) -> Short:
-    micros = min(2, setting.training.num_microbatches)
+def _short(setting: Setting, stages: Stages, orders: Sequence[Sequence[Action]], known: Kinds) -> Short:
+    training = replace(setting.training, num_microbatches=min(2, setting.training.num_microbatches))
     split = any(a.kind == "I" for a in orders[0])
-    kinds: dict[object, int] = {}
-    kind_of_stage, ranges, programs, firsts = [], [], [], []
+    sizes = tuple((name, group.size) for name, group in setting.groups.items())
+    numbers: dict[object, int] = {}
+    kind_of_stage, kinds, firsts = [], [], []
     for s in range(stages.count):
         signature = _signature(stages, s)
-        if signature not in kinds:
-            kinds[signature] = len(kinds)
-            step = _step(setting, s, micros)
-            write_stage(step, stages, _short_order(stages.chunks, micros, split))
-            programs.append(step.b.program())
-            ranges.append(_ranges(step, programs[-1], micros - 1))
+        if signature not in numbers:
+            numbers[signature] = len(numbers)
+            key = setting.request.strategy, setting.request.options, training, sizes, s
+            if key not in known:
+                known[key] = _kind(replace(setting, training=training), stages, s, split)
+            kinds.append(known[key])
             firsts.append(s)
-        kind_of_stage.append(kinds[signature])
+        kind_of_stage.append(numbers[signature])
     layout = setting.layout
     of_rank = tuple(kind_of_stage[stage_of_rank(layout, r)] for r in range(layout.world_size))
     first_rank = tuple(next(r for r in range(layout.world_size) if stage_of_rank(layout, r) == s) for s in firsts)
     groups: dict[str, Group] = dict(setting.groups)
-    schedule = Schedule(setting.request.strategy, layout.world_size, groups, tuple(programs), of_rank)
-    return Short(schedule, tuple(kind_of_stage), tuple(ranges), first_rank)
+    programs = tuple(kind.program for kind in kinds)
+    schedule = Schedule(setting.request.strategy, layout.world_size, groups, programs, of_rank)
+    return Short(schedule, tuple(kind_of_stage), tuple(kinds), first_rank)
+
+
+def _kind(setting: Setting, stages: Stages, stage: int, split: bool) -> Kind:
+    name, micros = f"{setting.request.strategy}.stage{stage}", setting.training.num_microbatches
+    step = Step(name, setting.network, setting.training, setting.groups, setting.request.options, stage=stage)
+    write_stage(step, stages, _short_order(stages.chunks, micros, split))
+    program = step.b.program()
+    return Kind(program, _ranges(step, program, micros - 1))
 
 
 def _signature(stages: Stages, stage: int) -> object:
@@ -174,7 +200,7 @@ def label_of(action: Action, last: int) -> Label:
 def _stretches(short: Short, stage: int, prices: Prices, permille: int, known: dict[object, Stretch]) -> Table:
     """The stretches of a stage; `known` are those of stages before it, many of which are the same."""
     kind = short.kind_of_stage[stage]
-    program, ranges = short.schedule.programs[kind], short.ranges[kind]
+    program, ranges = short.kinds[kind].program, short.kinds[kind].ranges
     duration_ns, issue_ns = prices.duration_ns[stage], prices.issue_ns[stage]
     forward = {(label, micro): range(a, b) for label, micro, a, b in ranges}
     # What the end of the step waits for in the last stretches is known op by op.

@@ -23,10 +23,11 @@ Amount = dict[str, int]
 @dataclass
 class Footprint:
     """`net` is what stays after a stretch, `peak` the most within it beyond what was there before, at the peak of the
-    total; both by category. `op` is the one that makes the peak."""
+    total; both by category, `more` and `highest` are their sums. `op` is the one that makes the peak."""
 
     net: Amount = field(default_factory=dict)
     peak: Amount = field(default_factory=dict)
+    more: int = 0
     highest: int = 0
     op: int | None = None
 
@@ -99,25 +100,29 @@ def footprints(
 def sweep(memory: Memory, order: Sequence[Label], micros: int) -> tuple[dict[str, int], int | None]:
     """What is held at the peak over stretches in this order, by category, and the op that makes it (None: the start of
     the step)."""
-    level = dict.fromkeys(CATEGORIES, 0)
+    start = dict.fromkeys(CATEGORIES, 0)
     for category, size in memory.resident.items():
-        level[category] += size
+        start[category] += size
     for category, size in memory.per_input.items():
-        level[category] += micros * size
-    total = most = sum(level.values())
-    at_most, seen, op = dict(level), set(), None
+        start[category] += micros * size
+    marks, seen = [], set()
     for label in order:
-        mark = memory.each.get(label, _NOTHING)
-        if label not in seen:
-            seen.add(label)
-            mark = memory.first.get(label, mark)
+        # Where something arises that stays, the first time is not like the others.
+        first = memory.first.get(label) if label not in seen else None
+        seen.add(label)
+        marks.append(first or memory.each.get(label, _NOTHING))
+    total = most = sum(start.values())
+    highest = None
+    for number, mark in enumerate(marks):
         if total + mark.highest > most:
-            most, op = total + mark.highest, mark.op
-            at_most = {c: level[c] + mark.peak.get(c, 0) for c in CATEGORIES}
+            most, highest = total + mark.highest, number
+        total += mark.more
+    if highest is None:
+        return start, None
+    for mark in marks[:highest]:
         for category, size in mark.net.items():
-            level[category] += size
-            total += size
-    return at_most, op
+            start[category] += size
+    return {c: start[c] + marks[highest].peak.get(c, 0) for c in CATEGORIES}, marks[highest].op
 
 
 def largest_at(
@@ -136,13 +141,13 @@ _NOTHING = Footprint()
 
 
 def _footprint(deltas: list[Delta]) -> Footprint:
-    found, best = Footprint(), 0
+    found, best, total = Footprint(), 0, 0
     for op, _, category, size in sorted(deltas):
         _add(found.net, category, size)
-        total = sum(found.net.values())
+        total += size
         if total > best:
             best, found.peak, found.op = total, dict(found.net), op
-    found.highest = best
+    found.more, found.highest = sum(found.net.values()), best
     return found
 
 

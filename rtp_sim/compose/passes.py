@@ -97,9 +97,9 @@ class _Writer:
 
     def __init__(self, made: Composition, stage: int) -> None:
         self.made, self.stage = made, stage
-        self.kind = made.short.kind_of_stage[stage]
-        self.short = made.short.schedule.programs[self.kind].ops
-        self.ranges: Ranges = sorted(made.short.ranges[self.kind], key=lambda r: r[2])
+        kind = made.short.kinds[made.short.kind_of_stage[stage]]
+        self.short = kind.program.ops
+        self.ranges: Ranges = sorted(kind.ranges, key=lambda r: r[2])
         self.firsts = [first for _, _, first, _ in self.ranges]
         self.last = max(a.micro for a in made.orders[stage])
         self.times = {

@@ -13,7 +13,6 @@ from rtp_sim.compose.memory import Label, Memory, StageMemory, footprints, large
 from rtp_sim.compose.prices import Prices
 from rtp_sim.compose.walk import Progress, Turn, meet, walk
 from rtp_sim.engine.costs import CostModel
-from rtp_sim.engine.memory import live_intervals
 from rtp_sim.experiment import Setting
 from rtp_sim.metrics import op_traffic
 from rtp_sim.schedule.ir import Collective, Compute, Op, Recv, Schedule, Send
@@ -73,19 +72,21 @@ def stage_memories(setting: Setting) -> list[StageMemory]:
 def turns_of(made: Composition, stage: int) -> list[Turn]:
     """What a stage does up to the end of its last micro-batch."""
     found = []
-    last = max(a.micro for a in made.orders[stage])
-    for action in made.orders[stage]:
-        one = made.tables[stage][label_of(action, last)]
-        k, kind, micro = made.stages.piece(stage, action.chunk), action.kind, action.micro
+    order, table, send_ns = made.orders[stage], made.tables[stage], made.prices.send_ns[stage]
+    last = max(a.micro for a in order)
+    piece = [made.stages.piece(stage, chunk) for chunk in range(made.stages.chunks)]
+    for action in order:
+        kind, chunk, micro = action
+        one, k = table[label_of(action, last)], piece[chunk]
         comes, goes = (("F", k - 1, micro), ("F", k, micro)) if kind == "F" else (("B", k, micro), ("B", k - 1, micro))
         found.append(
             Turn(
                 one,
                 comes if one.receive is not None else None,
                 goes if one.send is not None else None,
-                made.prices.send_ns[stage][one.send.index] if one.send is not None else 0,
-                None if kind == "F" else ("I" if kind == "W" else "F", action.chunk, micro),
-                (kind, action.chunk, micro) if kind in "FI" else None,
+                send_ns[one.send.index] if one.send is not None else 0,
+                None if kind == "F" else ("I" if kind == "W" else "F", chunk, micro),
+                (kind, chunk, micro) if kind in "FI" else None,
             )
         )
     return found
@@ -103,7 +104,7 @@ def _finish(
         walk(progress, [[Turn(tables[s]["end", at[s]])] if s in going else [] for s in range(len(tables))], paced=paced)
         for s in going:
             kind = short.kind_of_stage[s]
-            stop = next(b for label, _, _, b in short.ranges[kind] if label == ("end", at[s]))
+            stop = next(b for label, _, _, b in short.kinds[kind].ranges if label == ("end", at[s]))
             if tables[s]["end", at[s]].meets is not None:
                 waiting[s] = short.schedule.programs[kind].ops[stop - 1]
             at[s] += 1
@@ -124,26 +125,26 @@ def _meetings(progress: Sequence[Progress], waiting: dict[int, Op], short: Short
 def _labels(short: Short, stage: int, order: Sequence[Action]) -> list[Label]:
     """The stretches of a stage in the order of the step, its end included."""
     last = max(a.micro for a in order)
-    ranges = short.ranges[short.kind_of_stage[stage]]
+    ranges = short.kinds[short.kind_of_stage[stage]].ranges
     return [label_of(a, last) for a in order] + [x for x, *_ in ranges if isinstance(x, tuple) and x[0] == "end"]
 
 
 def _memories(setting: Setting, short: Short, orders: Sequence[Sequence[Action]]) -> list[StageMemory]:
     of_kind: list[Memory] = []
     shards: list[dict[str, int]] = []
-    versions = [live_intervals(program) for program in short.schedule.programs]
-    for kind, (program, rank) in enumerate(zip(short.schedule.programs, short.first_rank, strict=True)):
-        shards.append({n: short.schedule.shard_index(rank, b.part) for n, b in program.buffers.items() if b.part})
-        of_kind.append(footprints(program, versions[kind], short.ranges[kind], shards[-1]))
+    for one, rank in zip(short.kinds, short.first_rank, strict=True):
+        buffers = one.program.buffers.items()
+        shards.append({n: short.schedule.shard_index(rank, b.part) for n, b in buffers if b.part})
+        of_kind.append(footprints(one.program, one.versions, one.ranges, shards[-1]))
     found = []
     largest: dict[tuple[int, int], tuple[tuple[str, int], ...]] = {}
     for s, order in enumerate(orders):
         kind = short.kind_of_stage[s]
         held, op = sweep(of_kind[kind], _labels(short, s, order), setting.training.num_microbatches)
-        memory, program = StageMemory(held), short.schedule.programs[kind]
+        memory, program = StageMemory(held), short.kinds[kind].program
         if op is not None:
             if (kind, op) not in largest:
-                largest[kind, op] = largest_at(program, versions[kind], op, shards[kind])
+                largest[kind, op] = largest_at(program, short.kinds[kind].versions, op, shards[kind])
             memory = StageMemory(held, program.ops[op].name, largest[kind, op])
         found.append(memory)
     return found
@@ -164,7 +165,7 @@ def _traffic_by_label(made: Composition, stage: int) -> dict[Label, Traffic]:
     kind, short = made.short.kind_of_stage[stage], made.short
     return {
         label: _traffic(short.schedule, short.first_rank[kind], first, stop, made.prices.duration_ns[stage])
-        for label, _, first, stop in reversed(short.ranges[kind])
+        for label, _, first, stop in reversed(short.kinds[kind].ranges)
     }
 
 

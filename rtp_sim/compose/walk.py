@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from rtp_sim.compose.stretch import EARLIER, HOST, NEVER, RECEIVED, Stretch
 
@@ -16,8 +17,7 @@ Key = tuple[str, int, int]
 """What travels: "F" or "B", the piece whose output (or the gradient of it) it is, the micro-batch."""
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
+class Turn(NamedTuple):
     """One stretch as a stage comes to it: what it receives and sends, whose end it continues and is known by."""
 
     stretch: Stretch
@@ -50,8 +50,7 @@ class Progress:
         return max((t for name, t in self.clocks.items() if name != HOST), default=0)
 
 
-@dataclass(frozen=True, slots=True)
-class _Pending:
+class _Pending(NamedTuple):
     """A message that is ready at its sender, on a stream of which it takes `send_ns`."""
 
     stage: Progress

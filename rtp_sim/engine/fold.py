@@ -124,7 +124,7 @@ def fold(schedule: Schedule, cost: CostModel, *, folded: bool = True, alike: boo
     Raises ScheduleError where an op names a group that its rank is not in, or a neighbour past the end of a
     group.
     """
-    patterns = [patterns_of(program) for program in schedule.programs]
+    patterns = _patterns(schedule)
     _check_membership(schedule, patterns)
     nodes = list(_nodes(schedule, cost, patterns))
     links = sorted({link for node in nodes for _, usage in _usages_of(node) for link in usage})
@@ -156,7 +156,7 @@ class Folds:
 
     def fold(self, schedule: Schedule, cost: CostModel, alike: bool = False) -> Quotient:
         """The quotient of the schedule, which must be priced by the same cost model each time."""
-        patterns = [patterns_of(program) for program in schedule.programs]
+        patterns = _patterns(schedule)
         key = (
             alike,
             schedule.program_of_rank,
@@ -185,6 +185,15 @@ def _shape_of(schedule: Schedule, cost: CostModel, found: Patterns) -> object:
         used.append((name, usages, frozenset(root for *_, root in wanted)))
     uneven = tuple((part, tuple(_interned(sizes))) for part, sizes in found.uneven)
     return frozenset(used), frozenset(found.wires), frozenset(uneven)
+
+
+def _patterns(schedule: Schedule) -> list[Patterns]:
+    """Those of every program; of one that several numbers stand for they are worked out once."""
+    found: dict[int, Patterns] = {}
+    for program in schedule.programs:
+        if id(program) not in found:
+            found[id(program)] = patterns_of(program)
+    return [found[id(program)] for program in schedule.programs]
 
 
 def patterns_of(program: Program) -> Patterns:

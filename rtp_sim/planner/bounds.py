@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from rtp_sim.compose.composition import Composition
+from rtp_sim.compose.composition import Composition, Kinds
 from rtp_sim.compose.pipeline import StageResult
 from rtp_sim.cost.model import ClusterCost
 from rtp_sim.engine.fold import Folds
@@ -54,8 +54,8 @@ Composed = tuple[Composition, list[StageResult]]
 
 
 class Model:
-    """What bounds are made of, on one machine: times, prices and sizes of one network. `folds` and `composed` are what
-    evaluations leave for those after them (evaluate.py)."""
+    """What bounds are made of, on one machine: times, prices and sizes of one network. `folds`, `kinds`
+    and `composed` are what evaluations leave for those after them (evaluate.py)."""
 
     def __init__(self, network: Network, cluster: Cluster, training: TrainingSpec, cost: ClusterCost | None = None
                  ) -> None:  # fmt: skip
@@ -69,6 +69,7 @@ class Model:
         self.activations = Activations(network, expanded, training.precision)
         self.slowdown = self.times.slowdown
         self.folds = Folds()
+        self.kinds: Kinds = {}
         self.composed: dict[Candidate, Composed] = {}
         self._ends: dict[object, EndOfStep] = {}
 

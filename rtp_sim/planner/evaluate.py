@@ -9,6 +9,7 @@ tests/test_compose_passes.py.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from rtp_sim.compose.composition import composition
 from rtp_sim.compose.estimate import by_passes, composed, estimate
@@ -77,8 +78,15 @@ def _composed(workload: Workload, candidate: Candidate, network: Network, model:
     """The candidate's pipeline in its stretches: made at its estimate, taken at its simulation."""
     if candidate in model.composed:
         return model.composed.pop(candidate)
-    made = composition(_setting(workload, candidate, network, model), folds=model.folds, alike=True)
+    setting = _setting(workload, candidate, network, model)
+    made = composition(setting, folds=model.folds, alike=True, kinds=model.kinds)
     model.composed[candidate] = made, walked(made)
-    if len(model.composed) > MOST_KEPT:
-        del model.composed[next(iter(model.composed))]
+    _keep_few(model.composed)
+    _keep_few(model.kinds)
     return model.composed[candidate]
+
+
+def _keep_few(found: dict[Any, Any]) -> None:
+    """Forgets the oldest."""
+    while len(found) > MOST_KEPT:
+        del found[next(iter(found))]

@@ -40,7 +40,7 @@ def evaluating(searched: Searched) -> Iterator[Run]:
         processes = [stack.enter_context(ProcessPoolExecutor(1, mp_context=fork)) for _ in range(count)]
 
         def run(places: Places, whole: bool) -> list[Found]:
-            chosen = share_out([(place, _layout(searched, *place)) for place in places], homes, count)
+            chosen = share_out([(place, *_layouts(searched, *place)) for place in places], homes, count)
             futures = [
                 processes[k].submit(_evaluated, *place, whole) for k, place in zip(chosen, places, strict=True)
             ]
@@ -63,10 +63,11 @@ def share_out(known_as: Sequence[tuple[object, ...]], homes: dict[object, int], 
     return chosen
 
 
-def _layout(searched: Searched, site: int, place: int) -> object:
-    """What candidates that fold alike have in common."""
+def _layouts(searched: Searched, site: int, place: int) -> tuple[object, object]:
+    """What candidates that fold alike have in common, and those whose stages have the same programs."""
     one = searched.sites[site].space.candidate(place)
-    return site, one.axis, one.inner, one.dp, one.pp, one.order
+    degrees = one.axis, one.inner, one.dp, one.pp
+    return (site, degrees, one.order), (site, degrees, one.strategy, one.vpp, one.micro_batch)
 
 
 def _evaluated(number: int, place: int, whole: bool) -> Found:
