@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 from rtp_sim.compose.composition import Composition, Ranges, label_of
@@ -203,14 +203,16 @@ class _Writer:
         return dict(sorted(found.items(), reverse=True))
 
     def receive(self, op: Op, key: Key) -> int:
-        assert isinstance(op.action, Recv)
-        tag = tag_of(key)
-        return self.add(f"{tag}.recv", op.stream, replace(op.action, tag=tag), (), op.blocks_host)
+        action, tag = op.action, tag_of(key)
+        assert isinstance(action, Recv)
+        same = Recv(action.group, action.offset, action.size_bytes, tag)
+        return self.add(f"{tag}.recv", op.stream, same, (), op.blocks_host)
 
     def send(self, op: Op, key: Key, after: Sequence[int]) -> int:
-        assert isinstance(op.action, Send)
-        tag = tag_of(key)
-        index = self.add(f"{tag}.send", op.stream, replace(op.action, tag=tag), after)
+        action, tag = op.action, tag_of(key)
+        assert isinstance(action, Send)
+        same = Send(action.group, action.offset, action.size_bytes, tag)
+        index = self.add(f"{tag}.send", op.stream, same, after)
         if self.made.paced:
             self.sent = (*self.sent, index)
         return index

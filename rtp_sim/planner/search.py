@@ -196,8 +196,8 @@ def _finalists(searched: Searched) -> list[Found]:
 
 
 def simulate_some(searched: Searched, wanted: Sequence[Found], run: Run) -> bool:
-    """Simulates the first few of these; False if there is nothing to do."""
-    places = [(one.site, one.place) for one in wanted[:ROUND]]
+    """Simulates these; False if there is nothing to do."""
+    places = [(one.site, one.place) for one in wanted]
     if not places or not searched.question.simulate:
         return False
     estimated_s = {(one.site, one.place): one.metrics.step_time_s for one in wanted}

@@ -1,7 +1,7 @@
 """The processes that evaluate candidates, and which does what.
 
-A process remembers what it has folded and composed (evaluate.py), so a candidate goes where its layout, or it itself, was
-evaluated before, as long as that leaves every process its share of a round. What comes out does not depend on it.
+A process remembers what it has folded and composed (evaluate.py), so a candidate goes where its layout, or it itself,
+was evaluated before, unless it is done sooner elsewhere. What comes out does not depend on it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 
 from rtp_sim.metrics import StepMetrics
@@ -20,6 +20,9 @@ from rtp_sim.planner.searched import Found, Searched, slowest
 Places = Sequence[tuple[int, int]]
 Run = Callable[[Places, bool], list[Found]]
 """Evaluates candidates by (site, place): estimates, or with True simulations."""
+
+PASS_S, COMPOSED_S, FOLD_S = 60e-6, 0.2, 0.15
+"""What simulating a pass, composing a step and folding a layout take."""
 
 _SHARED: Searched | None = None
 """What forked workers inherit: networks, clusters and all prices worked out so far."""
@@ -40,7 +43,8 @@ def evaluating(searched: Searched) -> Iterator[Run]:
         processes = [stack.enter_context(ProcessPoolExecutor(1, mp_context=fork)) for _ in range(count)]
 
         def run(places: Places, whole: bool) -> list[Found]:
-            chosen = share_out([(place, *_layouts(searched, *place)) for place in places], homes, count)
+            work = [_work(searched, *place, whole) for place in places]
+            chosen = share_out(work, homes, count)
             futures = [
                 processes[k].submit(_evaluated, *place, whole) for k, place in zip(chosen, places, strict=True)
             ]
@@ -49,25 +53,39 @@ def evaluating(searched: Searched) -> Iterator[Run]:
         yield run
 
 
-def share_out(known_as: Sequence[tuple[object, ...]], homes: dict[object, int], count: int) -> list[int]:
-    """Which of `count` processes does each of these pieces of work: the one that knows any of the names it is known as,
-    the first name first, if that leaves the work evenly spread. `homes` is who knows what."""
-    most, load, chosen = -(-len(known_as) // count), [0] * count, []
-    for names in known_as:
-        free = [k for k in range(count) if load[k] < most]
-        home = next((homes[name] for name in names if homes.get(name) in free), None)
-        home = min(free, key=load.__getitem__) if home is None else home
-        load[home] += 1
-        chosen.append(home)
-        homes |= dict.fromkeys(names, home)
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A piece of work: what it is known as, about how long it takes, and how much longer in a process that knows none of
+    these names."""
+
+    names: tuple[object, ...]
+    takes_s: float
+    unknown_s: float
+
+
+def share_out(work: Sequence[Work], homes: dict[object, int], count: int) -> list[int]:
+    """Which of `count` processes does each of these pieces of work, the longest first: the one that would be done with
+    it first. `homes` is which process knows what, and learns."""
+    load, chosen = [0.0] * count, [0] * len(work)
+    for i in sorted(range(len(work)), key=lambda i: -work[i].takes_s):
+        one = work[i]
+        home = next((homes[name] for name in one.names if name in homes), None)
+        ends_s = [load[k] + one.takes_s + (one.unknown_s if k != home else 0.0) for k in range(count)]
+        chosen[i] = ends_s.index(min(ends_s))
+        load[chosen[i]] = min(ends_s)
+        homes |= dict.fromkeys(one.names, chosen[i])
     return chosen
 
 
-def _layouts(searched: Searched, site: int, place: int) -> tuple[object, object]:
-    """What candidates that fold alike have in common, and those whose stages have the same programs."""
+def _work(searched: Searched, site: int, place: int, whole: bool) -> Work:
+    """A candidate: by itself once it has been estimated, and by what it has in common with others: how ranks fold, and
+    the programs of stages. Times are those of Llama-2 70B on 1,024 GPUs, roughly."""
     one = searched.sites[site].space.candidate(place)
+    if whole:
+        return Work(((site, place),), one.pp * one.vpp * one.micro_batches * PASS_S, COMPOSED_S)
     degrees = one.axis, one.inner, one.dp, one.pp
-    return (site, degrees, one.order), (site, degrees, one.strategy, one.vpp, one.micro_batch)
+    programs = site, degrees, one.strategy, one.vpp, one.micro_batch
+    return Work(((site, place), (site, degrees, one.order), programs), COMPOSED_S, FOLD_S)
 
 
 def _evaluated(number: int, place: int, whole: bool) -> Found:
