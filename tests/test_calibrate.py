@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,33 +16,16 @@ from calibrate_ranks import job
 
 from rtp_sim import commands_calibrate
 from rtp_sim.cli import main
-from rtp_sim.commands_calibrate import write_calibration
-from rtp_sim.cost.compute import ComputeCost
 from rtp_sim.cost.model import ClusterCost
 from rtp_sim.errors import InputError
-from rtp_sim.executor.calibrate.fit import (
-    core_share,
-    fit_kernels,
-    fit_lines,
-    fit_transfers,
-    relative_least_squares,
-    tune,
-)
 from rtp_sim.executor.calibrate.launch import run_ranks
-from rtp_sim.executor.calibrate.residuals import predicted_ns, residuals
 from rtp_sim.executor.calibrate.samples import (
-    HostSample,
     KernelSample,
-    Measurements,
     TransferSample,
     median,
-    quantile,
-    spread,
 )
 from rtp_sim.executor.calibrate.shapes import Shape
-from rtp_sim.executor.calibrate.write import Files
-from rtp_sim.hardware.profiles import load_cluster, load_device
-
+from rtp_sim.hardware.profiles import load_cluster
 
 # ---- measuring
 

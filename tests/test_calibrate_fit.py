@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import multiprocessing
-import os
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from calibrate_ranks import job
 
-from rtp_sim import commands_calibrate
-from rtp_sim.cli import main
 from rtp_sim.commands_calibrate import write_calibration
 from rtp_sim.cost.compute import ComputeCost
 from rtp_sim.cost.model import ClusterCost
@@ -29,7 +20,6 @@ from rtp_sim.executor.calibrate.fit import (
     relative_least_squares,
     tune,
 )
-from rtp_sim.executor.calibrate.launch import run_ranks
 from rtp_sim.executor.calibrate.residuals import predicted_ns, residuals
 from rtp_sim.executor.calibrate.samples import (
     HostSample,
@@ -40,9 +30,8 @@ from rtp_sim.executor.calibrate.samples import (
     quantile,
     spread,
 )
-from rtp_sim.executor.calibrate.shapes import Shape
 from rtp_sim.executor.calibrate.write import Files
-from rtp_sim.hardware.profiles import load_cluster, load_device
+from rtp_sim.hardware.profiles import load_device
 
 FLOOR_NS, FP32, BF16, MEMORY, ATTENTION = 3_000, 80e9, 160e9, 20e9, 30e9
 SIZES = (64, 4096, 65_536, 1 << 20, 1 << 24)

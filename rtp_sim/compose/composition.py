@@ -82,8 +82,8 @@ def composition(
     setting: Setting, cost: CostModel | None = None, *, shared: bool = True, slowdown: bool = True,
     folds: Folds | None = None, alike: bool = False, kinds: Kinds | None = None,
 ) -> Composition:  # fmt: skip
-    """The stretches of the pipeline step that `setting` describes. `folds` and `kinds` spare compositions of one network
-    and cost model after each other what they have in common.
+    """The stretches of the pipeline step that `setting` describes. `folds` and `kinds` spare compositions of one
+    network and cost model after each other what they have in common.
 
     With `shared` off transfers have their links to themselves, with `slowdown` off kernels beside communication are as
     fast as alone: then the times are those of engine/longest_path.py. InputError as build_schedule.

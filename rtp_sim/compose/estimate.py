@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from rtp_sim.compose.composition import Composition, composition
 from rtp_sim.compose.landmarks import Held, highest, landmarks, repeated
 from rtp_sim.compose.lockstep import Lockstep, in_lockstep
 from rtp_sim.compose.memory import StageMemory
-from rtp_sim.compose.composition import Composition, composition
 from rtp_sim.compose.passes import in_passes
 from rtp_sim.compose.pipeline import StageResult, walked
 from rtp_sim.engine.fold import Folds

@@ -1,22 +1,22 @@
-"""A pipeline step with every pass of a micro-batch through a stage as a handful of ops: a `Schedule` as any other, short
-enough to simulate whatever the number of layers and micro-batches.
+"""A pipeline step with every pass of a micro-batch through a stage as a handful of ops: a `Schedule` as any other,
+short enough to simulate whatever the number of layers and micro-batches.
 
 What a pass takes follows from its stretch. Where b, a and h are what its end is later than its stream is free, than its
 message has arrived and than the host comes to it, it ends at
 
     b + max(stream, message + (a - b), host + (h - b))
 
-so that it is a kernel of b, behind a delay of a - b on the message and h - b of the host's time. Where a < b, or it waits
-for another stream (of tensor parallelism) on the way, c before its end, it is two kernels, of b - c and of c; what it
-leaves behind on such a stream beyond its own end is an op there. Messages, the last backward of every chunk and the end of the
-step keep all their ops: there transfers of several groups meet on links, which composing (walk.py) does not see. What
-ranks of a stage send each other inside the other passes has the price of the stretch.
+so that it is a kernel of b, behind a delay of a - b on the message and h - b of the host's time. Where a < b, or it
+waits for another stream (of tensor parallelism) on the way, c before its end, it is two kernels, of b - c and of c;
+what it leaves behind on such a stream beyond its own end is an op there. Messages, the last backward of every chunk and
+the end of the step keep all their ops: there transfers of several groups meet on links, which composing (walk.py) does
+not see. What ranks of a stage send each other inside the other passes has the price of the stretch.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -92,8 +92,8 @@ Place = dict[str, int]
 
 class _Writer:
     """One stage's program. `before` is where every action ended, `latest` the last of a kind and chunk, `whole` where
-    ops of the short program went, `tails` what passes left behind on other streams, `ahead_ns` how much earlier than its
-    kernels a pass may begin on them."""
+    ops of the short program went, `tails` what passes left behind on other streams, `ahead_ns` how much earlier than
+    its kernels a pass may begin on them."""
 
     def __init__(self, made: Composition, stage: int) -> None:
         self.made, self.stage = made, stage
@@ -225,10 +225,12 @@ class _Writer:
             after = [self.place(d, first) for d in op.after]
             known = sorted({d for d in after if d >= 0})
             if isinstance(op.action, Recv):
-                assert turn is not None and turn.receives is not None
+                assert turn is not None
+                assert turn.receives is not None
                 index = self.receive(op, turn.receives)
             elif isinstance(op.action, Send):
-                assert turn is not None and turn.sends is not None
+                assert turn is not None
+                assert turn.sends is not None
                 index = self.send(op, turn.sends, known)
             else:
                 index = self.add(op.name, op.stream, op.action, known, op.blocks_host)
@@ -255,7 +257,8 @@ class PassTimes:
     to it, in ns; the host's time for all of it, from the message on where it waits for that.
 
     `waits` are the streams that it waits for on the way, with how long it goes on from there; `tails` the streams that
-    it leaves busy, with what (None: more than one op) and for how much longer than the pass takes; `earlier` as `waits`, of the pass that it continues."""
+    it leaves busy, with what (None: more than one op) and for how much longer than the pass takes; `earlier` is like
+    `waits`, of the pass that it continues."""
 
     takes_ns: int
     message_ns: int

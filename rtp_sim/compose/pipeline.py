@@ -19,7 +19,6 @@ from rtp_sim.schedule.ir import Collective, Compute, Op, Recv, Schedule, Send
 from rtp_sim.schedule.pipeline_order import Action
 from rtp_sim.schedule.strategies.pipeline import GROUP, TIED
 
-
 Traffic = tuple[int, int, int]
 """Bytes, messages and ns of the communication of a stretch."""
 

@@ -33,8 +33,8 @@ class Progress:
     """Where a stage is: its clocks (host and streams), the ends that later turns refer to, what it has done.
 
     `host_ns` is by how much the host held the compute stream up, turn by turn, without what it issues behind a message
-    that it waits for. `sent_ns` is when the last of its sends is through, `meets_ns` when it came to the collective that
-    ended its last stretch."""
+    that it waits for. `sent_ns` is when the last of its sends is through, `meets_ns` when it came to the collective
+    that ended its last stretch."""
 
     clocks: dict[str, int] = field(default_factory=lambda: {HOST: 0})
     ends: dict[object, dict[str, int]] = field(default_factory=dict)

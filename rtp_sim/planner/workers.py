@@ -55,8 +55,8 @@ def evaluating(searched: Searched) -> Iterator[Run]:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A piece of work: what it is known as, about how long it takes, and how much longer in a process that knows none of
-    these names."""
+    """A piece of work: what it is known as, about how long it takes, and how much longer in a process that knows none
+    of these names."""
 
     names: tuple[object, ...]
     takes_s: float

@@ -98,7 +98,7 @@ class Tensor:
         return numel, HERE if isinstance(numel, tuple) else None
 
     def work(self, layer: Layer, tag: str = "") -> Work:
-        """The layer as this rank's shard: of its weights, or of the tokens, or whole. The same for all micro-batches."""
+        """The layer as this rank's shard: of its weights, or of the tokens, or whole, in any micro-batch."""
         if (layer.name, tag) not in self._works:
             self._works[layer.name, tag] = self._work(layer, tag)
         return self._works[layer.name, tag]
