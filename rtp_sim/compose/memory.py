@@ -23,11 +23,10 @@ Amount = dict[str, int]
 @dataclass
 class Footprint:
     """`net` is what stays after a stretch, `peak` the most within it beyond what was there before, at the peak of the
-    total; both by category, `more` and `highest` are their sums. `op` is the one that makes the peak."""
+    total; both by category, `highest` is the sum of the peak. `op` is the one that makes the peak."""
 
     net: Amount = field(default_factory=dict)
     peak: Amount = field(default_factory=dict)
-    more: int = 0
     highest: int = 0
     op: int | None = None
 
@@ -111,12 +110,13 @@ def sweep(memory: Memory, order: Sequence[Label], micros: int) -> tuple[dict[str
         first = memory.first.get(label) if label not in seen else None
         seen.add(label)
         marks.append(first or memory.each.get(label, _NOTHING))
+    more = {id(mark): sum(mark.net.values()) for mark in {id(mark): mark for mark in marks}.values()}
     total = most = sum(start.values())
     highest = None
     for number, mark in enumerate(marks):
         if total + mark.highest > most:
             most, highest = total + mark.highest, number
-        total += mark.more
+        total += more[id(mark)]
     if highest is None:
         return start, None
     for mark in marks[:highest]:
@@ -147,7 +147,7 @@ def _footprint(deltas: list[Delta]) -> Footprint:
         total += size
         if total > best:
             best, found.peak, found.op = total, dict(found.net), op
-    found.more, found.highest = sum(found.net.values()), best
+    found.highest = best
     return found
 
 
