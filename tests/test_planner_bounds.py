@@ -28,7 +28,7 @@ def _all(searched: Searched) -> list[tuple[float, int, int]]:
     site, found = searched.sites[0], []
     for place in range(len(site.space)):
         metrics, _ = evaluate(searched.question.workload, site.space.candidate(place), site.cluster, searched.network,
-                              site.model, whole=True)  # fmt: skip
+                              site.model, simulated=True)  # fmt: skip
         found.append((metrics.step_time_s, metrics.peak_memory_bytes, place))
     return found
 

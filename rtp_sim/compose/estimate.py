@@ -11,10 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from rtp_sim.compose.composition import Composition, composition
 from rtp_sim.compose.landmarks import Held, highest, landmarks, repeated
 from rtp_sim.compose.lockstep import Lockstep, in_lockstep
 from rtp_sim.compose.memory import StageMemory
-from rtp_sim.compose.pipeline import StageResult, compose_pipeline
+from rtp_sim.compose.passes import in_passes
+from rtp_sim.compose.pipeline import StageResult, walked
 from rtp_sim.engine.fold import Folds
 from rtp_sim.errors import InputError
 from rtp_sim.experiment import Request, Setting, built, run, settle, usable_memory_bytes
@@ -26,6 +28,7 @@ from rtp_sim.schedule.build import step_meta
 from rtp_sim.schedule.ir import CATEGORIES
 from rtp_sim.schedule.pipeline_order import PIPELINES
 
+PASSES = "simulated, passes of micro-batches in a few ops each"
 FEW_BLOCKS = (6, 12)
 FEW_MICROS = (2, 3)
 
@@ -57,9 +60,8 @@ def estimate(
         if setting.request.slow_gpus:
             raise InputError("slow GPUs: a composed pipeline takes all ranks of a stage to be equal; expected --engine "
                              "simpy or longest-path with them")  # fmt: skip
-        stages = compose_pipeline(setting, slowdown=engine != "longest-path", folds=folds, alike=alike)
-        waited_s = last_stage(stages).host_ns / NS_PER_S
-        return Estimate(_of_stages(setting, stages), True, "composed", waited_s, tuple(s.memory for s in stages))
+        made = composition(setting, slowdown=engine != "longest-path", folds=folds, alike=alike)
+        return composed(made, walked(made))
     blocks = len(repeated(setting.network))
     micros = setting.training.num_microbatches
     few_blocks = FEW_BLOCKS if blocks > FEW_BLOCKS[1] + 2 and not setting.request.options.eval_passes else (blocks,)
@@ -200,6 +202,24 @@ def with_rates(setting: Setting, metrics: StepMetrics) -> StepMetrics:
 
 
 # ---- pipelines
+
+
+def composed(made: Composition, stages: list[StageResult], how: str = "composed") -> Estimate:
+    """The metrics of a composed step with these stages."""
+    waited_s = last_stage(stages).host_ns / NS_PER_S
+    return Estimate(_of_stages(made.setting, stages), True, how, waited_s, tuple(s.memory for s in stages))
+
+
+def by_passes(
+    made: Composition, stages: list[StageResult], folds: Folds | None = None, alike: bool = False
+) -> Estimate:
+    """The metrics of a composed step whose passes are simulated by the events, a few ops each (passes.py); how a
+    stage's time splits is that of the composed step. `folds` and `alike` as in `estimate`."""
+    from rtp_sim.engine.simulate import simulate
+
+    schedule, cost = in_passes(made)
+    late_ns = simulate(schedule, cost, folds=folds, alike=alike).step_time_ns - last_stage(stages).end_ns
+    return composed(made, [replace(stage, end_ns=stage.end_ns + late_ns) for stage in stages], PASSES)
 
 
 def last_stage(stages: list[StageResult]) -> StageResult:

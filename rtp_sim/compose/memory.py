@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from rtp_sim.engine.memory import live_intervals
+from rtp_sim.engine.memory import Version
 from rtp_sim.schedule.ir import CATEGORIES, Program
 
 Label = object
@@ -23,7 +23,7 @@ Amount = dict[str, int]
 @dataclass
 class Footprint:
     """`net` is what stays after a stretch, `peak` the most within it beyond what was there before, at the peak of the
-    total; both by category. `op` is the one that makes the peak."""
+    total; both by category, `highest` is the sum of the peak. `op` is the one that makes the peak."""
 
     net: Amount = field(default_factory=dict)
     peak: Amount = field(default_factory=dict)
@@ -62,16 +62,17 @@ Delta = tuple[int, int, str, int]
 
 
 def footprints(
-    program: Program, ranges: Sequence[tuple[Label, int, int, int]], shards: Mapping[str, int]
-) -> Memory:
-    """The memory of a program's stretches, given as (label, micro-batch, first op, end). `shards` is the index of this
-    rank's shard by buffer (0 where absent)."""
+    program: Program, versions: Sequence[Version], ranges: Sequence[tuple[Label, int, int, int]],
+    shards: Mapping[str, int],
+) -> Memory:  # fmt: skip
+    """The memory of a program's stretches, given as (label, micro-batch, first op, end). `versions` are its live
+    intervals (engine/memory.py), `shards` is the index of this rank's shard by buffer (0 where absent)."""
     label_of = {i: (label, micro) for label, micro, first, stop in ranges for i in range(first, stop)}
     deltas: dict[tuple[Label, int], list[Delta]] = {}
     arising: dict[Label, list[Delta]] = {}
     resident: Amount = {}
     inputs: dict[str, Amount] = {}
-    for version in live_intervals(program):
+    for version in versions:
         buffer = program.buffers[version.buffer]
         size, category = buffer.size_bytes(shards.get(version.buffer, 0)), buffer.category
         micro = version.buffer.partition("/")[0] if "/" in version.buffer and version.buffer[0] == "m" else ""
@@ -98,32 +99,39 @@ def footprints(
 def sweep(memory: Memory, order: Sequence[Label], micros: int) -> tuple[dict[str, int], int | None]:
     """What is held at the peak over stretches in this order, by category, and the op that makes it (None: the start of
     the step)."""
-    level = dict.fromkeys(CATEGORIES, 0)
+    start = dict.fromkeys(CATEGORIES, 0)
     for category, size in memory.resident.items():
-        level[category] += size
+        start[category] += size
     for category, size in memory.per_input.items():
-        level[category] += micros * size
-    total = most = sum(level.values())
-    at_most, seen, op = dict(level), set(), None
+        start[category] += micros * size
+    marks, seen = [], set()
     for label in order:
-        mark = memory.each.get(label, _NOTHING)
-        if label not in seen:
-            seen.add(label)
-            mark = memory.first.get(label, mark)
+        # Where something arises that stays, the first time is not like the others.
+        first = memory.first.get(label) if label not in seen else None
+        seen.add(label)
+        marks.append(first or memory.each.get(label, _NOTHING))
+    more = {id(mark): sum(mark.net.values()) for mark in {id(mark): mark for mark in marks}.values()}
+    total = most = sum(start.values())
+    highest = None
+    for number, mark in enumerate(marks):
         if total + mark.highest > most:
-            most, op = total + mark.highest, mark.op
-            at_most = {c: level[c] + mark.peak.get(c, 0) for c in CATEGORIES}
+            most, highest = total + mark.highest, number
+        total += more[id(mark)]
+    if highest is None:
+        return start, None
+    for mark in marks[:highest]:
         for category, size in mark.net.items():
-            level[category] += size
-            total += size
-    return at_most, op
+            start[category] += size
+    return {c: start[c] + marks[highest].peak.get(c, 0) for c in CATEGORIES}, marks[highest].op
 
 
-def largest_at(program: Program, op: int, shards: Mapping[str, int], count: int = 3) -> tuple[tuple[str, int], ...]:
+def largest_at(
+    program: Program, versions: Sequence[Version], op: int, shards: Mapping[str, int], count: int = 3
+) -> tuple[tuple[str, int], ...]:
     """The largest buffers that are alive at an op, with their bytes: each once, of the micro-batch that it works on."""
     alive = {
         v.buffer: program.buffers[v.buffer].size_bytes(shards.get(v.buffer, 0))
-        for v in live_intervals(program)
+        for v in versions
         if (v.writer is None or v.writer <= op) and (v.kept or op <= max(v.users, default=-1))
     }
     return tuple(sorted(alive.items(), key=lambda pair: (-pair[1], pair[0]))[:count])
@@ -133,10 +141,10 @@ _NOTHING = Footprint()
 
 
 def _footprint(deltas: list[Delta]) -> Footprint:
-    found, best = Footprint(), 0
+    found, best, total = Footprint(), 0, 0
     for op, _, category, size in sorted(deltas):
         _add(found.net, category, size)
-        total = sum(found.net.values())
+        total += size
         if total > best:
             best, found.peak, found.op = total, dict(found.net), op
     found.highest = best

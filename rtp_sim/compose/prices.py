@@ -41,14 +41,14 @@ def priced(
         sites = [s for s in plan.sites if stage_of_rank[s.rank] == stage]
         # Stages that fold into an earlier one are priced like it.
         sites = sites or [_representative(plan, stage_of_rank.index(stage))]
+        prices = [max(each) for each in zip(*(table.prices(site) for site in sites), strict=True)]
         ops = sites[0].lowered.ops
-        prices = [max(table.price(site, site.lowered.ops[i]) for site in sites) for i in range(len(ops))]
         places = [i for i, op in enumerate(ops) if isinstance(op, Sending)]
         sends.append({i: prices[i] for i in places})
         for i in places:
             prices[i] = 0
         durations.append(tuple(prices))
-        issues.append(tuple(cost.host_issue_ns(op) for op in sites[0].lowered.program.ops))
+        issues.append(sites[0].lowered.issue_ns)
     return Prices(tuple(durations), tuple(sends), tuple(issues))
 
 
@@ -61,6 +61,19 @@ class _Table:
     def __init__(self, plan: Plan, shared: bool) -> None:
         self.plan, self.shared = plan, shared
         self.known: dict[object, int] = {}
+        self.kernels: dict[object, tuple[list[int], list[int]]] = {}
+
+    def prices(self, site: Site) -> list[int]:
+        """The price of every op; kernels of sites with the same program and shards are the same."""
+        ops, key = site.lowered.ops, (id(site.lowered), site.shards)
+        if key not in self.kernels:
+            fixed = [self.price(site, op) if isinstance(op, Kernel) else 0 for op in ops]
+            self.kernels[key] = fixed, [i for i, op in enumerate(ops) if not isinstance(op, Kernel)]
+        fixed, others = self.kernels[key]
+        found = fixed[:]
+        for i in others:
+            found[i] = self.price(site, ops[i])
+        return found
 
     def price(self, site: Site, op: LoweredOp) -> int:
         if isinstance(op, Kernel):

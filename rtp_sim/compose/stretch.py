@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from rtp_sim.schedule.ir import Collective, Compute, Op, Recv, Send
 
-HOST, RECEIVED, EARLIER = "host", "received", "earlier."
+HOST, RECEIVED, EARLIER, MARK = "host", "received", "earlier.", "op"
 NEVER = -(1 << 62)
 
 Vector = dict[str, int]
@@ -48,7 +48,11 @@ class Stretch:
 
     def after(self, vector: Vector, state: Mapping[str, int]) -> int:
         """The time that a vector gives for these inputs."""
-        return max([state[name] + constant for name, constant in vector.items() if name in state], default=NEVER)
+        latest = NEVER
+        for name, constant in vector.items():
+            if name in state and state[name] + constant > latest:
+                latest = state[name] + constant
+        return latest
 
 
 def stretch(
@@ -106,7 +110,7 @@ def stretch(
 
 def mark_of(op: int) -> str:
     """What the end of a single op is called among inputs and ends."""
-    return f"op{op}"
+    return f"{MARK}{op}"
 
 
 def _later(vector: Vector, other: Vector) -> None:
@@ -120,13 +124,15 @@ def _at_rest(ops: Sequence[Op], duration_ns: Sequence[int], slowdown_permille: i
 
     Walks the ops in program order: a kernel is slowed by the communication that was issued before it.
     """
-    plain, _, compute_ns, exposed_ns = _walk(ops, duration_ns, 1000)
-    slow, *_ = _walk(ops, duration_ns, slowdown_permille) if slowdown_permille > 1000 else (plain, 0, 0, 0)
+    plain, beside_ns, compute_ns, exposed_ns = _walk(ops, duration_ns, 1000)
+    slow = plain
+    if slowdown_permille > 1000 and beside_ns:
+        slow, *_ = _walk(ops, duration_ns, slowdown_permille)
     return compute_ns, exposed_ns, slow - plain
 
 
 def _walk(ops: Sequence[Op], duration_ns: Sequence[int], permille: int) -> tuple[int, int, int, int]:
-    """End of the kernels, end of all, kernel time, exposed communication."""
+    """End of the kernels, communication beside some, kernel time, exposed communication."""
     free: dict[str, int] = {}
     end_of: dict[int, int] = {}
     moving: list[tuple[int, int]] = []
@@ -145,8 +151,8 @@ def _walk(ops: Sequence[Op], duration_ns: Sequence[int], permille: int) -> tuple
             if length:
                 computing.append((start, end))
         free[op.stream] = end_of[op.index] = end
-    total = sum(end - start for start, end in computing)
-    return free.get("compute", 0), max(free.values(), default=0), total, _outside(moving, computing)
+    total, exposed_ns = sum(end - start for start, end in computing), _outside(moving, computing)
+    return free.get("compute", 0), _outside(moving, []) - exposed_ns, total, exposed_ns
 
 
 def _slowed(start: int, length: int, moving: list[tuple[int, int]], permille: int) -> int:

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from rtp_sim.compose.stretch import EARLIER, HOST, RECEIVED, Stretch
+from rtp_sim.compose.stretch import EARLIER, HOST, NEVER, RECEIVED, Stretch
 
 Key = tuple[str, int, int]
 """What travels: "F" or "B", the piece whose output (or the gradient of it) it is, the micro-batch."""
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
+class Turn(NamedTuple):
     """One stretch as a stage comes to it: what it receives and sends, whose end it continues and is known by."""
 
     stretch: Stretch
@@ -33,11 +33,12 @@ class Progress:
     """Where a stage is: its clocks (host and streams), the ends that later turns refer to, what it has done.
 
     `host_ns` is by how much the host held the compute stream up, turn by turn, without what it issues behind a message
-    that it waits for.
-    `meets_ns` is when it came to the collective that ended its last stretch."""
+    that it waits for. `sent_ns` is when the last of its sends is through, `meets_ns` when it came to the collective
+    that ended its last stretch."""
 
     clocks: dict[str, int] = field(default_factory=lambda: {HOST: 0})
     ends: dict[object, dict[str, int]] = field(default_factory=dict)
+    sent_ns: int = 0
     meets_ns: int = 0
     compute_ns: int = 0
     exposed_ns: int = 0
@@ -49,8 +50,7 @@ class Progress:
         return max((t for name, t in self.clocks.items() if name != HOST), default=0)
 
 
-@dataclass(frozen=True, slots=True)
-class _Pending:
+class _Pending(NamedTuple):
     """A message that is ready at its sender, on a stream of which it takes `send_ns`."""
 
     stage: Progress
@@ -84,7 +84,7 @@ def walk(
                 if paced and any(message.stage is stage for message in pending.values()):
                     break
                 if paced:
-                    stage.clocks["compute"] = max(stage.clocks.get("compute", 0), _sent_ns(stage))
+                    stage.clocks["compute"] = max(stage.clocks.get("compute", 0), stage.sent_ns)
                 _take(stage, turn, arrived, pending, slowdown_permille)
                 at[number] += 1
                 going = True
@@ -118,9 +118,10 @@ def _deliver(pending: dict[Key, _Pending], posted: Mapping[Key, int], arrived: d
     """The messages whose receivers have asked for them, in the order of their sending."""
     for key in [key for key in pending if key in posted]:
         message = pending.pop(key)
-        clocks = message.stage.clocks
+        stage, clocks = message.stage, message.stage.clocks
         ready_ns = max(message.ready_ns, clocks.get(message.stream, 0), posted[key])
         arrived[key] = clocks[message.stream] = ready_ns + message.send_ns
+        stage.sent_ns = max(stage.sent_ns, arrived[key])
 
 
 def _take(
@@ -128,19 +129,23 @@ def _take(
 ) -> None:
     """One turn of a stage whose receive has arrived."""
     stretch, clocks = turn.stretch, stage.clocks
-    state = dict(clocks)
+    state = clocks.copy()
     if turn.receives is not None:
         state[RECEIVED] = arrived[turn.receives]
     if turn.continues is not None:
         for stream, end_ns in stage.ends[turn.continues].items():
             state[EARLIER + stream] = end_ns
     after = stretch.after
-    slowed = stretch.slowed_ns + _beside_messages(stage, turn, slowdown_permille)
+    slowed = stretch.slowed_ns
+    if slowdown_permille > 1000 and stage.sent_ns > clocks.get("compute", 0):
+        slowed += _beside_messages(stage, turn, slowdown_permille)
     for stream, vector in stretch.ends.items():
         clocks[stream] = after(vector, state) + slowed
     if "compute" in stretch.ends:
-        at_once = {name: time for name, time in state.items() if name != HOST}
-        stage.host_ns += max(0, clocks["compute"] - slowed - max(0, after(stretch.ends["compute"], at_once)))
+        end_ns = clocks["compute"] - slowed
+        if end_ns == state[HOST] + stretch.ends["compute"].get(HOST, NEVER):
+            at_once = {name: time for name, time in state.items() if name != HOST}
+            stage.host_ns += max(0, end_ns - max(0, after(stretch.ends["compute"], at_once)))
     if stretch.receive is not None and turn.receives is not None:
         clocks[stretch.receive.stream] = arrived[turn.receives]
     if stretch.send is not None and stretch.source is not None and turn.sends is not None:
@@ -155,16 +160,8 @@ def _take(
         stage.ends[turn.known_as] = {stream: clocks[stream] for stream in stretch.ends}
 
 
-def _sent_ns(stage: Progress) -> int:
-    """When the last of the stage's sends is through."""
-    return max((t for name, t in stage.clocks.items() if name.startswith("send")), default=0)
-
-
 def _beside_messages(stage: Progress, turn: Turn, slowdown_permille: int) -> int:
     """How much longer the kernels take beside the stage's own sends that are still under way when they begin."""
-    if slowdown_permille <= 1000:
-        return 0
-    begin = stage.clocks.get("compute", 0)
-    under_way = _sent_ns(stage) - begin
-    beside = min(max(0, under_way), turn.stretch.compute_ns)
-    return beside - beside * 1000 // slowdown_permille
+    under_way_ns = stage.sent_ns - stage.clocks.get("compute", 0)
+    beside_ns = min(under_way_ns, turn.stretch.compute_ns)
+    return beside_ns - beside_ns * 1000 // slowdown_permille

@@ -143,16 +143,17 @@ class PooledKernel(Activity):
 
 
 class SlowedKernel:
-    """A kernel that progresses by `slowdown` units per ns alone and by 1,000 beside a communication of its
+    """A kernel that progresses by `permille` units per ns alone and by 1,000 beside a communication of its
     rank."""
 
-    __slots__ = ("finish_ns", "op", "rank", "rate", "remaining", "run", "since_ns")
+    __slots__ = ("finish_ns", "op", "permille", "rank", "rate", "remaining", "run", "since_ns")
 
-    def __init__(self, run: Host, rank: RankState, op: int, duration_ns: int, now_ns: int) -> None:
+    def __init__(self, run: Host, rank: RankState, op: int, duration_ns: int, now_ns: int, permille: int) -> None:
         self.run = run
         self.rank = rank
         self.op = op
-        self.remaining = duration_ns * run.slowdown_permille
+        self.permille = permille
+        self.remaining = duration_ns * permille
         self.rate = 0
         self.since_ns = now_ns
         rank.jobs.append(self)
@@ -161,7 +162,7 @@ class SlowedKernel:
     def retime(self, now_ns: int) -> None:
         """Go on at the rate that the rank's communication allows from now on."""
         self.remaining -= self.rate * (now_ns - self.since_ns)
-        self.rate = 1000 if self.rank.flying else self.run.slowdown_permille
+        self.rate = 1000 if self.rank.flying else self.permille
         self.since_ns = now_ns
         self.finish_ns = now_ns + max(0, -(-self.remaining // self.rate))
         self.run.clock.at(self.finish_ns, self)

@@ -20,10 +20,12 @@ from rtp_sim.schedule.ir import Dims, Op
 
 @dataclass(frozen=True, slots=True)
 class OpCost:
-    """Time of one kernel alone on its device. `basis` is "measured", "interpolated" or "assumed"."""
+    """Time of one kernel alone on its device. `basis` is "measured", "interpolated" or "assumed". `slowdown_permille`
+    is how much longer it takes beside a communication; None is the cost model's for all kernels."""
 
     duration_ns: int
     basis: str
+    slowdown_permille: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

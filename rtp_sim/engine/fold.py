@@ -14,6 +14,7 @@ for itself.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -123,10 +124,10 @@ def fold(schedule: Schedule, cost: CostModel, *, folded: bool = True, alike: boo
     Raises ScheduleError where an op names a group that its rank is not in, or a neighbour past the end of a
     group.
     """
-    patterns = [patterns_of(program) for program in schedule.programs]
+    patterns = _patterns(schedule)
     _check_membership(schedule, patterns)
     nodes = list(_nodes(schedule, cost, patterns))
-    links = sorted({link for node in nodes for phase in node.phases for link in phase.usage})
+    links = sorted({link for node in nodes for _, usage in _usages_of(node) for link in usage})
     capacities = [cost.link_capacity(link) for link in links]
     if min(capacities, default=1) < 1:
         raise ValueError("the cost model gave a link a capacity below 1 byte/s")
@@ -135,8 +136,9 @@ def fold(schedule: Schedule, cost: CostModel, *, folded: bool = True, alike: boo
     size = (schedule.world_size, len(nodes), len(links))
     colours, rounds = [list(range(n)) for n in size], 0
     if folded:
-        start = [_rank_colours(schedule, patterns), _node_colours(nodes), _interned(capacities)]
-        refined = (alike and _taken_alike(start[0], start[2], nodes, edges)) or _refine(start, nodes, edges)
+        ranks, wires = _rank_colours(schedule, patterns), _interned(capacities)
+        refined = _taken_alike(ranks, wires, nodes, edges) if alike else None
+        refined = refined or _refine([ranks, _node_colours(nodes), wires], nodes, edges)
         if refined is not None:
             colours, rounds = refined
     return _quotient(schedule, nodes, edges, colours, capacities, rounds)
@@ -154,7 +156,7 @@ class Folds:
 
     def fold(self, schedule: Schedule, cost: CostModel, alike: bool = False) -> Quotient:
         """The quotient of the schedule, which must be priced by the same cost model each time."""
-        patterns = [patterns_of(program) for program in schedule.programs]
+        patterns = _patterns(schedule)
         key = (
             alike,
             schedule.program_of_rank,
@@ -171,14 +173,27 @@ def _shape_of(schedule: Schedule, cost: CostModel, found: Patterns) -> object:
     used = []
     for name, wanted in found.collectives.items():
         members = schedule.groups[name].instances[0]
-        phases = [
-            tuple(frozenset(phase.usage.items()) for phase in cost.collective(kind, members, size_bytes, dtype))
-            for kind, size_bytes, dtype, root in wanted
-            if len(members) > 1 and not root
-        ]
-        used.append((name, frozenset(phases), frozenset(root for *_, root in wanted)))
+        phases = {
+            tuple(id(phase.usage) for phase in found): found
+            for found in (
+                cost.collective(kind, members, size_bytes, dtype)
+                for kind, size_bytes, dtype, root in wanted
+                if len(members) > 1 and not root
+            )
+        }
+        usages = frozenset(tuple(frozenset(p.usage.items()) for p in found) for found in phases.values())
+        used.append((name, usages, frozenset(root for *_, root in wanted)))
     uneven = tuple((part, tuple(_interned(sizes))) for part, sizes in found.uneven)
     return frozenset(used), frozenset(found.wires), frozenset(uneven)
+
+
+def _patterns(schedule: Schedule) -> list[Patterns]:
+    """Those of every program; of one that several numbers stand for they are worked out once."""
+    found: dict[int, Patterns] = {}
+    for program in schedule.programs:
+        if id(program) not in found:
+            found[id(program)] = patterns_of(program)
+    return [found[id(program)] for program in schedule.programs]
 
 
 def patterns_of(program: Program) -> Patterns:
@@ -278,8 +293,19 @@ def _sampled(sizes: set[int]) -> tuple[int, ...]:
 
 
 def _edges(node: _Node, number: Mapping[int, int]) -> list[tuple[int, int, int]]:
-    """(phase, link, weight) with links by number."""
-    return [(p, number[link], weight) for p, phase in enumerate(node.phases) for link, weight in phase.usage.items()]
+    """(phase, link, weight) with links by number, of the first phase with each usage."""
+    return [
+        (p, number[link], weight) for p, usage in _usages_of(node) for link, weight in usage.items()
+    ]
+
+
+def _usages_of(node: _Node) -> list[tuple[int, Mapping[int, int]]]:
+    """The usages of the phases, those that are the same object once, with the first phase that has them: sizes of one
+    collective differ in their time alone."""
+    first: dict[int, int] = {}
+    for p, phase in enumerate(node.phases):
+        first.setdefault(id(phase.usage), p)
+    return [(p, node.phases[p].usage) for p in first.values()]
 
 
 def _interned(values: Iterable[object]) -> list[int]:
@@ -310,30 +336,45 @@ def _refine(
     colours: list[list[int]], nodes: list[_Node], edges: list[list[tuple[int, int, int]]]
 ) -> tuple[list[list[int]], int] | None:
     """Refine (rank, node, link) colours until no class splits; None if that takes more than MAX_ROUNDS."""
-    ranks, instances, links = colours
+    ranks, instances, alone = colours
     labels: dict[tuple[int, int], int] = {}
     node_links = [[(labels.setdefault((p, w), len(labels)) << 32, k) for p, k, w in own] for own in edges]
-    link_nodes: list[list[tuple[int, int]]] = [[] for _ in links]
+    touching: list[list[tuple[int, int]]] = [[] for _ in alone]
     rank_nodes: list[list[tuple[int, int]]] = [[] for _ in ranks]
     for n, node in enumerate(nodes):
         for label, link in node_links[n]:
-            link_nodes[link].append((label, n))
+            touching[link].append((label, n))
         for role, rank in enumerate(node.ranks):
             rank_nodes[rank].append((role << 32 if node.ordered else 0, n))
+    # Links of one colour that the same nodes use in the same way, as on one route, are refined as one.
+    bundle = _interned(zip(alone, map(tuple, touching), strict=True))
+    first = {number: link for link, number in reversed(list(enumerate(bundle)))}
+    links = [alone[first[number]] for number in range(len(first))]
+    link_nodes = [touching[first[number]] for number in range(len(first))]
+    node_bundles = [Counter((label, bundle[link]) for label, link in own) for own in node_links]
     count = sum(len(set(c)) for c in (ranks, instances, links))
     for rounds in range(1, MAX_ROUNDS + 1):
         members = [
             tuple(ranks[r] for r in n.ranks) if n.ordered else tuple(sorted([ranks[r] for r in n.ranks])) for n in nodes
         ]
-        across = [tuple(sorted([label + links[k] for label, k in own])) for own in node_links]
+        across = [_across(own, links) for own in node_bundles]
         instances = _interned(zip(instances, members, across, strict=True))
         links = _split(links, link_nodes, instances)
         ranks = _split(ranks, rank_nodes, instances)
         refined = sum(len(set(c)) for c in (ranks, instances, links))
         if refined == count:
-            return [ranks, instances, links], rounds
+            return [ranks, instances, [links[number] for number in bundle]], rounds
         count = refined
     return None
+
+
+def _across(own: Mapping[tuple[int, int], int], links: list[int]) -> tuple[tuple[int, int], ...]:
+    """How many links of each colour a node uses, and how."""
+    found: dict[int, int] = {}
+    for (label, number), count in own.items():
+        key = label + links[number]
+        found[key] = found.get(key, 0) + count
+    return tuple(sorted(found.items()))
 
 
 def _taken_alike(
@@ -401,7 +442,7 @@ def _quotient(
         leader = nodes[same[0]]
         totals = _totals([edges[n] for n in same], links, population)
         usages[leader.key] = {
-            frozenset(phase.usage.items()): totals.get(p, ()) for p, phase in enumerate(leader.phases)
+            frozenset(usage.items()): totals.get(p, ()) for p, usage in _usages_of(leader)
         }
         if leader.key[0] == "group":
             for n in same:

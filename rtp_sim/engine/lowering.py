@@ -32,13 +32,14 @@ Amount = tuple[int, tuple[int, ...]]
 class Kernel(NamedTuple):
     """A compute op. All lowered ops begin with the same fields: the op's index; the host has issued it
     `offset_ns` after op `gate` ended (-1: after the step began); `deps` are what stream order does not
-    imply."""
+    imply. `slowdown_permille` as in engine/costs.py, of the first shard."""
 
     number: int
     gate: int
     offset_ns: int
     deps: tuple[int, ...]
     duration_ns: Amount
+    slowdown_permille: int | None = None
 
 
 class Rotation(NamedTuple):
@@ -97,12 +98,14 @@ LoweredOp = Kernel | Rotation | Gathering | Sending | Receiving
 
 @dataclass(frozen=True, slots=True)
 class LoweredProgram:
-    """`streams` holds each stream's ops in order; `shifts[group]` the shifts on a group in order."""
+    """`streams` holds each stream's ops in order; `shifts[group]` the shifts on a group in order; `issue_ns` the host's
+    time for each op."""
 
     program: Program
     streams: tuple[tuple[LoweredOp, ...], ...]
     ops: tuple[LoweredOp, ...]
     shifts: dict[str, list[Rotation]]
+    issue_ns: tuple[int, ...]
 
 
 @dataclass(slots=True)
@@ -173,7 +176,12 @@ def lower(
         known.fold(schedule, cost, alike) if known is not None else fold(schedule, cost, folded=folded, alike=alike)
     )
     names = _Numbers({}, {}, {})
-    programs = [_Lowering(program, cost, names).run() for program in schedule.programs]
+    # A program that several numbers stand for is lowered once.
+    made: dict[int, LoweredProgram] = {}
+    for program in schedule.programs:
+        if id(program) not in made:
+            made[id(program)] = _Lowering(program, cost, names).run()
+    programs = [made[id(program)] for program in schedule.programs]
     number = {rank: n for n, rank in enumerate(quotient.representatives)}
     sites = tuple(
         _site(schedule, cost, quotient, number, rank, programs[schedule.program_of_rank[rank]], names)
@@ -206,13 +214,15 @@ class _Lowering:
     def run(self) -> LoweredProgram:
         ops = self.program.ops
         lowered: list[LoweredOp] = []
+        issue_ns: list[int] = []
         gate, offset_ns = -1, 0
         for place, op in enumerate(ops):
             if op.index != place:
                 raise ScheduleError(
                     f"program {self.program.name!r}: op {op.name!r} has index {op.index}, but its place is {place}"
                 )
-            offset_ns += self.cost.host_issue_ns(op)
+            issue_ns.append(self.cost.host_issue_ns(op))
+            offset_ns += issue_ns[-1]
             lowered.append(self.lowered(op, (place, gate, offset_ns, self.deps(op, gate))))
             if op.blocks_host:
                 gate, offset_ns = place, 0
@@ -220,7 +230,7 @@ class _Lowering:
         for op, low in zip(ops, lowered, strict=True):
             by_stream[op.stream].append(low)
         streams = tuple(tuple(s) for s in by_stream.values())
-        return LoweredProgram(self.program, streams, tuple(lowered), self.shifts)
+        return LoweredProgram(self.program, streams, tuple(lowered), self.shifts, tuple(issue_ns))
 
     def deps(self, op: Op, gate: int) -> tuple[int, ...]:
         """The last dependency on each other stream: the earlier ones, and those on the op's own, are
@@ -244,7 +254,7 @@ class _Lowering:
         """The op with what its kind needs after the fields `common` to all kinds."""
         action = op.action
         if isinstance(action, Compute):
-            return Kernel(*common, self.duration(action))
+            return Kernel(*common, self.duration(action), self.cost_of(action, 0).slowdown_permille)
         if isinstance(action, Shift):
             on_group = self.shifts.setdefault(action.group, [])
             shape = self.shape(action)
@@ -277,11 +287,14 @@ class _Lowering:
         return self.amount(action.part, tuple(self.price(action, s) for s in range(len(action.variants))))
 
     def price(self, action: Compute, shard: int) -> int:
+        return self.cost_of(action, shard).duration_ns
+
+    def cost_of(self, action: Compute, shard: int) -> OpCost:
         key = (action.kernel, action.dtype, action.dims_at(shard))
         found = self.prices.get(key)
         if found is None:
             found = self.prices[key] = self.cost.compute(*key)
-        return found.duration_ns
+        return found
 
     def amount(self, part: Part | None, size: Size) -> Amount:
         if isinstance(size, int):

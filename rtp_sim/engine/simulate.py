@@ -179,7 +179,7 @@ class _Run:
                 else:
                     if ready > self.env.now:
                         yield self.env.timeout(ready - self.env.now)
-                    self.run_kernel(rank, index, duration, ready)
+                    self.run_kernel(rank, op, duration, ready)
             else:
                 rank.arrived[index] = ready
                 self.arrive(rank, op, ready)
@@ -215,11 +215,11 @@ class _Run:
             del rank.pending[op]
             self.complete(rank, op, now_ns)
 
-    def run_kernel(self, rank: RankState, op: int, duration_ns: int, now_ns: int) -> None:
+    def run_kernel(self, rank: RankState, op: Kernel, duration_ns: int, now_ns: int) -> None:
         if rank.pool is None:
-            SlowedKernel(self, rank, op, duration_ns, now_ns)
+            SlowedKernel(self, rank, op.number, duration_ns, now_ns, op.slowdown_permille or self.slowdown_permille)
         else:
-            PooledKernel(self, rank, op).begin(rank.pool, duration_ns * PS_PER_NS, now_ns)
+            PooledKernel(self, rank, op.number).begin(rank.pool, duration_ns * PS_PER_NS, now_ns)
 
     def arrive(self, rank: RankState, op: Rotation | Gathering | Sending | Receiving, ready_ns: int) -> None:
         """The rank is ready for a communication; what now has all its partners starts."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from rtp_sim.planner.evaluate import ALIKE, WHOLE
+from rtp_sim.planner.evaluate import WHOLE
 from rtp_sim.planner.intervals import interval_s, tied
 from rtp_sim.planner.money import price_of
 from rtp_sim.planner.pareto import MOST, NEAR, front, open_candidates
@@ -132,8 +132,8 @@ def _notes(searched: Searched) -> list[str]:
     if off:
         found.append(f"simulated step times are {min(off):+.2%} to {max(off):+.2%} from the estimates that chose the "
                      f"plans")  # fmt: skip
-    if any(one.how not in (WHOLE, ALIKE) for one in shown):
-        found.append("steps of more than 250,000 ops are simulated with fewer micro-batches: `how` in the JSON output")
+    if any(one.final and one.how != WHOLE for one in shown):
+        found.append("long steps are not simulated op by op: `how` in the JSON output")
     return found
 
 

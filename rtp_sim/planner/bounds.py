@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from rtp_sim.compose.composition import Composition, Kinds
+from rtp_sim.compose.pipeline import StageResult
 from rtp_sim.cost.model import ClusterCost
 from rtp_sim.engine.fold import Folds
 from rtp_sim.hardware.spec import Cluster
@@ -21,6 +23,7 @@ from rtp_sim.model.network import Network, unfused
 from rtp_sim.model.training import TrainingSpec
 from rtp_sim.planner.activations import Activations
 from rtp_sim.planner.layer_times import LayerTimes
+from rtp_sim.planner.plan import Candidate
 from rtp_sim.planner.prices import Prices, Ranks
 from rtp_sim.planner.sizes import BlockSizes, Sizes, buckets
 from rtp_sim.planner.space import EVERY_STRATEGY, RECOMPUTE_NAMES, RINGS, SYNCS, Ints, Space
@@ -46,8 +49,13 @@ class EndOfStep:
     adds_ns: float
 
 
+Composed = tuple[Composition, list[StageResult]]
+"""A pipeline's stretches, and its stages once they are walked through."""
+
+
 class Model:
-    """What bounds are made of, on one machine: times, prices and sizes of one network."""
+    """What bounds are made of, on one machine: times, prices and sizes of one network. `folds`, `kinds`
+    and `composed` are what evaluations leave for those after them (evaluate.py)."""
 
     def __init__(self, network: Network, cluster: Cluster, training: TrainingSpec, cost: ClusterCost | None = None
                  ) -> None:  # fmt: skip
@@ -61,6 +69,8 @@ class Model:
         self.activations = Activations(network, expanded, training.precision)
         self.slowdown = self.times.slowdown
         self.folds = Folds()
+        self.kinds: Kinds = {}
+        self.composed: dict[Candidate, Composed] = {}
         self._ends: dict[object, EndOfStep] = {}
 
     def end_of_step(self, way: str, inner: int, of: tuple[int, ...] | None, dp: int, stride: int, sync: str,

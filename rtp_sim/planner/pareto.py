@@ -11,10 +11,10 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from rtp_sim.planner.evaluate import Run
 from rtp_sim.planner.money import usd_per_second
 from rtp_sim.planner.search import ROUND, add, simulate_some
 from rtp_sim.planner.searched import Found, Searched
+from rtp_sim.planner.workers import Run
 
 MOST = 16
 NEAR = 0.02

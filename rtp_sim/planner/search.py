@@ -5,7 +5,7 @@
     memory        the least memory in closed form, on columns
     bounds        lower bounds of the objective, on columns; candidates wait in their order
     estimate      the best of them one after another, until no bound is left below the last plan to be shown
-    simulate      the best of these whole, by the events (evaluate.py), until the plans to be shown are all simulated
+    simulate      the best of these by the events (evaluate.py), until the plans to be shown are all simulated
                   and no estimate is left below the last of them
 
 Candidates of one kind (searched.py, KIND) have the same partition counts; the best of a kind is shown for all of them,
@@ -29,12 +29,13 @@ from rtp_sim.model.network import Network
 from rtp_sim.model.training import TrainingSpec
 from rtp_sim.planner.bounds import Floats, Model, time_bounds
 from rtp_sim.planner.constraints import check_limits, hold_all
-from rtp_sim.planner.evaluate import EXACT_OPS, Places, Run, estimating
+from rtp_sim.planner.evaluate import EXACT_OPS
 from rtp_sim.planner.memory_bounds import memory_bounds
 from rtp_sim.planner.money import machine_of, require_price
 from rtp_sim.planner.rules import broken_rules
 from rtp_sim.planner.searched import Found, Question, Searched, Site, score, score_of, slowest
 from rtp_sim.planner.space import Ints, Space, make_space
+from rtp_sim.planner.workers import Places, Run, evaluating
 
 ROUND = 4
 """Candidates that are evaluated together before the search looks whether it is done."""
@@ -58,7 +59,7 @@ def search(question: Question, say: Say = lambda _: None) -> Searched:
     say(f"{sum(map(len, spaces))} candidates, {sum(int(s.fits.sum()) for s in searched.sites)} within memory by their "
         f"bounds ({perf_counter() - began:.1f} s)")  # fmt: skip
     queue = _queue(searched)
-    with estimating(searched) as run:
+    with evaluating(searched) as run:
         run = _timed(run, searched.seconds)
         _best_first(searched, queue, run)
         say(f"{len(searched.found)} estimated ({searched.seconds['estimate']:.1f} s), {searched.simulated} simulated "
@@ -195,8 +196,8 @@ def _finalists(searched: Searched) -> list[Found]:
 
 
 def simulate_some(searched: Searched, wanted: Sequence[Found], run: Run) -> bool:
-    """Simulates the first few of these whole; False if there is nothing to do."""
-    places = [(one.site, one.place) for one in wanted[:ROUND]]
+    """Simulates these; False if there is nothing to do."""
+    places = [(one.site, one.place) for one in wanted]
     if not places or not searched.question.simulate:
         return False
     estimated_s = {(one.site, one.place): one.metrics.step_time_s for one in wanted}

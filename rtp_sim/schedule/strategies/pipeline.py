@@ -24,7 +24,7 @@ from rtp_sim.schedule.step import PutOff, Step
 from rtp_sim.schedule.strategies.tensor_parallel import Tensor
 
 GROUP = "pp"
-SECOND = 2
+FIRST, SECOND = 1, 2
 TIED = "embedding"
 """The group of the stages that share weights, the first and usually the last."""
 
@@ -113,7 +113,8 @@ def write_stage(step: Step, stages: Stages, actions: Sequence[Action]) -> None:
 
 class Repeats:
     """Actions that do the same as an earlier one for another micro-batch, played from a tape instead of worked out
-    again: from the second micro-batch on (the first makes the gradients that later ones add to) up to the last."""
+    again: forwards from the first micro-batch on, backwards from the second (the first makes the gradients that later
+    ones add to) up to the last."""
 
     def __init__(self, step: Step, stages: Stages) -> None:
         self.step = step
@@ -139,7 +140,8 @@ class Repeats:
         """Keeps what an action does, where later ones will do the same."""
         key = action.kind, action.chunk
         self.done[key] = self.done.get(key, 0) + 1
-        if not self.possible or action.kind not in "FB" or self.done[key] != SECOND or action.micro == last:
+        turn = FIRST if action.kind == "F" else SECOND
+        if not self.possible or action.kind not in "FB" or self.done[key] != turn or action.micro == last:
             yield
             return
         with self.step.b.recording() as tape:

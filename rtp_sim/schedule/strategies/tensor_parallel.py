@@ -57,6 +57,8 @@ class Tensor:
         self.step, self.n = step, step.group_size(GROUP)
         self.sequence = sequence and self.n > 1
         self._producer = {x.output: x for x in step.whole.layers()}
+        self._kinds: dict[str, str] = {}
+        self._works: dict[tuple[str, str], Work] = {}
         self._require_splits(sequence)
 
     def _require_splits(self, sequence: bool) -> None:
@@ -76,6 +78,11 @@ class Tensor:
 
     def kind(self, layer: Layer) -> str:
         """How the layer is split; "" if it is not. A loss is split where its logits are."""
+        if layer.name not in self._kinds:
+            self._kinds[layer.name] = self._kind(layer)
+        return self._kinds[layer.name]
+
+    def _kind(self, layer: Layer) -> str:
         if isinstance(layer.op, CrossEntropy):
             logits = self._producer.get(layer.inputs[0])
             return self.kind(logits) if logits is not None else ""
@@ -91,7 +98,12 @@ class Tensor:
         return numel, HERE if isinstance(numel, tuple) else None
 
     def work(self, layer: Layer, tag: str = "") -> Work:
-        """The layer as this rank's shard: of its weights, or of the tokens, or whole."""
+        """The layer as this rank's shard: of its weights, or of the tokens, or whole, in any micro-batch."""
+        if (layer.name, tag) not in self._works:
+            self._works[layer.name, tag] = self._work(layer, tag)
+        return self._works[layer.name, tag]
+
+    def _work(self, layer: Layer, tag: str) -> Work:
         kind = self.kind(layer) or ("rows" if self._by_rows(layer) else "")
         sharding = Sharding(kind, self.n, HERE) if kind and self.n > 1 else None
         if layer.op.numel() == 0:
