@@ -108,8 +108,13 @@ def linear_wgrad(k: Launch) -> Made:
     (out, width), (first_in, first_out) = shapes[weight], _edges(k)
     x = columns(k.x[0], k.dims["m"], width, first_in)
     dy = columns(k.gradient(), k.dims["m"], out, first_out)
-    made = {bias: dy.sum(0)} if bias in shapes else {}
     target = k.dw.get(weight)
+    if k.fills and target is not None and target.dtype == dy.dtype:
+        torch.mm(dy.t(), x, out=target)
+        if bias in shapes:
+            torch.sum(dy, 0, out=k.dw[bias])
+        return Made()
+    made = {bias: dy.sum(0)} if bias in shapes else {}
     if target is not None and target.dtype == dy.dtype:
         # Added by the product itself: no tensor in between.
         target.addmm_(dy.t(), x)

@@ -34,7 +34,7 @@ class Launch:
     `wanted` the numbers of the inputs whose gradients are asked for.
     `gradient_scale` is what the loss counts in the step's mean. `route` passes the routing of tokens from the dispatch
     to the kernels of the same experts that follow. `dw` are the gradients of the parameters so far: a kernel adds to
-    them what it does not return.
+    them what it does not return, or with `fills`, where they hold nothing yet, writes them.
     """
 
     op: LayerOp
@@ -52,6 +52,7 @@ class Launch:
     gradient_scale: float = 1.0
     route: MutableMapping[str, Route] = field(default_factory=dict)
     dw: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    fills: bool = False
 
     def gradient(self) -> torch.Tensor:
         """The gradient of the first output."""

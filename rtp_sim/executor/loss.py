@@ -36,19 +36,17 @@ def cross_entropy(k: Launch) -> Made:
 def cross_entropy_bwd(k: Launch) -> Made:
     """(probabilities - one at the target) / tokens, times what the loss counts in the step."""
     saved, targets = matrix(k.y[1], k.dims["rows"]), _targets(k)
-    if k.split.kind == "vocab":
-        maximum, total, _ = k.y[2].view(3, -1)
-        probs = (saved - maximum[:, None]).exp() / total[:, None]
-    else:
-        probs = saved.exp()
-    if k.split.kind == "vocab":
-        found = ((targets >= 0) & (targets < probs.shape[1])).to(probs.dtype)
-        targets = targets.clamp(0, max(0, probs.shape[1] - 1))
-    else:
-        found = torch.ones(len(targets), dtype=probs.dtype, device=probs.device)
+    share = k.gradient_scale / k.extent.tokens
+    if k.split.kind != "vocab":
+        start = torch.zeros_like(saved).scatter_(1, targets[:, None], -share)
+        return Made(dx={0: torch.ops.aten._log_softmax_backward_data(start, saved, 1, saved.dtype)})
+    maximum, total, _ = k.y[2].view(3, -1)
+    probs = (saved - maximum[:, None]).exp() / total[:, None]
+    found = ((targets >= 0) & (targets < probs.shape[1])).to(probs.dtype)
+    targets = targets.clamp(0, max(0, probs.shape[1] - 1))
     if probs.shape[1]:
         probs.scatter_add_(1, targets[:, None], -found[:, None])
-    return Made(dx={0: probs.mul_(k.gradient_scale / k.extent.tokens)})
+    return Made(dx={0: probs.mul_(share)})
 
 
 # ---- statistics of split logits

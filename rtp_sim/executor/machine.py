@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
+from typing import Any
 
 import torch
 
 from rtp_sim.errors import InputError, ScheduleError
 from rtp_sim.executor import loss
-from rtp_sim.executor.dropout import mask_seed, probability_of
+from rtp_sim.executor.dropout import mask_seed
 from rtp_sim.executor.dtypes import torch_dtype
 from rtp_sim.executor.exchange import Parcel, Transfer
 from rtp_sim.executor.gradients import Counted, GradientWatch, counted
@@ -44,6 +46,8 @@ from rtp_sim.schedule.ir import DTYPE_BYTES, Collective, Compute, Holding, Op, R
 
 Batch = Sequence[Mapping[str, torch.Tensor]]
 """Per micro-batch (or evaluation pass) the network's input tensors by name."""
+
+NOTHING: Mapping[Any, torch.Tensor] = MappingProxyType({})
 
 
 class Machine:
@@ -85,6 +89,7 @@ class Machine:
         self._plans: dict[int, Plan] = {}
         self._parts: list[Counted] | None = None
         self._works: dict[int, list[OptimizerWork]] = {}
+        self._state_parts: dict[tuple[str, int, int], tuple[State, State]] = {}
         self._offsets: dict[tuple[str, str], int] = {}
         self._routes: dict[tuple[str, str, int], dict[str, Route]] = {}
         # Gradients that backward passes start from instead of 1, by micro-batch.
@@ -213,13 +218,15 @@ class Machine:
         dy = None if roles.dy is None else storage[roles.dy]
         if roles.backward and dy is None and roles.call.kernel != "cross_entropy":
             dy = self._start_gradient(roles.layer, plan.micro)
+        x = {i: self._input(b) if plan.loaded else storage[b] for i, b in roles.x.items()}
+        y = {i: storage[b] for i, b in roles.y.items()} if roles.backward else NOTHING
+        w = NOTHING if roles.w is None else self._parameters(roles.w, plan)
+        seed = self._dropout_seed(plan) if plan.dropout else 0
+        # What passes between kernels of one layer is noted for experts alone.
+        route = self._routes.setdefault((plan.micro, roles.layer.name, plan.shard), {}) if plan.routed else {}
         return Launch(
-            roles.layer.op, roles.call, plan.split, plan.dims, self._extent,
-            {i: self._input(b) for i, b in roles.x.items()},
-            {i: storage[b] for i, b in roles.y.items() if roles.backward},
-            {} if roles.w is None else self._parameters(roles.w, plan), dy,
-            tuple(roles.dx), self._dropout_seed(plan), probability_of(roles.layer.op), self.gradient_scale,
-            self._routes.setdefault((plan.micro, roles.layer.name, plan.shard), {}), self._weight_gradients(plan),
+            roles.layer.op, roles.call, plan.split, plan.dims, self._extent, x, y, w, dy, tuple(roles.dx), seed,
+            plan.dropout, self.gradient_scale, route, self._weight_gradients(plan), plan.fills,
         )  # fmt: skip
 
     def _input(self, buffer: str) -> torch.Tensor:
@@ -233,9 +240,9 @@ class Machine:
         """Where the launch adds the gradients of its parameters; zeros if it is the first to."""
         buffer = plan.roles.dw
         if buffer is None:
-            return {}
+            return NOTHING
         if buffer not in plan.roles.updated:
-            self.storage.put(buffer, self._zeros(buffer))
+            self.storage.put(buffer, self._room(buffer, self._numel(buffer) if plan.fills else 0))
         return self._parameters(buffer, plan)
 
     @property
@@ -261,8 +268,6 @@ class Machine:
 
     def _dropout_seed(self, plan: Plan) -> int:
         """The same for a forward and its recomputation, another for every replica, shard, layer and step."""
-        if plan.roles.call.kernel != "dropout":
-            return 0
         replica = replica_of(self.schedule, self.rank)
         return mask_seed(self.seed, self.step, replica, plan.micro, plan.site, plan.shard)
 
@@ -302,14 +307,18 @@ class Machine:
         for i, buffer in roles.dx.items():
             self._write(buffer, made.dx[i], buffer in updated, dynamic)
         for name, gradient in made.dw.items():
-            dw[name].add_(gradient)
+            if plan.fills:
+                dw[name].copy_(gradient)
+            else:
+                dw[name].add_(gradient)
 
     def _write(self, buffer: str, result: Result, add: bool, dynamic: bool) -> None:
         """Stores a kernel's result, or adds it to what is there; columns go to their place in the whole tensor."""
         values, start = result if isinstance(result, Columns) else (result, 0)
         numel, dtype = self._shape[buffer]
         if not add and (values.numel() == numel or dynamic):
-            self.storage.put(buffer, values.reshape(-1).to(dtype))
+            flat = values.reshape(-1)
+            self.storage.put(buffer, flat if flat.dtype is dtype else flat.to(dtype))
             return
         flat = self.storage[buffer] if add else self.storage.put(buffer, self._zeros(buffer))
         if values.numel() == numel:
@@ -342,7 +351,11 @@ class Machine:
             parts = [laid_out(storage, taken)[index * numel :][:numel]]
         else:
             parts = [storage[name] for name in taken]
-        covered = sum(part.numel() for part in parts) >= sum(map(self._numel, op.writes))
+        taken_numel = sum(part.numel() for part in parts)
+        if fresh == [target.name] == list(op.writes) and taken_numel == self._numel(target.name) and len(parts) > 1:
+            storage.put(target.name, torch.cat(parts).to(self.dtype(target.name)))
+            return
+        covered = taken_numel >= sum(map(self._numel, op.writes))
         for name in fresh:
             storage.put(name, self._room(name, self._numel(name) if covered else 0))
         begin = 0
@@ -385,10 +398,17 @@ class Machine:
 
     def _parts_of(self, work: OptimizerWork) -> Iterator[Update]:
         """Weights, gradients and state of a share, buffer by buffer."""
-        state = self.states[work.state.name]
         for start, weights in work.weights.views(self.storage):
-            gradients = work.gradients.part(self.storage, start, start + weights.numel())
-            yield weights, self.watch.multiplied(gradients), state.part(start, start + weights.numel())
+            stop = start + weights.numel()
+            gradients = work.gradients.part(self.storage, start, stop)
+            yield weights, self.watch.multiplied(gradients), self._state_part(work.state.name, start, stop)
+
+    def _state_part(self, name: str, start: int, stop: int) -> State:
+        """A part of a state, the same views in every step."""
+        state, known = self.states[name], self._state_parts.get((name, start, stop))
+        if known is None or known[0] is not state:
+            known = self._state_parts[name, start, stop] = state, state.part(start, stop)
+        return known[1]
 
     def _gradient_share(self, work: OptimizerWork) -> Share:
         """A copy of the gradients of one share, with the places of its parameters in the sequence."""

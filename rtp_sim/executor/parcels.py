@@ -68,12 +68,17 @@ def spread(storage: Storage, names: Sequence[str], flat: torch.Tensor, start: in
     """Copies `flat` to where elements from `start` on lie in the buffers one after another; what is beyond them is
     padding."""
     begin, end = 0, start + flat.numel()
+    targets, parts = [], []
     for name in names:
         target = storage[name]
-        a, b = max(start, begin), min(end, begin + target.numel())
+        numel = target.numel()
+        a, b = max(start, begin), min(end, begin + numel)
         if a < b:
-            target[a - begin : b - begin].copy_(flat[a - start : b - start])
-        begin += target.numel()
+            targets.append(target if b - a == numel else target[a - begin : b - begin])
+            parts.append(flat[a - start : b - start])
+        begin += numel
+    if targets:
+        torch._foreach_copy_(targets, parts)
 
 
 def make_parcel(wire: Wire, op: Op) -> Parcel:
