@@ -39,7 +39,7 @@ from rtp_sim.executor.parcels import STATISTICS, Wire, deliver, laid_out, make_p
 from rtp_sim.executor.plan import Plan, make_plan
 from rtp_sim.executor.shares import OptimizerWork, local_numel, optimizer_work
 from rtp_sim.executor.storage import Storage, last_uses
-from rtp_sim.model.layers import Experts, Extent, Layer
+from rtp_sim.model.layers import Extent, Layer
 from rtp_sim.model.network import Network
 from rtp_sim.model.training import TrainingSpec
 from rtp_sim.schedule.ir import DTYPE_BYTES, Collective, Compute, Holding, Op, Recv, Schedule, Send, Shift
@@ -301,7 +301,7 @@ class Machine:
 
     def _store(self, plan: Plan, made: Made, dw: Mapping[str, torch.Tensor]) -> None:
         roles = plan.roles
-        updated, dynamic = roles.updated, isinstance(roles.layer.op, Experts)
+        updated, dynamic = roles.updated, plan.routed
         for i, result in enumerate(made.outputs):
             self._write(roles.y[i], result, roles.y[i] in updated, dynamic)
         for i, buffer in roles.dx.items():
