@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from rtp_sim.planner.workers import Work, share_out
+import os
+from dataclasses import replace
+
+import pytest
+from planner_helpers import question, search, small_model
+
+from rtp_sim.errors import InputError
+from rtp_sim.planner import workers
+from rtp_sim.planner.workers import Work, evaluating, share_out
 
 
 def work(name: str, takes_s: float = 1.0, layout: str = "") -> Work:
@@ -30,3 +38,36 @@ def test_the_longest_goes_first() -> None:
     """9 s on one process, 4 + 3 + 2 s on the other: in the order given one would end at 12 s."""
     homes: dict[object, int] = {}
     assert share_out([work("a", 4), work("b", 3), work("c", 2), work("d", 9)], homes, 2) == [1, 1, 1, 0]
+
+
+# ---- real processes
+
+
+def exits(number: int, place: int, whole: bool) -> None:
+    os._exit(7)
+
+
+def refuses(number: int, place: int, whole: bool) -> None:
+    raise InputError(f"place {place} is not to be had")
+
+
+def test_two_processes_find_what_one_finds(tmp_path) -> None:
+    searched = search(question(small_model(tmp_path), 4, 8, ("fsdp", "1f1b"), top=1))
+    places = [(0, place) for place in range(min(5, len(searched.sites[0].space)))]
+    with evaluating(searched) as run:
+        alone = run(places, False)
+    searched.question = replace(searched.question, processes=2)
+    with evaluating(searched) as run:
+        assert run(places, False) == alone
+        assert run([], True) == []
+
+
+@pytest.mark.parametrize(
+    ("instead", "message"), [(exits, r"ended by itself \(exit code 7\)"), (refuses, "place 0 is not to be had")]
+)
+def test_a_process_that_fails_ends_the_search(tmp_path, monkeypatch, instead, message) -> None:
+    searched = search(question(small_model(tmp_path), 4, 8, ("fsdp",), top=1))
+    searched.question = replace(searched.question, processes=2)
+    monkeypatch.setattr(workers, "_evaluated", instead)
+    with evaluating(searched) as run, pytest.raises(InputError, match=message):
+        run([(0, 0)], False)

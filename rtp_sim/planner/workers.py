@@ -6,12 +6,15 @@ was evaluated before, unless it is done sooner elsewhere. What comes out does no
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import Pipe, get_context
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkProcess
 
+from rtp_sim.errors import InputError
 from rtp_sim.metrics import StepMetrics
 from rtp_sim.planner.evaluate import WHOLE, about_ops, evaluate
 from rtp_sim.planner.plan import Bounds
@@ -38,19 +41,80 @@ def evaluating(searched: Searched) -> Iterator[Run]:
         yield lambda places, whole: [_evaluated(*place, whole) for place in places]
         return
     homes: dict[object, int] = {}
-    with ExitStack() as stack:
-        fork = get_context("fork")
-        processes = [stack.enter_context(ProcessPoolExecutor(1, mp_context=fork)) for _ in range(count)]
+    workers = [_started() for _ in range(count)]
 
-        def run(places: Places, whole: bool) -> list[Found]:
-            work = [_work(searched, *place, whole) for place in places]
-            chosen = share_out(work, homes, count)
-            futures = [
-                processes[k].submit(_evaluated, *place, whole) for k, place in zip(chosen, places, strict=True)
-            ]
-            return [future.result() for future in futures]
+    def run(places: Places, whole: bool) -> list[Found]:
+        chosen = share_out([_work(searched, *place, whole) for place in places], homes, count)
+        shares = [[i for i, k in enumerate(chosen) if k == number] for number in range(count)]
+        for worker, share in zip(workers, shares, strict=True):
+            worker.ask([(*places[i], whole) for i in share])
+        found: dict[int, Found] = {}
+        for worker, share in zip(workers, shares, strict=True):
+            found |= zip(share, worker.answer(), strict=True)
+        return [found[i] for i in range(len(places))]
 
+    try:
         yield run
+    finally:
+        for worker in workers:
+            worker.process.terminate()
+            worker.process.join()
+
+
+@dataclass(frozen=True, slots=True)
+class _Worker:
+    """A process that evaluates what it is sent, and this end of the connection to it."""
+
+    process: ForkProcess
+    connection: Connection
+
+    def ask(self, work: list[tuple[int, int, bool]]) -> None:
+        """Sends it (site, place, whole) of what to evaluate. InputError if it is lost."""
+        try:
+            self.connection.send(work)
+        except OSError:
+            raise self._lost() from None
+
+    def answer(self) -> list[Found]:
+        """What it found. InputError if it is lost; whatever an evaluation raised."""
+        try:
+            answer = self.connection.recv()
+        except (EOFError, OSError):
+            raise self._lost() from None
+        if isinstance(answer, Exception):
+            raise answer
+        return list(answer)
+
+    def _lost(self) -> InputError:
+        self.process.join()
+        code = self.process.exitcode
+        return InputError(f"plan: a process that evaluates layouts ended by itself (exit code {code}); expected it to "
+                          f"answer. Was it stopped for lack of memory?")  # fmt: skip
+
+
+def _started() -> _Worker:
+    # All are forked before anything else: with threads about, a fork may copy a lock that nobody opens again.
+    here, there = Pipe()
+    process = get_context("fork").Process(target=_serve, args=(there, here), daemon=True)
+    process.start()
+    there.close()
+    return _Worker(process, here)
+
+
+def _serve(connection: Connection, other_end: Connection) -> None:
+    """In the child: evaluates lists of (site, place, whole) until there are no more."""
+    other_end.close()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    while True:
+        try:
+            asked = connection.recv()
+        except EOFError:
+            return
+        try:
+            connection.send([_evaluated(*one) for one in asked])
+        except Exception as error:
+            # The parent raises it.
+            connection.send(error)
 
 
 @dataclass(frozen=True, slots=True)
