@@ -90,6 +90,17 @@ Place = dict[str, int]
 """Where the work of a pass ended, by stream: op indices."""
 
 
+@dataclass(slots=True)
+class _Left:
+    """What is still to be written of a pass: its time, the host's before it, what it waits for; and which part of it
+    is kernels."""
+
+    takes_ns: int
+    asked_ns: int
+    after: list[int]
+    kernels_permille: int
+
+
 class _Writer:
     """One stage's program. `before` is where every action ended, `latest` the last of a kind and chunk, `whole` where
     ops of the short program went, `tails` what passes left behind on other streams, `ahead_ns` how much earlier than
@@ -149,26 +160,17 @@ class _Writer:
     def short_pass(self, action: Action, turn: Turn, times: PassTimes) -> None:
         """Receives, computes, sends."""
         one, name = turn.stretch, f"m{action.micro}.{action.kind}{action.chunk}"
-        asked_ns = self.host_ns(name, one, times)
-        share = min(1000, one.compute_ns * 1000 // times.takes_ns) if times.takes_ns else 0
-        rest_ns, after = times.takes_ns, list[int]()
+        left = _Left(times.takes_ns, self.host_ns(name, one, times), [], times.kernels_permille)
         for left_ns, waited in self.waits(turn, times).items():
             if left_ns > times.takes_ns:
                 waited = [self.add(f"{name}.{DELAY}", DELAY, timed(left_ns - times.takes_ns), waited)]
-            elif left_ns < rest_ns:
-                self.add(f"{name}.until.{left_ns}", COMPUTE, timed(rest_ns - left_ns, asked_ns, share), after)
-                rest_ns, asked_ns, after = left_ns, 0, []
-            after += waited
-        for stream, _, more_ns in times.tails:
-            # The stream is free before the pass ends, but not as long before as a later one could use it.
-            free_ns = min(self.ahead_ns.get(stream, 0), rest_ns)
-            if -free_ns < more_ns < -times.takes_ns // RESOLUTION:
-                first = self.add(f"{name}.{stream}.free", COMPUTE, timed(rest_ns + more_ns, asked_ns, share), after)
-                self.tails[stream] = self.add(f"{name}.{stream}", stream, timed(0), (first,))
-                rest_ns, asked_ns, after = -more_ns, 0, []
+            elif left_ns < left.takes_ns:
+                self.compute_until(left_ns, left, f"{name}.until.{left_ns}")
+            left.after += waited
+        self.free_early(name, times, left)
         longer = [tail for tail in times.tails if tail[2] > 0]
-        kernel = timed(rest_ns + one.slowed_ns, asked_ns, share)
-        made = [self.add(name, COMPUTE, kernel, after, one.host_waits and not longer)]
+        kernel = timed(left.takes_ns + one.slowed_ns, left.asked_ns, left.kernels_permille)
+        made = [self.add(name, COMPUTE, kernel, left.after, one.host_waits and not longer)]
         for stream, _, more_ns in times.tails:
             if -times.takes_ns // RESOLUTION <= more_ns <= 0 and stream in self.ahead_ns:
                 self.tails[stream] = made[0]
@@ -177,6 +179,20 @@ class _Writer:
             made.append(self.tails[stream])
         if one.send is not None and turn.sends is not None:
             self.send(one.send, turn.sends, made)
+
+    def compute_until(self, left_ns: int, left: _Left, name: str) -> int:
+        """What of a pass comes before its last `left_ns`."""
+        kernel = timed(left.takes_ns - left_ns, left.asked_ns, left.kernels_permille)
+        index = self.add(name, COMPUTE, kernel, left.after)
+        left.takes_ns, left.asked_ns, left.after = left_ns, 0, []
+        return index
+
+    def free_early(self, name: str, times: PassTimes, left: _Left) -> None:
+        """Notes when streams are free before the pass ends, where a later one could use that."""
+        for stream, _, more_ns in times.tails:
+            if -min(self.ahead_ns.get(stream, 0), left.takes_ns) < more_ns < -times.takes_ns // RESOLUTION:
+                first = self.compute_until(-more_ns, left, f"{name}.{stream}.free")
+                self.tails[stream] = self.add(f"{name}.{stream}", stream, timed(0), (first,))
 
     def host_ns(self, name: str, one: Stretch, times: PassTimes) -> int:
         """The host's time before the pass can begin. What is left is owed when it comes to the next."""
@@ -256,14 +272,15 @@ class PassTimes:
     """How much later a pass ends than its stream is free (`takes_ns`), than its message arrives and than the host comes
     to it, in ns; the host's time for all of it, from the message on where it waits for that.
 
-    `waits` are the streams that it waits for on the way, with how long it goes on from there; `tails` the streams that
-    it leaves busy, with what (None: more than one op) and for how much longer than the pass takes; `earlier` is like
-    `waits`, of the pass that it continues."""
+    `kernels_permille` is which part of it is kernels; `waits` are the streams that it waits for on the way, with how
+    long it goes on from there; `tails` the streams that it leaves busy, with what (None: more than one op) and for how
+    much longer than the pass takes; `earlier` is like `waits`, of the pass that it continues."""
 
     takes_ns: int
     message_ns: int
     host_ns: int
     issue_ns: int
+    kernels_permille: int
     waits: tuple[tuple[str, int], ...]
     tails: tuple[tuple[str, OpAction | None, int], ...]
     earlier: tuple[tuple[str, int], ...]
@@ -283,8 +300,9 @@ def times_of(one: Stretch, ops: Sequence[Op], duration_ns: Sequence[int]) -> Pas
         tails.append((stream, last[stream].action if whole else None, more_ns))
     issue_ns = one.issued.get(RECEIVED, 0) if RECEIVED in one.issued else one.issued[HOST] - one.receive_issue_ns
     earlier = tuple((x.removeprefix(EARLIER), ns) for x, ns in end.items() if x.startswith(EARLIER))
+    kernels_permille = min(1000, one.compute_ns * 1000 // takes_ns) if takes_ns else 0
     return PassTimes(
-        takes_ns, end.get(RECEIVED, 0), end.get(HOST, 0), max(0, issue_ns),
+        takes_ns, end.get(RECEIVED, 0), end.get(HOST, 0), max(0, issue_ns), kernels_permille,
         tuple((x, end[x]) for x in others if x in end), tuple(tails), tuple(x for x in earlier if x[0] != COMPUTE),
     )  # fmt: skip
 
