@@ -10,8 +10,9 @@ from dataclasses import replace
 
 import pytest
 
+from rtp_sim.compose.composition import composition
 from rtp_sim.compose.estimate import estimate, shortened
-from rtp_sim.compose.pipeline import StageResult, compose_pipeline
+from rtp_sim.compose.pipeline import StageResult, walked
 from rtp_sim.experiment import Request, Result, Setting, built, find_network, run, settle
 from rtp_sim.model.network import transformer_network
 from rtp_sim.model.presets import find_model
@@ -51,7 +52,7 @@ def simulated(prepared: Setting, engine: str) -> Result:
 def test_composed_is_the_longest_path(strategy: str, variant: dict[str, object]) -> None:
     given = setting(strategy, **variant)
     whole = simulated(given, "longest-path")
-    stages = compose_pipeline(given, shared=False, slowdown=False)
+    stages = walked(composition(given, shared=False, slowdown=False))
     assert end_ns(stages) == pytest.approx(whole.timeline.step_time_ns, rel=2e-4)
     if strategy != "zb-v" or not given.request.options.sequence_parallel:
         # A V under sequence parallelism starts a gather early that the composition lets wait: 0.01 %.
@@ -66,12 +67,12 @@ def test_composed_with_contention_is_close_to_the_events(strategy: str) -> None:
     for variant in VARIANTS[1:4]:
         given = setting(strategy, **variant)
         expected = simulated(given, "simpy").timeline.step_time_ns
-        assert end_ns(compose_pipeline(given)) == pytest.approx(expected, rel=5e-3)
+        assert end_ns(walked(composition(given))) == pytest.approx(expected, rel=5e-3)
 
 
 def test_the_number_of_micro_batches_is_only_counted() -> None:
     """A hundred times as many: from there on each costs the slowest stage's forward and backward."""
-    few, more, most = (end_ns(compose_pipeline(setting("1f1b", gpus=4, micro_batches=m))) for m in (8, 9, 800))
+    few, more, most = (end_ns(walked(composition(setting("1f1b", gpus=4, micro_batches=m)))) for m in (8, 9, 800))
     assert most - few == 792 * (more - few)
 
 

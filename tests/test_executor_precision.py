@@ -31,7 +31,7 @@ STEPS, HYPER = 3, Hyper(lr=1e-2)
 def masters(machine: Machine) -> list[Share]:
     """The rank's master weights in the places of its weights."""
     found = []
-    for share, work in zip(machine.gradients, machine._updates(), strict=True):
+    for share, work in zip(machine.gradients, machine.updater.works(), strict=True):
         master = machine.states[work.state.name].master
         assert master is not None
         assert master.dtype == torch.float32

@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rtp_sim.compose.composition import Composition, Short, Table, composition, label_of, shortened
+from rtp_sim.compose.composition import Composition, Short, Table, label_of, shortened
 from rtp_sim.compose.memory import Label, Memory, StageMemory, footprints, largest_at, sweep
 from rtp_sim.compose.prices import Prices
 from rtp_sim.compose.walk import Progress, Turn, meet, walk
-from rtp_sim.engine.costs import CostModel
 from rtp_sim.experiment import Setting
 from rtp_sim.metrics import op_traffic
 from rtp_sim.schedule.ir import Collective, Compute, Op, Recv, Schedule, Send
@@ -36,13 +35,6 @@ class StageResult:
     memory: StageMemory
     sent_bytes: int
     messages: int
-
-
-def compose_pipeline(
-    setting: Setting, cost: CostModel | None = None, *, shared: bool = True, slowdown: bool = True
-) -> list[StageResult]:
-    """The stages of the pipeline step that `setting` describes; see `composition`."""
-    return walked(composition(setting, cost, shared=shared, slowdown=slowdown))
 
 
 def walked(made: Composition) -> list[StageResult]:

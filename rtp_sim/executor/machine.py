@@ -7,7 +7,7 @@ move, and what runs at the same time, is the interpreter's business; what is com
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
@@ -22,7 +22,7 @@ from rtp_sim.executor.exchange import Parcel, Transfer
 from rtp_sim.executor.gradients import Counted, GradientWatch, counted
 from rtp_sim.executor.kernels import KERNELS
 from rtp_sim.executor.launch import Columns, Launch, Made, Result, Route
-from rtp_sim.executor.optimizer import DEFAULTS, Hyper, State, Update, new_state, update_all
+from rtp_sim.executor.optimizer import DEFAULTS, Hyper, State, new_state
 from rtp_sim.executor.packing import placed
 from rtp_sim.executor.parameters import (
     Parameters,
@@ -37,8 +37,9 @@ from rtp_sim.executor.parameters import (
 )
 from rtp_sim.executor.parcels import STATISTICS, Wire, deliver, laid_out, make_parcel, sources, spread
 from rtp_sim.executor.plan import Plan, make_plan
-from rtp_sim.executor.shares import OptimizerWork, local_numel, optimizer_work
+from rtp_sim.executor.shares import local_numel
 from rtp_sim.executor.storage import Storage, last_uses
+from rtp_sim.executor.updater import Updater
 from rtp_sim.model.layers import Extent, Layer
 from rtp_sim.model.network import Network
 from rtp_sim.model.training import TrainingSpec
@@ -64,7 +65,7 @@ class Machine:
         device: torch.device | str = "cpu", float_dtype: torch.dtype | None = None, *, hyper: Hyper = DEFAULTS,
         seed: int = 0, keep_gradients: bool = False,
     ) -> None:  # fmt: skip
-        self.schedule, self.rank, self.training, self.hyper = schedule, rank, training, hyper
+        self.schedule, self.rank, self.training = schedule, rank, training
         self.network = executed_network(schedule, network)
         if parameters.keys() != owners(self.network).keys():
             parameters = unfused_parameters(network, parameters)
@@ -72,7 +73,6 @@ class Machine:
         self.seed, self.keep_gradients = seed, keep_gradients
         self.program = schedule.program(rank)
         self.storage = Storage(self.program)
-        self.states: dict[str, State] = {}
         self.gradients: list[Share] = []
         self.step = 0
         self.watch = GradientWatch(self.program, training)
@@ -88,13 +88,17 @@ class Machine:
         self._loaded = {i.name for i in self.network.inputs}
         self._plans: dict[int, Plan] = {}
         self._parts: list[Counted] | None = None
-        self._works: dict[int, list[OptimizerWork]] = {}
-        self._state_parts: dict[tuple[str, int, int], tuple[State, State]] = {}
         self._offsets: dict[tuple[str, str], int] = {}
         self._routes: dict[tuple[str, str, int], dict[str, Route]] = {}
         # Gradients that backward passes start from instead of 1, by micro-batch.
         self._starts: dict[int, torch.Tensor] = {}
+        self.updater = Updater(schedule, rank, training, hyper, self.storage, self.watch, self._parameter_count)
         self._fill(parameters)
+
+    @property
+    def states(self) -> dict[str, State]:
+        """What the optimizer keeps, by buffer."""
+        return self.updater.states
 
     # ---- content
 
@@ -104,7 +108,7 @@ class Machine:
         for b in self.program.buffers.values():
             if b.category == "weights" and b.live_in:
                 full[b.name] = buffer_content(self.schedule, self.network, self.rank, b, parameters).to(self.device)
-        for work in self._updates():
+        for work in self.updater.works():
             size = work.weights.stop - work.weights.start
             weights = work.weights.part(full, 0, size) if size else torch.zeros(0, device=self.device)
             self.states[work.state.name] = new_state(self.training, weights, self.float_dtype)
@@ -366,63 +370,16 @@ class Machine:
     def _counted(self) -> list[Counted]:
         """The gradients that the rank counts in the norm: those that its optimizer steps update with."""
         if self._parts is None:
-            works = self._updates()
+            works = self.updater.works()
             self._parts = [c for w in works for c in counted(self.schedule, self.rank, w, self._layers)]
         return self._parts
 
-    def _updates(self) -> list[OptimizerWork]:
-        """What all optimizer steps of the program update."""
-        steps = [op for op in self.program.ops if isinstance(op.action, Compute) and op.action.kernel == "optimizer"]
-        return [work for op in steps for work in self._works_of(op)]
-
-    def _works_of(self, op: Op) -> list[OptimizerWork]:
-        """What one optimizer step updates."""
-        if op.index not in self._works:
-            self._works[op.index] = optimizer_work(self.schedule, self.rank, op, self._parameter_count)
-        return self._works[op.index]
-
     def _optimize(self, op: Op) -> None:
         self.watch.judge(op, self.storage)
-        works = self._works_of(op)
         if self.keep_gradients:
-            self.gradients += [self._gradient_share(work) for work in works]
-        if self.watch.skipped:
-            return
-        if self.watch.changes_gradients:
-            # Clipped gradients are copies: one work's at a time.
-            for work in works:
-                update_all(self.training.optimizer, self.hyper, self.updates, self._parts_of(work))
-        else:
-            parts = (part for work in works for part in self._parts_of(work))
-            update_all(self.training.optimizer, self.hyper, self.updates, parts)
-
-    def _parts_of(self, work: OptimizerWork) -> Iterator[Update]:
-        """Weights, gradients and state of a share, buffer by buffer."""
-        for start, weights in work.weights.views(self.storage):
-            stop = start + weights.numel()
-            gradients = work.gradients.part(self.storage, start, stop)
-            yield weights, self.watch.multiplied(gradients), self._state_part(work.state.name, start, stop)
-
-    def _state_part(self, name: str, start: int, stop: int) -> State:
-        """A part of a state, the same views in every step."""
-        state, known = self.states[name], self._state_parts.get((name, start, stop))
-        if known is None or known[0] is not state:
-            known = self._state_parts[name, start, stop] = state, state.part(start, stop)
-        return known[1]
-
-    def _gradient_share(self, work: OptimizerWork) -> Share:
-        """A copy of the gradients of one share, with the places of its parameters in the sequence."""
-        stretch, state = work.gradients, work.state
-        size = stretch.stop - stretch.start
-        content = stretch.part(self.storage, 0, size).clone() if size else torch.zeros(0)
-        content = self.watch.multiplied(content)
-        names = work.weights.buffers
-        if state.slice_of and not self.program.buffers[names[0]].slice_of:
-            # In a sequence of buffers each takes the room of its largest shard.
-            widths = tuple(self._numel(name) for name in names)
-        else:
-            widths = tuple(self._parameter_count(h) for h in state.holds)
-        return Share(state.holds, widths, state.slice_of, content)
+            self.gradients += self.updater.gradient_shares(op)
+        if not self.watch.skipped:
+            self.updater.step(op, self.updates)
 
     # ---- communication
 

@@ -1,7 +1,7 @@
 """`evaluate`: the metrics of a candidate, estimated or simulated.
 
 A step of at most `SMALL_OPS` ops is simulated at once. Of longer ones the finalists are: op by op, but of a pipeline
-with more than `EXACT_OPS` ops each pass of a micro-batch through a stage as one op (compose/passes.py), the ranks of a
+with more than `EXACT_OPS` ops each pass of a micro-batch through a stage in a few (compose/passes.py), the ranks of a
 stage taken to behave alike (`alike` in engine/fold.py). How far that is from simulating every op:
 tests/test_compose_passes.py.
 """
@@ -75,7 +75,7 @@ def _setting(workload: Workload, candidate: Candidate, network: Network, model: 
 
 
 def _composed(workload: Workload, candidate: Candidate, network: Network, model: Model) -> Composed:
-    """The candidate's pipeline in its stretches: made at its estimate, taken at its simulation."""
+    """The candidate's pipeline in its stretches: made at its estimate, taken, and forgotten, at its simulation."""
     if candidate in model.composed:
         return model.composed.pop(candidate)
     setting = _setting(workload, candidate, network, model)
