@@ -167,6 +167,18 @@ def test_numbers_are_scaled_in_their_own_unit():
     assert scaled(100, 1.2, "device.compute_units") == pytest.approx(120)
 
 
+def test_what_does_not_fit_has_bounds_as_well(capsys):
+    workload = ["--model", "llama2-7b", "--gpus", "8", "--global-batch", "8"]
+    limits = ["--strategies", "ddp,fsdp", "--micro-batch", "1", "--recompute", "none", "--dp-sync", "ddp"]
+    assert main(["plan", *workload, *limits, "--top", "1", "--format", "json", "--quiet", "--jobs", "1"]) == 0
+    (ddp,) = json.loads(capsys.readouterr().out)["others"]
+    assert (ddp["stage"], ddp["feasible"]) == ("memory", False)
+    assert main(["simulate", *workload, "--micro-batch", "1", "--strategy", "ddp", "--format", "json"]) in (0, 1)
+    simulated = json.loads(capsys.readouterr().out)
+    step_s = simulated["row"]["step_time_s"]
+    assert 0.9 * step_s < ddp["bounds"]["lower_s"] <= step_s <= ddp["bounds"]["upper_s"]
+
+
 def test_the_command_line(tmp_path, capsys):
     model = small_model(tmp_path)
     base = ["plan", "--model", model, "--gpus", "4", "--global-batch", "8", "--seq-len", "512", "--quiet", "--jobs=1"]

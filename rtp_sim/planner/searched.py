@@ -11,7 +11,7 @@ from rtp_sim.errors import InputError
 from rtp_sim.hardware.spec import Cluster
 from rtp_sim.metrics import StepMetrics
 from rtp_sim.model.network import Network
-from rtp_sim.planner.bounds import Floats, Model
+from rtp_sim.planner.bounds import Floats, Model, time_bounds
 from rtp_sim.planner.constraints import Limit
 from rtp_sim.planner.memory_bounds import by_category
 from rtp_sim.planner.money import kilowatts, usd_per_second
@@ -49,7 +49,9 @@ class Question:
 
 @dataclass(frozen=True)
 class Site:
-    """One machine of the search with its candidates. `dropped` says which stage dropped each ("" for none)."""
+    """One machine of the search with its candidates: those that the user allows, the rules that some break, the places
+    of the others (`sound`). Of these `space`, `memory` by category and whether it fits, and bounds of the step time,
+    infinite where it does not fit."""
 
     machine: Machine
     cluster: Cluster
@@ -64,9 +66,11 @@ class Site:
     upper_s: Floats
 
     def bounds(self, place: int) -> Bounds:
-        """The bounds of the candidate at a place."""
-        column = self.memory[:, place]
-        return Bounds(float(self.lower_s[place]), float(self.upper_s[place]), int(column.sum()), by_category(column))
+        """The bounds of the candidate at a place. The search prices only what fits; what does not is priced here."""
+        column, lower_s, upper_s = self.memory[:, place], self.lower_s[place], self.upper_s[place]
+        if not self.fits[place]:
+            (lower_s,), (upper_s,) = time_bounds(self.space.take(np.array([place])), self.model)
+        return Bounds(float(lower_s), float(upper_s), int(column.sum()), by_category(column))
 
 
 @dataclass(frozen=True, slots=True)
