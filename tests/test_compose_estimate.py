@@ -52,7 +52,7 @@ def simulated(prepared: Setting, engine: str) -> Result:
 def test_composed_is_the_longest_path(strategy: str, variant: dict[str, object]) -> None:
     given = setting(strategy, **variant)
     whole = simulated(given, "longest-path")
-    stages = walked(composition(given, shared=False, slowdown=False))
+    stages = walked(composition(given, shared=False, slowdown=False)).stages
     assert end_ns(stages) == pytest.approx(whole.timeline.step_time_ns, rel=2e-4)
     if strategy != "zb-v" or not given.request.options.sequence_parallel:
         # A V under sequence parallelism starts a gather early that the composition lets wait: 0.01 %.
@@ -67,12 +67,13 @@ def test_composed_with_contention_is_close_to_the_events(strategy: str) -> None:
     for variant in VARIANTS[1:4]:
         given = setting(strategy, **variant)
         expected = simulated(given, "simpy").timeline.step_time_ns
-        assert end_ns(walked(composition(given))) == pytest.approx(expected, rel=5e-3)
+        assert end_ns(walked(composition(given)).stages) == pytest.approx(expected, rel=5e-3)
 
 
 def test_the_number_of_micro_batches_is_only_counted() -> None:
     """A hundred times as many: from there on each costs the slowest stage's forward and backward."""
-    few, more, most = (end_ns(walked(composition(setting("1f1b", gpus=4, micro_batches=m)))) for m in (8, 9, 800))
+    made = composition(setting("1f1b", gpus=4, micro_batches=800))
+    few, more, most = (end_ns(walked(made.of_length(m)).stages) for m in (8, 9, 800))
     assert most - few == 792 * (more - few)
 
 

@@ -54,9 +54,9 @@ def test_contention_that_composing_does_not_see() -> None:
     """Messages of four stages and the reductions beside them on few adapters: composed, the step is 0.4 % too short."""
     given = setting("1f1b", nodes=4, micro_batch=4)
     made = composition(given)
-    whole, stages = simulate(built(given).schedule, given.cost).step_time_ns, walked(made)
-    assert abs(max(stage.end_ns for stage in stages) / whole - 1) > 2e-3
-    found = by_passes(made, stages)
+    whole, walk = simulate(built(given).schedule, given.cost).step_time_ns, walked(made)
+    assert abs(max(stage.end_ns for stage in walk.stages) / whole - 1) > 2e-3
+    found = by_passes(made, walk)
     assert found.metrics.step_time_s == pytest.approx(whole / 1e9, rel=1e-6)
     assert found.how == PASSES
 

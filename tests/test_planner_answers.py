@@ -17,7 +17,7 @@ from rtp_sim.planner.constraints import parse_limit
 from rtp_sim.planner.memory_bounds import by_category
 from rtp_sim.planner.money import machine_of, price_of
 from rtp_sim.planner.nearest_miss import nearest_miss
-from rtp_sim.planner.pareto import front_of
+from rtp_sim.planner.pareto import apart, front_of
 from rtp_sim.planner.plan import plan_json
 from rtp_sim.planner.space import EVERY_STRATEGY
 from rtp_sim.planner.what_if import break_even, scaled
@@ -125,6 +125,12 @@ def test_the_stages_add_up_and_the_same_question_gives_the_same_bytes(tmp_path):
 def test_fronts_are_what_nothing_beats():
     points = [(1.0, 9.0, 1.0), (2.0, 5.0, 2.0), (2.0, 6.0, 2.0), (3.0, 5.0, 3.0), (1.0, 9.0, 1.0)]
     assert front_of(points) == [0, 1]
+
+
+def test_near_copies_of_a_faster_plan_are_left_out():
+    """2 % less memory than all that is kept says something new, 1 % does not."""
+    points = [(1.0, 100.0, 1.0), (1.01, 99.0, 1.01), (1.02, 97.9, 1.02), (1.03, 97.0, 1.03), (2.0, 95.9, 2.0)]
+    assert apart(points) == [0, 2, 4]
 
 
 def test_a_run_takes_tokens_over_tokens_per_second(tmp_path):

@@ -77,6 +77,18 @@ class Composition:
         """Whether kernels wait for the sends before them."""
         return not self.setting.request.options.pp_overlap
 
+    @property
+    def micros(self) -> int:
+        """Micro-batches of the step."""
+        return self.setting.training.num_microbatches
+
+    def of_length(self, micros: int) -> Composition:
+        """The same pipeline with this many micro-batches, at least two: its stretches are the same."""
+        if micros == self.micros:
+            return self
+        setting = replace(self.setting, training=replace(self.setting.training, num_microbatches=micros))
+        return replace(self, setting=setting, orders=_orders(setting, self.stages))
+
 
 def composition(
     setting: Setting, cost: CostModel | None = None, *, shared: bool = True, slowdown: bool = True,

@@ -16,7 +16,8 @@ from rtp_sim.compose.landmarks import Held, highest, landmarks, repeated
 from rtp_sim.compose.lockstep import Lockstep, in_lockstep
 from rtp_sim.compose.memory import StageMemory
 from rtp_sim.compose.passes import in_passes
-from rtp_sim.compose.pipeline import StageResult, walked
+from rtp_sim.compose.pipeline import StageResult, Walked, walked
+from rtp_sim.compose.steady import continued
 from rtp_sim.engine.fold import Folds
 from rtp_sim.errors import InputError
 from rtp_sim.experiment import Request, Setting, built, run, settle, usable_memory_bytes
@@ -61,7 +62,7 @@ def estimate(
             raise InputError("slow GPUs: a composed pipeline takes all ranks of a stage to be equal; expected --engine "
                              "simpy or longest-path with them")  # fmt: skip
         made = composition(setting, slowdown=engine != "longest-path", folds=folds, alike=alike)
-        return composed(made, walked(made))
+        return composed(made, walked(made).stages)
     blocks = len(repeated(setting.network))
     micros = setting.training.num_microbatches
     few_blocks = FEW_BLOCKS if blocks > FEW_BLOCKS[1] + 2 and not setting.request.options.eval_passes else (blocks,)
@@ -88,7 +89,7 @@ def _memory(largest: Lockstep, metrics: StepMetrics) -> tuple[StageMemory]:
 
 
 def _and(numbers: tuple[int, ...]) -> str:
-    return " and ".join(str(n) for n in numbers)
+    return ", ".join(str(n) for n in numbers[:-1]) + f" and {numbers[-1]}" if len(numbers) > 1 else str(numbers[0])
 
 
 # ---- fewer of what repeats
@@ -210,16 +211,21 @@ def composed(made: Composition, stages: list[StageResult], how: str = "composed"
     return Estimate(_of_stages(made.setting, stages), True, how, waited_s, tuple(s.memory for s in stages))
 
 
-def by_passes(
-    made: Composition, stages: list[StageResult], folds: Folds | None = None, alike: bool = False
-) -> Estimate:
+def by_passes(made: Composition, walk: Walked, folds: Folds | None = None, alike: bool = False) -> Estimate:
     """The metrics of a composed step whose passes are simulated by the events, a few ops each (passes.py); how a
     stage's time splits is that of the composed step. `folds` and `alike` as in `estimate`."""
     from rtp_sim.engine.simulate import simulate
 
-    schedule, cost = in_passes(made)
-    late_ns = simulate(schedule, cost, folds=folds, alike=alike).step_time_ns - last_stage(stages).end_ns
-    return composed(made, [replace(stage, end_ns=stage.end_ns + late_ns) for stage in stages], PASSES)
+    def step_ns(micros: int) -> int:
+        return simulate(*in_passes(made.of_length(micros)), folds=folds, alike=alike).step_time_ns
+
+    lengths = walk.lengths
+    found = continued([[step_ns(micros)] for micros in lengths], lengths, made.micros)
+    if found is None:
+        lengths, found = (made.micros,), [step_ns(made.micros)]
+    late_ns = found[0] - last_stage(walk.stages).end_ns
+    how = PASSES if len(lengths) == 1 else f"{PASSES}; {_and(lengths)} of {made.micros} micro-batches"
+    return composed(made, [replace(stage, end_ns=stage.end_ns + late_ns) for stage in walk.stages], how)
 
 
 def last_stage(stages: list[StageResult]) -> StageResult:

@@ -1,16 +1,19 @@
 """A pipeline step from its stretches (composition.py): walked through for all stages and micro-batches.
 
-What remains per micro-batch is a handful of additions and maxima (walk.py).
+What remains per micro-batch is a handful of additions and maxima (walk.py), and of a long step only some of them
+(steady.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from rtp_sim.compose.composition import Composition, Short, Table, label_of, shortened
 from rtp_sim.compose.memory import Label, Memory, StageMemory, footprints, largest_at, sweep
 from rtp_sim.compose.prices import Prices
+from rtp_sim.compose.steady import continued, lengths
 from rtp_sim.compose.walk import Progress, Turn, meet, walk
 from rtp_sim.experiment import Setting
 from rtp_sim.metrics import op_traffic
@@ -37,12 +40,18 @@ class StageResult:
     messages: int
 
 
-def walked(made: Composition) -> list[StageResult]:
+@dataclass(frozen=True)
+class Walked:
+    """The stages of a composed step, and the micro-batches of the steps that were walked through to know them: one with
+    all of them, or three short ones (steady.py)."""
+
+    stages: list[StageResult]
+    lengths: tuple[int, ...]
+
+
+def walked(made: Composition) -> Walked:
     """The stages of a composed step, each group of ranks moving in lockstep."""
-    progress = [Progress() for _ in made.orders]
-    turns = [turns_of(made, s) for s in range(len(made.orders))]
-    walk(progress, turns, made.slowdown_permille, made.paced)
-    _finish(progress, made.tables, made.short, made.prices, made.paced)
+    times, lengths = _times(made)
     held = _memories(made.setting, made.short, made.orders)
     sent: dict[object, Mapping[Label, Traffic]] = {}
     found = []
@@ -50,8 +59,53 @@ def walked(made: Composition) -> list[StageResult]:
         key = made.short.kind_of_stage[s], made.prices.duration_ns[s]
         if key not in sent:
             sent[key] = _traffic_by_label(made, s)
-        found.append(_result(made.short, progress[s], s, order, sent[key], held[s]))
-    return found
+        found.append(_result(made.short, times[s], s, order, sent[key], held[s]))
+    return Walked(found, lengths)
+
+
+Times = tuple[int, int, int, int]
+"""End, time that kernels waited for the host, kernels, exposed communication of a stage, in ns."""
+
+
+def _times(made: Composition) -> tuple[list[Times], tuple[int, ...]]:
+    """The times of each stage, and the lengths of the steps that they are known from."""
+    short = lengths(len(made.orders), made.micros)
+    if len({_under_way(made.of_length(micros)) for micros in short}) > 1:
+        short = (made.micros,)
+    steps = [gone_through(made.of_length(micros)) for micros in short]
+    found = [continued([_numbers(one) for one in stage], short, made.micros) for stage in zip(*steps, strict=True)]
+    if None in found or _lags(steps):
+        short, found = (made.micros,), [_numbers(stage) for stage in gone_through(made)]
+    return [(x[0], x[1], x[2], x[3]) for x in found if x is not None], short
+
+
+def _under_way(made: Composition) -> tuple[int, ...]:
+    """How many forward passes of each stage wait for their backward at most."""
+    ways = ([1 if a.kind == "F" else -1 for a in order if a.kind != "I"] for order in made.orders)
+    return tuple(max(accumulate(way)) for way in ways)
+
+
+def _numbers(stage: Progress) -> list[int]:
+    """All that a stage's step comes to: its times, then its clocks."""
+    return [stage.end_ns, stage.host_ns, stage.compute_ns, stage.exposed_ns, *stage.clocks.values()]
+
+
+def _lags(steps: Sequence[Sequence[Progress]]) -> bool:
+    """Whether the last round took a host or a stream longer than the step: it works off a lead, and will hold the step
+    up when that is gone."""
+    before, after = steps[-2:] if len(steps) > 1 else (steps[0], steps[0])
+    growth_ns = max(stage.end_ns for stage in after) - max(stage.end_ns for stage in before)
+    return any(b.clocks[name] - a.clocks[name] > growth_ns
+               for a, b in zip(before, after, strict=True) for name in b.clocks)  # fmt: skip
+
+
+def gone_through(made: Composition) -> list[Progress]:
+    """Where the stages are at the end of the step."""
+    progress = [Progress() for _ in made.orders]
+    turns = [turns_of(made, s) for s in range(len(made.orders))]
+    walk(progress, turns, made.slowdown_permille, made.paced)
+    _finish(progress, made.tables, made.short, made.prices, made.paced)
+    return progress
 
 
 def stage_memories(setting: Setting) -> list[StageMemory]:
@@ -142,13 +196,12 @@ def _memories(setting: Setting, short: Short, orders: Sequence[Sequence[Action]]
 
 
 def _result(
-    short: Short, progress: Progress, stage: int, order: Sequence[Action], traffic: Mapping[Label, Traffic],
+    short: Short, times: Times, stage: int, order: Sequence[Action], traffic: Mapping[Label, Traffic],
     memory: StageMemory,
 ) -> StageResult:  # fmt: skip
     sent = [traffic.get(label, (0, 0, 0)) for label in _labels(short, stage, order)]
     return StageResult(
-        progress.end_ns, progress.host_ns, progress.compute_ns, progress.exposed_ns, sum(x[2] for x in sent), memory,
-        sum(x[0] for x in sent), sum(x[1] for x in sent),
+        *times, sum(x[2] for x in sent), memory, sum(x[0] for x in sent), sum(x[1] for x in sent),
     )  # fmt: skip
 
 

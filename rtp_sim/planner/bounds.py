@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rtp_sim.compose.composition import Composition, Kinds
-from rtp_sim.compose.pipeline import StageResult
+from rtp_sim.compose.pipeline import Walked
 from rtp_sim.cost.model import ClusterCost
 from rtp_sim.engine.fold import Folds
 from rtp_sim.hardware.spec import Cluster
@@ -49,7 +49,7 @@ class EndOfStep:
     adds_ns: float
 
 
-Composed = tuple[Composition, list[StageResult]]
+Composed = tuple[Composition, Walked]
 """A pipeline's stretches, and its stages once they are walked through."""
 
 

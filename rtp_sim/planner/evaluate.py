@@ -59,8 +59,8 @@ def evaluate(
         return found.metrics, found.how
     ops = about_ops(candidate, model)
     if candidate.strategy in PIPELINES and ops > (EXACT_OPS if simulated else SMALL_OPS):
-        made, stages = _composed(workload, candidate, network, model)
-        found = by_passes(made, stages, model.folds, alike=True) if simulated else composed(made, stages)
+        made, walk = _composed(workload, candidate, network, model)
+        found = by_passes(made, walk, model.folds, alike=True) if simulated else composed(made, walk.stages)
         return found.metrics, found.how
     setting = _setting(workload, candidate, network, model)
     if ops <= (MOST_OPS if simulated else SMALL_OPS):

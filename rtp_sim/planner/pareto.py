@@ -44,15 +44,37 @@ def front_of(points: Iterable[Point]) -> list[int]:
 
 def front(searched: Searched) -> list[Found]:
     """The plans of the front, by time."""
-    found = [searched.best[i] for i in front_of([point_of(searched, one) for one in searched.best])]
+    chosen = _chosen(searched)
+    found = [chosen[i] for i in front_of([point_of(searched, one) for one in chosen])]
     return sorted(found, key=lambda one: (point_of(searched, one), one.site, one.place))
 
 
+def _chosen(searched: Searched) -> list[Found]:
+    """The front without near-copies of faster plans; by the estimates, so that simulating some does not change which."""
+    points = [_estimated_point(searched, one) for one in searched.best]
+    places = sorted(front_of(points), key=lambda i: (points[i], searched.best[i].site, searched.best[i].place))
+    return [searched.best[places[k]] for k in apart([points[i] for i in places])]
+
+
+def _estimated_point(searched: Searched, one: Found) -> Point:
+    step_s = one.metrics.step_time_s if one.estimated_s is None else one.estimated_s
+    return _point(searched, one.site, step_s, one.metrics.peak_memory_bytes)
+
+
+def apart(points: Iterable[Point]) -> list[int]:
+    """Places of the points that are not within `NEAR` of an earlier one of these in everything."""
+    kept: list[tuple[int, Point]] = []
+    for place, point in enumerate(points):
+        if not any(all(a <= b * (1 + NEAR) for a, b in zip(other, point, strict=True)) for _, other in kept):
+            kept.append((place, point))
+    return [place for place, _ in kept]
+
+
 def complete_front(searched: Searched, run: Run) -> None:
-    """Evaluates candidates that could belong to the front, and simulates what does. What is left over stays in
+    """Estimates candidates that could belong to the front, and simulates what does. What is left over stays in
     `waiting`."""
     _estimate_front(searched, run)
-    while simulate_some(searched, [one for one in front(searched) if not one.final], run):
+    while simulate_some(searched, [one for one in _chosen(searched) if not one.final], run):
         pass
 
 
