@@ -11,8 +11,7 @@ from rtp_sim.compose.composition import Composition, composition
 from rtp_sim.compose.estimate import by_passes
 from rtp_sim.compose.passes import in_passes
 from rtp_sim.compose.pipeline import gone_through, walked
-from rtp_sim.compose.steady import continued, lengths
-from rtp_sim.compose.walk import HOST
+from rtp_sim.compose.steady import Gone, continued, in_rounds
 from rtp_sim.engine.simulate import simulate
 from rtp_sim.experiment import Setting, settle
 
@@ -26,7 +25,7 @@ def slower_host(given: Setting, factor: int) -> Setting:
 
 def whole_end_ns(made: Composition) -> int:
     """When the step ends if all micro-batches are gone through one after another."""
-    return max(stage.end_ns for stage in gone_through(made))
+    return gone_through(made, made.micros).end_ns
 
 
 @pytest.mark.parametrize("factor", [1, 5])
@@ -56,12 +55,11 @@ def test_a_host_that_works_off_a_lead_is_seen() -> None:
     """A host takes longer than the step for a round, from a lead: the short steps are on a straight line, on which the
     whole step is not."""
     made = composition(slower_host(setting("1f1b", nodes=2, inner=2, micro_batches=128), 5))
-    found = [whole_end_ns(made.of_length(micros)) for micros in (12, 16, 20)]
-    assert found[2] - found[1] == found[1] - found[0]
-    assert found[2] + 27 * (found[2] - found[1]) < whole_end_ns(made)
-    before, after = (gone_through(made.of_length(micros)) for micros in (16, 20))
-    lagging = [b.clocks[HOST] - a.clocks[HOST] - (found[2] - found[1]) for a, b in zip(before, after, strict=True)]
-    assert max(lagging) > 0
+    steps = [gone_through(made, micros) for micros in (12, 16, 20)]
+    growth_ns = steps[2].end_ns - steps[1].end_ns
+    assert growth_ns == steps[1].end_ns - steps[0].end_ns
+    assert steps[2].end_ns + 27 * growth_ns < whole_end_ns(made)
+    assert max(c - b for b, c in zip(steps[1].clocks_ns, steps[2].clocks_ns, strict=True)) > growth_ns
     assert walked(made).lengths == (128,)
 
 
@@ -78,9 +76,24 @@ def test_the_events_settle_as_well(strategy: str, changes: dict[str, object]) ->
 
 
 def test_straight_lines() -> None:
-    assert lengths(4, 64) == (12, 16, 20)
-    assert lengths(4, 67) == (15, 19, 23)
-    assert lengths(4, 48) == (48,)
-    assert continued([[10, 5], [14, 5], [18, 5]], (12, 16, 20), 64) == [18 + 11 * 4, 5]
-    assert continued([[10, 5], [14, 5], [19, 5]], (12, 16, 20), 64) is None
-    assert continued([[7, 8]], (64,), 64) == [7, 8]
+    steps = [Gone(10, (9, 2), (5,)), Gone(14, (13, 3), (5,)), Gone(18, (17, 4), (5,))]
+    assert continued(steps, 11) == Gone(18 + 11 * 4, (17 + 11 * 4, 4 + 11), (5,))
+    assert continued([*steps[:2], Gone(19, (17, 4), (5,))], 11) is None
+    assert continued([*steps[:2], Gone(18, (17, 4), (6,))], 11) is None
+    leads = [Gone(10, (5,)), Gone(14, (10,)), Gone(18, (15,))]
+    assert continued(leads, 11) is None
+
+
+def test_rounds_until_two_are_alike() -> None:
+    """A round takes 7, then 6, then 5 for good; three short steps must be less work than the whole one."""
+
+    def through(micros: int) -> Gone:
+        rounds = micros // 4
+        return Gone(sum({1: 7, 2: 7, 3: 7, 4: 6}.get(k, 5) for k in range(1, rounds + 1)) + micros % 4)
+
+    assert in_rounds(through, 4, 100) == (through(100), (12, 16, 20, 24))
+    assert in_rounds(through, 4, 101) == (through(101), (13, 17, 21, 25))
+    assert in_rounds(through, 4, 72) == (through(72), (72,))
+    assert in_rounds(through, 4, 73) == (through(73), (73,))
+    assert in_rounds(through, 4, 48) == (through(48), (48,))
+    assert in_rounds(lambda micros: Gone(micros * micros), 4, 1000) == (Gone(1_000_000), (1000,))

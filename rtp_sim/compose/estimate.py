@@ -17,7 +17,7 @@ from rtp_sim.compose.lockstep import Lockstep, in_lockstep
 from rtp_sim.compose.memory import StageMemory
 from rtp_sim.compose.passes import in_passes
 from rtp_sim.compose.pipeline import StageResult, Walked, walked
-from rtp_sim.compose.steady import continued
+from rtp_sim.compose.steady import Gone, in_rounds
 from rtp_sim.engine.fold import Folds
 from rtp_sim.errors import InputError
 from rtp_sim.experiment import Request, Setting, built, run, settle, usable_memory_bytes
@@ -216,14 +216,14 @@ def by_passes(made: Composition, walk: Walked, folds: Folds | None = None, alike
     stage's time splits is that of the composed step. `folds` and `alike` as in `estimate`."""
     from rtp_sim.engine.simulate import simulate
 
-    def step_ns(micros: int) -> int:
-        return simulate(*in_passes(made.of_length(micros)), folds=folds, alike=alike).step_time_ns
+    def simulated(micros: int) -> Gone:
+        return Gone(simulate(*in_passes(made.of_length(micros)), folds=folds, alike=alike).step_time_ns)
 
-    lengths = walk.lengths
-    found = continued([[step_ns(micros)] for micros in lengths], lengths, made.micros)
-    if found is None:
-        lengths, found = (made.micros,), [step_ns(made.micros)]
-    late_ns = found[0] - last_stage(walk.stages).end_ns
+    if len(walk.lengths) > 1:
+        found, lengths = in_rounds(simulated, len(made.orders), made.micros)
+    else:
+        found, lengths = simulated(made.micros), walk.lengths
+    late_ns = found.end_ns - last_stage(walk.stages).end_ns
     how = PASSES if len(lengths) == 1 else f"{PASSES}; {_and(lengths)} of {made.micros} micro-batches"
     return composed(made, [replace(stage, end_ns=stage.end_ns + late_ns) for stage in walk.stages], how)
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 
 from rtp_sim.compose.composition import Composition, Short, Table, label_of, shortened
 from rtp_sim.compose.memory import Label, Memory, StageMemory, footprints, largest_at, sweep
 from rtp_sim.compose.prices import Prices
-from rtp_sim.compose.steady import continued, lengths
+from rtp_sim.compose.steady import SETTLED, Gone, in_rounds
 from rtp_sim.compose.walk import Progress, Turn, meet, walk
 from rtp_sim.experiment import Setting
 from rtp_sim.metrics import op_traffic
@@ -43,7 +43,7 @@ class StageResult:
 @dataclass(frozen=True)
 class Walked:
     """The stages of a composed step, and the micro-batches of the steps that were walked through to know them: one with
-    all of them, or three short ones (steady.py)."""
+    all of them, or short ones (steady.py)."""
 
     stages: list[StageResult]
     lengths: tuple[int, ...]
@@ -68,44 +68,34 @@ Times = tuple[int, int, int, int]
 
 
 def _times(made: Composition) -> tuple[list[Times], tuple[int, ...]]:
-    """The times of each stage, and the lengths of the steps that they are known from."""
-    short = lengths(len(made.orders), made.micros)
-    if len({_under_way(made.of_length(micros)) for micros in short}) > 1:
-        short = (made.micros,)
-    steps = [gone_through(made.of_length(micros)) for micros in short]
-    found = [continued([_numbers(one) for one in stage], short, made.micros) for stage in zip(*steps, strict=True)]
-    if None in found or _lags(steps):
-        short, found = (made.micros,), [_numbers(stage) for stage in gone_through(made)]
-    return [(x[0], x[1], x[2], x[3]) for x in found if x is not None], short
+    """The times of each stage, and the micro-batches of the steps that they are known from."""
+    if _piles_up(made):
+        found, lengths = gone_through(made, made.micros), tuple[int, ...]((made.micros,))
+    else:
+        found, lengths = in_rounds(lambda micros: gone_through(made, micros), len(made.orders), made.micros)
+    each = iter(found.spent_ns)
+    return list(zip(each, each, each, each, strict=True)), lengths
 
 
-def _under_way(made: Composition) -> tuple[int, ...]:
-    """How many forward passes of each stage wait for their backward at most."""
-    ways = ([1 if a.kind == "F" else -1 for a in order if a.kind != "I"] for order in made.orders)
-    return tuple(max(accumulate(way)) for way in ways)
+def _piles_up(made: Composition) -> bool:
+    """Whether the longer the step, the more forward passes wait for their backward, as in GPipe: then it is not one
+    round after another."""
+    most = set()
+    for micros in (SETTLED * made.stages.count, (SETTLED + 1) * made.stages.count):
+        ways = ([1 if a.kind == "F" else -1 for a in order if a.kind != "I"] for order in made.of_length(micros).orders)
+        most.add(tuple(max(accumulate(way)) for way in ways))
+    return len(most) > 1
 
 
-def _numbers(stage: Progress) -> list[int]:
-    """All that a stage's step comes to: its times, then its clocks."""
-    return [stage.end_ns, stage.host_ns, stage.compute_ns, stage.exposed_ns, *stage.clocks.values()]
-
-
-def _lags(steps: Sequence[Sequence[Progress]]) -> bool:
-    """Whether the last round took a host or a stream longer than the step: it works off a lead, and will hold the step
-    up when that is gone."""
-    before, after = steps[-2:] if len(steps) > 1 else (steps[0], steps[0])
-    growth_ns = max(stage.end_ns for stage in after) - max(stage.end_ns for stage in before)
-    return any(b.clocks[name] - a.clocks[name] > growth_ns
-               for a, b in zip(before, after, strict=True) for name in b.clocks)  # fmt: skip
-
-
-def gone_through(made: Composition) -> list[Progress]:
-    """Where the stages are at the end of the step."""
-    progress = [Progress() for _ in made.orders]
-    turns = [turns_of(made, s) for s in range(len(made.orders))]
-    walk(progress, turns, made.slowdown_permille, made.paced)
-    _finish(progress, made.tables, made.short, made.prices, made.paced)
-    return progress
+def gone_through(made: Composition, micros: int) -> Gone:
+    """The step with this many micro-batches, one after another; spent are the times of each stage."""
+    made = made.of_length(micros)
+    stages = [Progress() for _ in made.orders]
+    walk(stages, [turns_of(made, s) for s in range(len(stages))], made.slowdown_permille, made.paced)
+    _finish(stages, made.tables, made.short, made.prices, made.paced)
+    spent = [(stage.end_ns, stage.host_ns, stage.compute_ns, stage.exposed_ns) for stage in stages]
+    clocks = chain.from_iterable(stage.clocks.values() for stage in stages)
+    return Gone(max(stage.end_ns for stage in stages), tuple(clocks), tuple(chain.from_iterable(spent)))
 
 
 def stage_memories(setting: Setting) -> list[StageMemory]:

@@ -50,7 +50,7 @@ def front(searched: Searched) -> list[Found]:
 
 
 def _chosen(searched: Searched) -> list[Found]:
-    """The front without near-copies of faster plans; by the estimates, so that simulating some does not change which."""
+    """The front without near-copies of faster plans: by the estimates, so that simulating some does not change it."""
     points = [_estimated_point(searched, one) for one in searched.best]
     places = sorted(front_of(points), key=lambda i: (points[i], searched.best[i].site, searched.best[i].place))
     return [searched.best[places[k]] for k in apart([points[i] for i in places])]
