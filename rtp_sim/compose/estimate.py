@@ -15,7 +15,7 @@ from rtp_sim.compose.composition import Composition, composition
 from rtp_sim.compose.landmarks import Held, highest, landmarks, repeated
 from rtp_sim.compose.lockstep import Lockstep, in_lockstep
 from rtp_sim.compose.memory import StageMemory
-from rtp_sim.compose.passes import in_passes
+from rtp_sim.compose.passes import in_passes, stands
 from rtp_sim.compose.pipeline import StageResult, Walked, walked
 from rtp_sim.compose.steady import Gone, in_rounds
 from rtp_sim.engine.fold import Folds
@@ -217,14 +217,16 @@ def by_passes(made: Composition, walk: Walked, folds: Folds | None = None, alike
     from rtp_sim.engine.simulate import simulate
 
     def simulated(micros: int) -> Gone:
-        return Gone(simulate(*in_passes(made.of_length(micros)), folds=folds, alike=alike).step_time_ns)
+        schedule, cost = in_passes(made.of_length(micros))
+        return stands(simulate(schedule, cost, folds=folds, alike=alike), micros)
 
-    if len(walk.lengths) > 1:
-        found, lengths = in_rounds(simulated, len(made.orders), made.micros)
+    lengths = walk.lengths
+    if lengths[-1] == made.micros:
+        found = simulated(made.micros)
     else:
-        found, lengths = simulated(made.micros), walk.lengths
+        found, lengths = in_rounds(simulated, len(made.orders), made.micros)
     late_ns = found.end_ns - last_stage(walk.stages).end_ns
-    how = PASSES if len(lengths) == 1 else f"{PASSES}; {_and(lengths)} of {made.micros} micro-batches"
+    how = PASSES if lengths[-1] == made.micros else f"{PASSES}; {_and(lengths)} of {made.micros} micro-batches"
     return composed(made, [replace(stage, end_ns=stage.end_ns + late_ns) for stage in walk.stages], how)
 
 

@@ -20,8 +20,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
+
 from rtp_sim.compose.composition import Composition, Ranges, label_of
 from rtp_sim.compose.pipeline import turns_of
+from rtp_sim.compose.steady import Gone, Stand
 from rtp_sim.compose.stretch import EARLIER, HOST, MARK, NEVER, RECEIVED, Stretch
 from rtp_sim.compose.walk import Key, Turn
 from rtp_sim.engine.costs import CostModel, OpCost, Phase
@@ -29,6 +32,7 @@ from rtp_sim.schedule.ir import Action as OpAction
 from rtp_sim.schedule.ir import Compute, Dims, Op, Program, Recv, Schedule, Send
 from rtp_sim.schedule.layout import stage_of_rank
 from rtp_sim.schedule.pipeline_order import Action
+from rtp_sim.timeline import Timeline
 
 PASS = "pass"
 """A kernel that says itself how long it takes."""
@@ -84,6 +88,23 @@ def in_passes(made: Composition) -> tuple[Schedule, PassCost]:
     programs = tuple(_Writer(made, s).program() for s in range(len(made.orders)))
     of_rank = tuple(stage_of_rank(layout, r) for r in range(layout.world_size))
     return Schedule(short.name, layout.world_size, short.groups, programs, of_rank), PassCost(made.cost)
+
+
+def stands(timeline: Timeline, micros: int) -> Gone:
+    """Where every simulated rank stood in a step in passes: when it was through with the first chunk of each
+    micro-batch."""
+    found = []
+    for rank, times in timeline.ranks.items():
+        places = {op.name: op.index for op in timeline.schedule.program(rank).ops}
+        ends = times.end_ns[[places[pass_name("F", 0, micro)] for micro in range(micros)]]
+        nothing = np.zeros((micros + 1, 0), dtype=np.int64)
+        found.append(Stand(ends[:, None], nothing, int(times.end_ns.max())))
+    return Gone(tuple(found))
+
+
+def pass_name(kind: str, chunk: int, micro: int) -> str:
+    """The op that ends a pass of a micro-batch through a chunk."""
+    return f"m{micro}.{kind}{chunk}"
 
 
 Place = dict[str, int]
@@ -159,7 +180,7 @@ class _Writer:
 
     def short_pass(self, action: Action, turn: Turn, times: PassTimes) -> None:
         """Receives, computes, sends."""
-        one, name = turn.stretch, f"m{action.micro}.{action.kind}{action.chunk}"
+        one, name = turn.stretch, pass_name(*action)
         left = _Left(times.takes_ns, self.host_ns(name, one, times), [], times.kernels_permille)
         for left_ns, waited in self.waits(turn, times).items():
             if left_ns > times.takes_ns:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import accumulate
+
+import numpy as np
 
 from rtp_sim.compose.composition import Composition, Short, Table, label_of, shortened
 from rtp_sim.compose.memory import Label, Memory, StageMemory, footprints, largest_at, sweep
 from rtp_sim.compose.prices import Prices
-from rtp_sim.compose.steady import SETTLED, Gone, in_rounds
+from rtp_sim.compose.steady import Gone, Stand, in_rounds
 from rtp_sim.compose.walk import Progress, Turn, meet, walk
 from rtp_sim.experiment import Setting
 from rtp_sim.metrics import op_traffic
@@ -51,7 +53,7 @@ class Walked:
 
 def walked(made: Composition) -> Walked:
     """The stages of a composed step, each group of ranks moving in lockstep."""
-    times, lengths = _times(made)
+    gone, lengths = _gone(made)
     held = _memories(made.setting, made.short, made.orders)
     sent: dict[object, Mapping[Label, Traffic]] = {}
     found = []
@@ -59,29 +61,22 @@ def walked(made: Composition) -> Walked:
         key = made.short.kind_of_stage[s], made.prices.duration_ns[s]
         if key not in sent:
             sent[key] = _traffic_by_label(made, s)
-        found.append(_result(made.short, times[s], s, order, sent[key], held[s]))
+        found.append(_result(made.short, gone.stages[s], s, order, sent[key], held[s]))
     return Walked(found, lengths)
 
 
-Times = tuple[int, int, int, int]
-"""End, time that kernels waited for the host, kernels, exposed communication of a stage, in ns."""
-
-
-def _times(made: Composition) -> tuple[list[Times], tuple[int, ...]]:
-    """The times of each stage, and the micro-batches of the steps that they are known from."""
+def _gone(made: Composition) -> tuple[Gone, tuple[int, ...]]:
+    """The step of all micro-batches, and the micro-batches of the steps that it is known from."""
     if _piles_up(made):
-        found, lengths = gone_through(made, made.micros), tuple[int, ...]((made.micros,))
-    else:
-        found, lengths = in_rounds(lambda micros: gone_through(made, micros), len(made.orders), made.micros)
-    each = iter(found.spent_ns)
-    return list(zip(each, each, each, each, strict=True)), lengths
+        return gone_through(made, made.micros), (made.micros,)
+    return in_rounds(lambda micros: gone_through(made, micros), len(made.orders), made.micros)
 
 
 def _piles_up(made: Composition) -> bool:
     """Whether the longer the step, the more forward passes wait for their backward, as in GPipe: then it is not one
     round after another."""
     most = set()
-    for micros in (SETTLED * made.stages.count, (SETTLED + 1) * made.stages.count):
+    for micros in (3 * made.stages.count, 4 * made.stages.count):
         ways = ([1 if a.kind == "F" else -1 for a in order if a.kind != "I"] for order in made.of_length(micros).orders)
         most.add(tuple(max(accumulate(way)) for way in ways))
     return len(most) > 1
@@ -93,9 +88,14 @@ def gone_through(made: Composition, micros: int) -> Gone:
     stages = [Progress() for _ in made.orders]
     walk(stages, [turns_of(made, s) for s in range(len(stages))], made.slowdown_permille, made.paced)
     _finish(stages, made.tables, made.short, made.prices, made.paced)
-    spent = [(stage.end_ns, stage.host_ns, stage.compute_ns, stage.exposed_ns) for stage in stages]
-    clocks = chain.from_iterable(stage.clocks.values() for stage in stages)
-    return Gone(max(stage.end_ns for stage in stages), tuple(clocks), tuple(chain.from_iterable(spent)))
+    return Gone(tuple(_stand(stage) for stage in stages))
+
+
+def _stand(stage: Progress) -> Stand:
+    names = sorted(stage.clocks, key=lambda name: name != "compute")
+    clocks = [[clocks.get(name, 0) for name in names] for clocks, _ in stage.marks]
+    spent = [spent for _, spent in (*stage.marks, stage.mark())]
+    return Stand(np.array(clocks, dtype=np.int64), np.array(spent, dtype=np.int64), stage.end_ns)
 
 
 def stage_memories(setting: Setting) -> list[StageMemory]:
@@ -122,6 +122,7 @@ def turns_of(made: Composition, stage: int) -> list[Turn]:
                 send_ns[one.send.index] if one.send is not None else 0,
                 None if kind == "F" else ("I" if kind == "W" else "F", chunk, micro),
                 (kind, chunk, micro) if kind in "FI" else None,
+                (kind, chunk) == ("F", 0),
             )
         )
     return found
@@ -186,12 +187,14 @@ def _memories(setting: Setting, short: Short, orders: Sequence[Sequence[Action]]
 
 
 def _result(
-    short: Short, times: Times, stage: int, order: Sequence[Action], traffic: Mapping[Label, Traffic],
+    short: Short, stand: Stand, stage: int, order: Sequence[Action], traffic: Mapping[Label, Traffic],
     memory: StageMemory,
 ) -> StageResult:  # fmt: skip
     sent = [traffic.get(label, (0, 0, 0)) for label in _labels(short, stage, order)]
+    compute_ns, exposed_ns, host_ns = (int(x) for x in stand.spent_ns[-1])
     return StageResult(
-        *times, sum(x[2] for x in sent), memory, sum(x[0] for x in sent), sum(x[1] for x in sent),
+        stand.end_ns, host_ns, compute_ns, exposed_ns, sum(x[2] for x in sent), memory, sum(x[0] for x in sent),
+        sum(x[1] for x in sent),
     )  # fmt: skip
 
 

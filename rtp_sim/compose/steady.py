@@ -2,62 +2,91 @@
 same time.
 
 Between the first micro-batches and the last ones the stages do the same again and again, and what a round takes follows
-from where the stages stood before it. So of a long step short ones are gone through, each a round longer than the one
-before, until all their numbers grow by the same twice in a row: those of the whole step are then on the same straight
-lines. tests/test_compose_steady.py compares with whole steps.
+from where the stages stood before it. So of a long step a short one is gone through, and where its last two rounds
+are alike on every stage, clock by clock, the whole step has more of them. tests/test_compose_steady.py compares with
+whole steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
-SETTLED = 3
-"""Rounds of the shortest step."""
+import numpy as np
+import numpy.typing as npt
+
+ROUNDS = (5, 8)
+"""Lengths of the short steps that are tried one after another."""
+
+WORTH = 0.75
+"""A short step is worth trying up to this part of the whole one, those before it included."""
+
+Numbers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Stand:
+    """Where a stage stood, in ns: its clocks after its first forward pass of each micro-batch (a row each; the first
+    column is when its kernels are done), what it had spent on this and that by then and, in one more row, in all; when
+    it was through with the step."""
+
+    clocks_ns: Numbers
+    spent_ns: Numbers
+    end_ns: int
 
 
 @dataclass(frozen=True)
 class Gone:
-    """What a step came to that was gone through, in ns: its end, all its clocks then, and what it spent on this and
-    that."""
+    """A step that was gone through, by stage."""
 
-    end_ns: int
-    clocks_ns: tuple[int, ...] = ()
-    spent_ns: tuple[int, ...] = ()
+    stages: tuple[Stand, ...]
+
+    @property
+    def end_ns(self) -> int:
+        """When the last stage was through."""
+        return max(stage.end_ns for stage in self.stages)
 
 
 def in_rounds(through: Callable[[int], Gone], stages: int, micros: int) -> tuple[Gone, tuple[int, ...]]:
-    """A step of `micros` micro-batches, and the numbers of micro-batches of the steps that were gone through for it:
-    itself alone, where it is short, or does not settle before that would be no less work."""
-    first = SETTLED * stages + micros % stages
-    steps: list[Gone] = []
-    lengths: list[int] = []
-    if 3 * (first + stages) < micros:
-        for length in range(first, micros, stages):
-            if sum(lengths) + length >= micros:
-                break
-            lengths.append(length)
-            steps.append(through(length))
-            found = continued(steps[-3:], (micros - length) // stages) if len(steps) > 2 else None
-            if found is not None:
-                return found, tuple(lengths)
-    return through(micros), (micros,)
+    """A step of `micros` micro-batches, and the numbers of micro-batches of the steps that were gone through for it. Of
+    rows it may have fewer."""
+    tried: tuple[int, ...] = ()
+    for rounds in ROUNDS:
+        length = rounds * stages + micros % stages
+        if sum(tried) + length > WORTH * micros:
+            break
+        tried = (*tried, length)
+        short = through(length)
+        if alike(short, stages):
+            return _longer(short, stages, (micros - length) // stages), tried
+    return through(micros), (*tried, micros)
 
 
-def continued(steps: Sequence[Gone], rounds: int) -> Gone | None:
-    """What the third of three steps, each a round longer than the one before, comes to after more rounds; None where
-    they are not on straight lines.
+def alike(step: Gone, stages: int) -> bool:
+    """Whether in the last two rounds of a step all is later by the same.
 
-    Nor may a clock grow by more than the step: it works off a lead, and will hold the step up when that is gone.
+    All kernels must keep the same pace, and no clock may be slower: it works off a lead, and will hold the step up when
+    that is gone.
     """
-    first, second, third = (_flat(step) for step in steps)
-    growth = [c - b for b, c in zip(second, third, strict=True)]
-    clocks = len(steps[0].clocks_ns)
-    if growth != [b - a for a, b in zip(first, second, strict=True)] or max(growth[: 1 + clocks]) > growth[0]:
-        return None
-    end_ns, *rest = (c + rounds * more for c, more in zip(third, growth, strict=True))
-    return Gone(end_ns, tuple(rest[:clocks]), tuple(rest[clocks:]))
+    paces = set()
+    for stage in step.stages:
+        clocks, spent = _growth(stage.clocks_ns, stages), _growth(stage.spent_ns[:-1], stages)
+        if (clocks != clocks[0]).any() or (spent != spent[0]).any() or clocks[0].max() > clocks[0, 0]:
+            return False
+        paces.add(int(clocks[0, 0]))
+    return len(paces) == 1
 
 
-def _flat(step: Gone) -> tuple[int, ...]:
-    return step.end_ns, *step.clocks_ns, *step.spent_ns
+def _growth(rows: Numbers, stages: int) -> Numbers:
+    """By how much the numbers of the last round are above those of the round before."""
+    last = rows[-2 * stages :]
+    return last[stages:] - last[:-stages]
+
+
+def _longer(step: Gone, stages: int, rounds: int) -> Gone:
+    """The step with more rounds like its last."""
+    longer_ns = rounds * int(_growth(step.stages[0].clocks_ns, stages)[0, 0])
+    return Gone(tuple(
+        Stand(s.clocks_ns, s.spent_ns + rounds * _growth(s.spent_ns[:-1], stages)[0], s.end_ns + longer_ns)
+        for s in step.stages
+    ))  # fmt: skip

@@ -18,7 +18,8 @@ Key = tuple[str, int, int]
 
 
 class Turn(NamedTuple):
-    """One stretch as a stage comes to it: what it receives and sends, whose end it continues and is known by."""
+    """One stretch as a stage comes to it: what it receives and sends, whose end it continues and is known by, whether it
+    leaves a mark."""
 
     stretch: Stretch
     receives: Key | None = None
@@ -26,11 +27,17 @@ class Turn(NamedTuple):
     send_ns: int = 0
     continues: object = None
     known_as: object = None
+    marks: bool = False
+
+
+Mark = tuple[dict[str, int], tuple[int, int, int]]
+"""The clocks of a stage, and what it has spent: computing, exposed, held up by its host."""
 
 
 @dataclass
 class Progress:
-    """Where a stage is: its clocks (host and streams), the ends that later turns refer to, what it has done.
+    """Where a stage is: its clocks (host and streams), the ends that later turns refer to, what it has done, and marks of
+    where it was after its first forward pass of each micro-batch.
 
     `host_ns` is by how much the host held the compute stream up, turn by turn, without what it issues behind a message
     that it waits for. `sent_ns` is when the last of its sends is through, `meets_ns` when it came to the collective
@@ -43,6 +50,11 @@ class Progress:
     compute_ns: int = 0
     exposed_ns: int = 0
     host_ns: int = 0
+    marks: list[Mark] = field(default_factory=list)
+
+    def mark(self) -> Mark:
+        """Where it is now."""
+        return self.clocks.copy(), (self.compute_ns, self.exposed_ns, self.host_ns)
 
     @property
     def end_ns(self) -> int:
@@ -158,6 +170,8 @@ def _take(
     stage.exposed_ns += stretch.exposed_ns
     if turn.known_as is not None:
         stage.ends[turn.known_as] = {stream: clocks[stream] for stream in stretch.ends}
+    if turn.marks:
+        stage.marks.append(stage.mark())
 
 
 def _beside_messages(stage: Progress, turn: Turn, slowdown_permille: int) -> int:
