@@ -75,7 +75,8 @@ def test_a_long_pipeline_is_simulated_by_its_passes(tmp_path, monkeypatch: pytes
         estimated, how = evaluate(workload, candidate, site.cluster, searched.network, site.model)
         assert (how, list(site.model.composed)) == ("composed", [candidate])
         found, how = evaluate(workload, candidate, site.cluster, searched.network, site.model, simulated=True)
-        assert (how, site.model.composed) == (PASSES, {})
+        assert how.startswith(PASSES)
+        assert not site.model.composed
         assert found.step_time_s == pytest.approx(whole.step_time_s, rel=2e-3)
         assert found.peak_memory_bytes == estimated.peak_memory_bytes
         split = found.compute_time_s + found.exposed_communication_s + found.bubble_s

@@ -18,8 +18,8 @@ Key = tuple[str, int, int]
 
 
 class Turn(NamedTuple):
-    """One stretch as a stage comes to it: what it receives and sends, whose end it continues and is known by, whether it
-    leaves a mark."""
+    """One stretch as a stage comes to it: what it receives and sends, whose end it continues and is known by; whether
+    it leaves a mark."""
 
     stretch: Stretch
     receives: Key | None = None
@@ -36,8 +36,8 @@ Mark = tuple[dict[str, int], tuple[int, int, int]]
 
 @dataclass
 class Progress:
-    """Where a stage is: its clocks (host and streams), the ends that later turns refer to, what it has done, and marks of
-    where it was after its first forward pass of each micro-batch.
+    """Where a stage is: its clocks (host and streams), the ends that later turns refer to, what it has done, and where
+    it was after its first forward pass of each micro-batch (`marks`).
 
     `host_ns` is by how much the host held the compute stream up, turn by turn, without what it issues behind a message
     that it waits for. `sent_ns` is when the last of its sends is through, `meets_ns` when it came to the collective
