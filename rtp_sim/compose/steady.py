@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-ROUNDS = (5, 8)
+ROUNDS = (5, 7, 10)
 """Lengths of the short steps that are tried one after another."""
 
 WORTH = 0.75
