@@ -15,6 +15,7 @@ from rtp_sim.model.presets import find_model
 from rtp_sim.planner import evaluate as evaluation
 from rtp_sim.planner.answer import make_plan
 from rtp_sim.planner.evaluate import WHOLE, evaluate
+from rtp_sim.planner.plan import Candidate
 from rtp_sim.planner.search import Queue, _best_first, add
 from rtp_sim.planner.searched import Found, Searched
 from rtp_sim.schedule.options import Options
@@ -117,7 +118,7 @@ def play(searched: Searched, simulated: np.ndarray, estimated: np.ndarray, lower
     def evaluated(places, whole: bool) -> list[Found]:
         asked[whole] += [place for _, place in places]
         times = simulated if whole else estimated
-        return [Found(0, p, replace(metrics, step_time_s=float(times[p])), "", True, True, None, whole, 10**6)
+        return [Found(0, p, replace(metrics, step_time_s=float(times[p])), "", True, True, None, whole, False)
                 for _, p in places]  # fmt: skip
 
     order = np.argsort(lower, kind="stable")
@@ -175,10 +176,17 @@ def test_intervals_that_meet_are_a_tie(tmp_path):
     residuals = Residuals(Number(0.9, "measured", "a test"), Number(1.2, "measured", "a test"))
     searched.sites[0] = replace(site, cluster=replace(site.cluster, residuals=residuals))
     metrics = run(built(setting("ddp", gpus=2))).metrics
-    add(searched, [Found(0, p, replace(metrics, step_time_s=t), WHOLE, True, True, None, True, 1)
+    add(searched, [Found(0, p, replace(metrics, step_time_s=t), WHOLE, True, True, None, True, True)
                    for p, t in enumerate([13.5, 10.0, 13.3, 13.34])])  # fmt: skip
     rows = make_plan(searched).shown
     assert [(row.metrics.step_time_s, row.tie) for row in rows if row.metrics] == [
         (10.0, False), (13.3, True), (13.34, False), (13.5, False),
     ]  # fmt: skip
     assert rows[0].interval_s == pytest.approx((9.0, 12.0))
+
+
+def test_on_many_gpus_fewer_ops_are_simulated_one_by_one(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(evaluation, "about_ops", lambda candidate, model: 10_000)
+    few = Candidate("dgx-a100-80g", 1, 8, "1f1b", 1, 4, 2, 1, "tp-dp-pp", "ddp", False, "auto", "none", 1, 8)
+    many = [replace(few, gpus=gpus) for gpus in (8, 1_024, 2_048, 2_049)]
+    assert [evaluation.short(one, None) for one in many] == [True, True, True, False]  # type: ignore[arg-type]

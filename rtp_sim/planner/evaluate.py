@@ -1,9 +1,8 @@
 """`evaluate`: the metrics of a candidate, estimated or simulated.
 
 A step of at most `SMALL_OPS` ops is simulated at once. Of longer ones the finalists are: op by op, but of a pipeline
-with more than `EXACT_OPS` ops each pass of a micro-batch through a stage in a few (compose/passes.py), the ranks of a
-stage taken to behave alike (`alike` in engine/fold.py). How far that is from simulating every op:
-tests/test_compose_passes.py.
+that is not `short` each pass of a micro-batch through a stage in a few (compose/passes.py), the ranks of a stage taken
+to behave alike (`alike` in engine/fold.py). How far that is from simulating every op: tests/test_compose_passes.py.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from rtp_sim.schedule.pipeline_order import PIPELINES
 
 SMALL_OPS = 3_000
 EXACT_OPS = 20_000
+EXACT_GPUS = 1_024
 MOST_OPS = 250_000
 
 MOST_KEPT = 40
@@ -48,6 +48,12 @@ def about_ops(candidate: Candidate, model: Model) -> int:
     return round(kernels * COMMUNICATION * candidate.micro_batches)
 
 
+def short(candidate: Candidate, model: Model) -> bool:
+    """Whether a pipeline is simulated op by op: with up to `EXACT_OPS` ops; on more than `EXACT_GPUS` GPUs with fewer
+    in proportion, as the more there are the more do not behave alike."""
+    return about_ops(candidate, model) * max(1.0, candidate.gpus / EXACT_GPUS) <= EXACT_OPS
+
+
 def evaluate(
     workload: Workload, candidate: Candidate, cluster: Cluster, network: Network, model: Model | None = None,
     simulated: bool = False,
@@ -58,7 +64,7 @@ def evaluate(
         found = estimate(settle(candidate.request(workload), cluster, network))
         return found.metrics, found.how
     ops = about_ops(candidate, model)
-    if candidate.strategy in PIPELINES and ops > (EXACT_OPS if simulated else SMALL_OPS):
+    if candidate.strategy in PIPELINES and not (short(candidate, model) if simulated else ops <= SMALL_OPS):
         made, walk = _composed(workload, candidate, network, model)
         found = by_passes(made, walk, model.folds, alike=True) if simulated else composed(made, walk.stages)
         return found.metrics, found.how

@@ -29,7 +29,6 @@ from rtp_sim.model.network import Network
 from rtp_sim.model.training import TrainingSpec
 from rtp_sim.planner.bounds import Floats, Model, time_bounds
 from rtp_sim.planner.constraints import check_limits, hold_all
-from rtp_sim.planner.evaluate import EXACT_OPS
 from rtp_sim.planner.memory_bounds import memory_bounds
 from rtp_sim.planner.money import machine_of, require_price
 from rtp_sim.planner.rules import broken_rules
@@ -169,7 +168,7 @@ def _next_round(searched: Searched, queue: Queue, pending: Sequence[int]) -> lis
 
 def _to_beat(searched: Searched, one: Found) -> tuple[float, float]:
     """What the bound of another candidate of its kind must be below, to be estimated."""
-    if one.estimated_s is None or one.ops <= EXACT_OPS:
+    if one.estimated_s is None or one.short:
         return score_of(searched, one)
     return score_of(searched, replace(one, metrics=replace(one.metrics, step_time_s=one.estimated_s)))
 
@@ -188,7 +187,7 @@ def _finalists(searched: Searched) -> list[Found]:
     for one in searched.best:
         kind = searched.kind(one.site, one.place)
         # Long variants of a kind are left to their estimates.
-        if not one.final and (kind not in best or one.ops <= EXACT_OPS):
+        if not one.final and (kind not in best or one.short):
             value = tuple(v / trust for v in score_of(searched, one))
             chosen += [one] if value <= min(best.get(kind, last), last) else []
             best.setdefault(kind, (0.0, 0.0))
@@ -215,7 +214,7 @@ def add(searched: Searched, found: Sequence[Found]) -> None:
     lines: dict[object, Found] = {}
     for one in searched.best:
         first = lines.setdefault(searched.kind(one.site, one.place), one)
-        if one.final and not first.final and first.ops > EXACT_OPS:
+        if one.final and not first.final and not first.short:
             # Of long steps of a kind the best by estimate is simulated, and stands for all.
             lines[searched.kind(one.site, one.place)] = one
     searched.lines = sorted(lines.values(), key=searched.best.index)

@@ -77,7 +77,7 @@ class Site:
 class Found:
     """A candidate that was evaluated: where it is (site, place among the sound), its metrics and what they rest on,
     whether it may be shown. `estimated_s` is its step time before it was simulated, None where it was simulated at
-    once; `final` says that nothing better will be known. `ops` is about how many the step has."""
+    once; `final` says that nothing better will be known; `short` that simulating it is cheap (evaluate.short)."""
 
     site: int
     place: int
@@ -87,7 +87,7 @@ class Found:
     fast_enough: bool
     estimated_s: float | None
     final: bool
-    ops: int
+    short: bool
 
     @property
     def good(self) -> bool:

@@ -16,7 +16,7 @@ from multiprocessing.context import ForkProcess
 
 from rtp_sim.errors import InputError
 from rtp_sim.metrics import StepMetrics
-from rtp_sim.planner.evaluate import WHOLE, about_ops, evaluate
+from rtp_sim.planner.evaluate import WHOLE, evaluate, short
 from rtp_sim.planner.plan import Bounds
 from rtp_sim.planner.searched import Found, Searched, slowest
 
@@ -163,7 +163,7 @@ def _evaluated(number: int, place: int, whole: bool) -> Found:
     return Found(
         number, place, metrics, how, metrics.peak_memory_bytes <= site.machine.allowed_bytes,
         metrics.step_time_s <= slowest(_SHARED), None, whole or how == WHOLE,
-        about_ops(candidate, site.model),
+        short(candidate, site.model),
     )  # fmt: skip
 
 
