@@ -11,6 +11,7 @@ from planner_helpers import question, search, small_model
 from rtp_sim.cli import main
 from rtp_sim.errors import InputError
 from rtp_sim.hardware.profiles import load_cluster
+from rtp_sim.planner import answer
 from rtp_sim.planner.answer import make_plan
 from rtp_sim.planner.capacity import Need, offers
 from rtp_sim.planner.constraints import parse_limit
@@ -120,6 +121,18 @@ def test_the_stages_add_up_and_the_same_question_gives_the_same_bytes(tmp_path):
         assert before.entered - before.dropped == after.entered
     assert plan.stages[-1].entered - plan.stages[-1].dropped == len(plan.shown) == 3
     assert {row.candidate.strategy for row in (*plan.shown, *plan.others)} >= {"ddp", "fsdp", "rtp", "tp", "1f1b"}
+
+
+def test_plans_near_the_memory_are_named(tmp_path, monkeypatch):
+    searched = search(question(small_model(tmp_path), 4, 8, top=3))
+    most = sorted(one.metrics.peak_memory_bytes for one in searched.lines[:3])[-2]
+    monkeypatch.setattr(answer, "TIGHT", most / searched.sites[0].machine.memory_bytes)
+    plan = make_plan(searched)
+    (rank,) = [row.rank for row in plan.shown if row.tight]
+    assert plan.shown[rank - 1].metrics.peak_memory_bytes > most
+    assert plan.notes[0].startswith(f"plan {rank} needs more than ")
+    monkeypatch.setattr(answer, "TIGHT", 1.0)
+    assert not any("of the memory" in note for note in make_plan(searched).notes)
 
 
 def test_fronts_are_what_nothing_beats():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +11,7 @@ from rtp_sim.planner.evaluate import WHOLE
 from rtp_sim.planner.intervals import interval_s, tied
 from rtp_sim.planner.money import price_of
 from rtp_sim.planner.pareto import MOST, NEAR, front, open_candidates
-from rtp_sim.planner.plan import Plan, Row, StageCount, Variants
+from rtp_sim.planner.plan import TIGHT, Plan, Row, StageCount, Variants
 from rtp_sim.planner.searched import KIND, Found, Searched, Site, slowest
 from rtp_sim.planner.space import EVERY_STRATEGY
 
@@ -36,7 +36,7 @@ def make_plan(searched: Searched) -> Plan:
         shown=tuple(shown),
         front=_front(searched),
         others=tuple(_others(searched, {row.candidate.strategy for row in shown})),
-        notes=tuple(_notes(searched)),
+        notes=(*_tight(shown), *_notes(searched)),
     )
 
 
@@ -94,7 +94,7 @@ def row_of(searched: Searched, one: Found, rank: int | None = None, reason: str 
         site.space.candidate(one.place), "simulate" if one.final else "estimate", one.fits, reason,
         site.bounds(one.place), metrics, one.how,
         price_of(site.machine, metrics.step_time_s, tokens), interval_s(metrics.step_time_s, site.cluster), rank,
-        estimated_s=one.estimated_s,
+        estimated_s=one.estimated_s, tight=metrics.peak_memory_bytes > TIGHT * site.machine.memory_bytes,
     )  # fmt: skip
 
 
@@ -118,6 +118,16 @@ def _stages(searched: Searched, shown: int) -> tuple[StageCount, ...]:
         StageCount("estimate", tried, tried - final),
         StageCount("simulate", final, final - shown),
     )
+
+
+def _tight(shown: Sequence[Row]) -> list[str]:
+    """What is known of runs that come close to the memory."""
+    ranks = [str(row.rank) for row in shown if row.tight]
+    if not ranks:
+        return []
+    needs = f"plan {ranks[0]} needs" if len(ranks) == 1 else f"plans {', '.join(ranks)} need"
+    return [f"{needs} more than {TIGHT:.0%} of the memory: published runs that held as much took 1.06 to 7 times as "
+            f"long as predicted (docs/accuracy.md); --memory-headroom {1 - TIGHT:.0%} leaves them out"]  # fmt: skip
 
 
 def _notes(searched: Searched) -> list[str]:

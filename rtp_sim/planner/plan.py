@@ -108,6 +108,11 @@ class Variants:
     beaten_by_bounds: int = 0
 
 
+TIGHT = 0.9
+"""From this part of the usable memory on, published runs took longer than predicted: eight of eight in the two sources
+that count tensors (docs/accuracy.md)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """A candidate and what the search found out about it.
@@ -117,7 +122,8 @@ class Row:
     interval meets that of the first. `metrics` and `how` (see compose.estimate.Estimate) are those of the last
     evaluation, None and "" without one; `estimated_s` is the step time before it was simulated, None where it was
     simulated at once or not at all. `variants` are shown with it. `interval_s` is the step time's interval from the
-    calibration's residuals, None where the profile has none.
+    calibration's residuals, None where the profile has none. `tight` marks plans whose peak is above `TIGHT` of the
+    usable memory.
     """
 
     candidate: Candidate
@@ -133,6 +139,7 @@ class Row:
     tie: bool = False
     estimated_s: float | None = None
     variants: Variants = Variants()
+    tight: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +210,7 @@ def row_json(row: Row) -> dict[str, Any]:
         },
         "price": None if row.price is None else asdict(row.price),
         "interval_s": None if row.interval_s is None else list(row.interval_s),
+        "tight": row.tight,
     }
 
 
