@@ -15,6 +15,7 @@ from rtp_sim.report.diff_tables import (
     check_grid,
     diff_grids,
     diff_json,
+    pace_text,
     print_grid,
     spread_text,
     validation_json,
@@ -80,6 +81,8 @@ def validate(a: Namespace) -> int:
     else:
         print(verdict(found))
         print(spread_text(found))
+        if text := pace_text(found):
+            print(text)
         print_grid(check_grid(found))
         _print_grids(found.diff, a.worst)
         for text in found.notes:

@@ -99,6 +99,7 @@ def measurements(n: int = 2) -> Measurements:
     facts = {
         "date": "2026-01-02T03:04:05+00:00", "device": 'A "fast" core', "cores": 2, "system": "Linux x86_64",
         "torch": "2.13", "threads": 1, "backend": "gloo", "pinned": False, "quick": False, "foreign_load": 0.0,
+        "pace_ns": 123_456,
     }  # fmt: skip
     moved = transfers(n, 90_000, 50_000, 40_000, 1.2e9, 0.9e9) if n > 1 else []
     return Measurements("cpu", n, tuple(kernels()), tuple(moved), host, facts)
@@ -251,6 +252,8 @@ def test_a_written_profile_gives_back_what_was_measured(tmp_path: Path) -> None:
     assert device.kernel_floor_ns.value == FLOOR_NS
     assert device.peak_flops["bf16"].value * device.matmul_efficiency.value == pytest.approx(BF16, rel=1e-3)
     assert device.host_issue_ns.value == 1_000
+    assert device.host_pace_ns is not None
+    assert device.host_pace_ns.value == 123_456
     assert device.overlap_slowdown.value == pytest.approx(126.5 / 105, rel=1e-3)
     assert wires.collective_step_intra_ns.value == pytest.approx(40_000, abs=30)
     assert wires.p2p_efficiency.value == pytest.approx(0.75, rel=1e-3)

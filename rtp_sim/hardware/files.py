@@ -111,6 +111,7 @@ class DeviceFile(_Model):
     pcie_bandwidth: Bandwidth | None = None
     communication_issue: Time | None = None
     blocking_issue: Time | None = None
+    host_pace: Time | None = None
     kernels: list[KernelFile] = []
 
 

@@ -151,6 +151,7 @@ def device_from_file(name: str, file: DeviceFile) -> Device:
         price_usd_per_hour=file.price_usd_per_hour,
         communication_issue_ns=file.communication_issue,
         blocking_issue_ns=file.blocking_issue,
+        host_pace_ns=file.host_pace,
         kernels=dict(_measured_kernel(name, kernel) for kernel in file.kernels),
     )
 

@@ -48,8 +48,9 @@ class Device:
     (kernels of the backward, communication and pipeline messages have figures of their own where these differ),
     `overlap_slowdown` (>= 1) how much longer compute takes while a communication kernel runs beside it on the same
     device. `blocking_issue_ns` is what every kernel costs on top where launches block the host until the kernel is done
-    (CUDA_LAUNCH_BLOCKING=1): nothing hides the launch of the next. `kernels`, by name and dtype, are those measured one
-    by one: their times stand above the efficiencies of their class.
+    (CUDA_LAUNCH_BLOCKING=1): nothing hides the launch of the next. `host_pace_ns` is what a fixed piece of work took on
+    the host's cores (executor/pace.py): the figures hold at that pace. `kernels`, by name and dtype, are those measured
+    one by one: their times stand above the efficiencies of their class.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Device:
     host_issue_backward_ns: Number | None = None
     message_issue_ns: Number | None = None
     blocking_issue_ns: Number | None = None
+    host_pace_ns: Number | None = None
     kernels: Mapping[tuple[str, str], MeasuredKernel] = field(default_factory=dict)
 
 

@@ -14,6 +14,7 @@ from rtp_sim.report.diff_tables import (
     answer,
     check_grid,
     diff_grids,
+    pace_text,
     signed_percent,
     spread_text,
     verdict,
@@ -66,7 +67,8 @@ def diff_report_html(diff: TimelineDiff, worst: int, validation: Validation | No
         inputs_section(inputs),
     ]
     if validation is not None:
-        said = "".join(note(text) for text in (spread_text(validation), *validation.notes))
+        texts = (spread_text(validation), pace_text(validation), *validation.notes)
+        said = "".join(note(text) for text in texts if text)
         sections.insert(0, grid_section(check_grid(validation), said))
     return page(title, answer(diff) if validation is None else verdict(validation), "\n".join(sections), drawn)
 

@@ -129,6 +129,21 @@ def spread_text(validation: Validation) -> str:
     return f"Measured step time: median {_time(spread.median_ns)}, p10 {low}, p90 {high}, of {steps}."
 
 
+def pace_text(validation: Validation) -> str:
+    """How fast the cores were, where that was not as when the profile was measured; "" otherwise."""
+    pace = validation.pace
+    if pace is None or pace.steps == validation.step_times.steps:
+        return ""
+    head = f"The slowest core took {pace.slower:.2f} times as long for the same work as when the profile was measured"
+    if pace.median_ns is None:
+        return f"{head} (median), and in no step about as long: the profile does not hold for this run."
+    few = f"{head} (median); about as long in {pace.steps} step{'s' if pace.steps != 1 else ''}"
+    median = f"{few}, whose median is {_time(pace.median_ns)}"
+    if validation.run.only_rank is not None:
+        return f"{median}."
+    return f"{median}: {signed_percent(relative_error(validation.checks[0].predicted, pace.median_ns))}."
+
+
 def verdict(validation: Validation) -> str:
     """The answer to "is the prediction right?" in a sentence."""
     step, alone = validation.checks[0], validation.run.only_rank
@@ -192,9 +207,18 @@ def validation_json(validation: Validation, worst: int) -> Json:
             "p10_s": spread.p10_ns / NS_PER_S,
             "p90_s": spread.p90_ns / NS_PER_S,
         },
+        "pace": _pace_json(validation),
         "notes": list(validation.notes),
         "diff": diff_json(validation.diff, worst),
     }
+
+
+def _pace_json(validation: Validation) -> Json | None:
+    pace = validation.pace
+    if pace is None:
+        return None
+    median_s = None if pace.median_ns is None else pace.median_ns / NS_PER_S
+    return {"slower": pace.slower, "usual_steps": pace.steps, "usual_median_s": median_s}
 
 
 def signed_percent(fraction: float | None) -> str:

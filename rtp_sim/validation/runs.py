@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from rtp_sim.cost.model import ClusterCost
 from rtp_sim.errors import InputError, ScheduleError
+from rtp_sim.executor.pace import steady
 from rtp_sim.hardware.spec import Cluster
 from rtp_sim.link import Link
 from rtp_sim.metrics import communication_totals
@@ -55,6 +56,8 @@ class ResultFile(BaseModel):
     bytes_sent: list[int] | None = Field(None, description="bytes that each rank sent in one step, by rank, or null")
     messages: list[int] | None = Field(None, description="messages that each rank sent in one step, by rank, or null")
     peak_memory_bytes: list[int] | None = Field(None, description="peak memory of each rank in bytes, by rank, or null")
+    warmup: int = Field(0, description="how many steps came before the measured ones")
+    pace_ns: list[int] = Field([], description="the pace of the slowest core in every step, warm-up included, in ns")
     only_rank: int | None = Field(None, description="the rank that ran alone, without its partners, or null")
     twin: str | None = Field(None, description="what of torch ran in the place of the schedule, or null")
     communication: str = Field("real", description="what took the place of its partners: fake or copy")
@@ -63,7 +66,8 @@ class ResultFile(BaseModel):
 @dataclass(frozen=True)
 class MeasuredRun:
     """What a run left. Numbers by rank are empty where they were not measured; `failure` says how it broke off. Of a
-    rank that ran alone (`only_rank`) there is one number each."""
+    rank that ran alone (`only_rank`) there is one number each. `paces_ns` is what a fixed piece of work took on the
+    slowest core during each step (empty: not known)."""
 
     path: Path
     request: Mapping[str, object]
@@ -76,6 +80,7 @@ class MeasuredRun:
     peak_memory_bytes: tuple[int, ...]
     only_rank: int | None = None
     communication: str = "real"
+    paces_ns: tuple[int, ...] = ()
 
     @property
     def schedule(self) -> Schedule:
@@ -92,6 +97,16 @@ class Spread:
     median_ns: int
     p10_ns: float
     p90_ns: float
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How long the slowest core took for the same work as when the profile was measured, as a ratio (median of the
+    steps); how many steps were within 15 % of that pace, and their median time (None if there are none)."""
+
+    slower: float
+    steps: int
+    median_ns: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +141,11 @@ class Validation:
     notes: tuple[str, ...]
 
     @property
+    def pace(self) -> Pace | None:
+        """The cores' pace during the run."""
+        return pace_of(self.run, self.cluster)
+
+    @property
     def passed(self) -> bool:
         """Whether everything that was measured is as predicted."""
         return all(check.passed for check in self.checks)
@@ -156,9 +176,10 @@ def load_run(path: Path) -> MeasuredRun:
         for name in ("bytes_sent", "messages", "peak_memory_bytes")
     )
     conditions, times = _conditions(path, request), tuple(result.step_times_ns)
+    paces = tuple(result.pace_ns[result.warmup :])
     return MeasuredRun(
         path, request, timeline, conditions, result.failure or "", times, sent, messages, peak,
-        result.only_rank, result.communication,
+        result.only_rank, result.communication, paces if len(paces) == len(times) and all(paces) else (),
     )  # fmt: skip
 
 
@@ -190,6 +211,18 @@ def validate(run: MeasuredRun, cluster: Cluster, tolerance: float, engine: str =
     if run.messages:
         checks.append(equal("messages", "messages", [count for _, count, _ in totals], run.messages))
     return Validation(run, cluster, tolerance, spread, joined, tuple(checks), notes(run, cost))
+
+
+def pace_of(run: MeasuredRun, cluster: Cluster) -> Pace | None:
+    """The cores' pace during the run, against that at which the machine's profile was measured; None where one of the
+    two is not known."""
+    usual = cluster.device.host_pace_ns
+    if usual is None or not run.paces_ns:
+        return None
+    pairs = zip(run.step_times_ns, run.paces_ns, strict=True)
+    usual_ns = [time_ns for time_ns, pace_ns in pairs if steady(pace_ns, round(usual.value))]
+    slower = median_low(run.paces_ns) / usual.value
+    return Pace(slower, len(usual_ns), median_low(usual_ns) if usual_ns else None)
 
 
 def spread_of(times_ns: Sequence[int]) -> Spread:

@@ -87,6 +87,7 @@ def device_toml(measured: Measurements, fitted: Fitted, left: Mapping[str, Resid
             f"{how}: the executor between two ops of a small step{_range(host.issue_ns, 1, 'ns')}",
         ),
         **_communication_issue(host.communication_ns, how),
+        **_pace(int(measured.facts.get("pace_ns") or 0), how),
         "overlap_slowdown": _number(_ratio(overlap, most=100.0), *_overlap_source(measured, how)),
         "runtime_reserved": _number(
             f"{host.reserved_bytes} B", "measured", f"{how}: held before anything was measured, most of all ranks"
@@ -114,6 +115,13 @@ def _communication_issue(times_ns: tuple[int, ...], how: str) -> dict[str, str]:
         return {}
     source = f"{how}: taking the data of a communication op and putting it back{_range(times_ns, 1, 'ns')}"
     return {"communication_issue": _number(f"{round(median(times_ns))} ns", "measured", source)}
+
+
+def _pace(usual_ns: int, how: str) -> dict[str, str]:
+    if not usual_ns:
+        return {}
+    source = f"{how}: CPU time of a fixed piece of work, that of the fastest fifth of all readings (executor/pace.py)"
+    return {"host_pace": _number(f"{usual_ns} ns", "measured", source)}
 
 
 def _line(key: tuple[str, str], line: Line, how: str) -> str:
