@@ -22,8 +22,8 @@ from rtp_sim.schedule.options import Options
 from rtp_sim.schedule.strategies.pipeline import Repeats
 
 
-def setting(strategy: str, **changes: object) -> Setting:
-    network = transformer_network(find_model("gpt2-medium", num_layers=8, vocab_size=50304), 512)
+def setting(strategy: str, vocabulary: int = 50304, **changes: object) -> Setting:
+    network = transformer_network(find_model("gpt2-medium", num_layers=8, vocab_size=vocabulary), 512)
     return settle(Request("gpt2-medium", "dgx-a100-80g", strategy, **changes), network=network)  # type: ignore[arg-type]
 
 
@@ -55,6 +55,17 @@ def test_ranks_taken_alike_are_close_to_ranks_folded_exactly():
     assert len(alike.timeline.ranks) == 2 < len(exact.timeline.ranks)
     assert alike.metrics.step_time_s == pytest.approx(exact.metrics.step_time_s, rel=5e-4)
     assert alike.metrics.bytes_sent_per_rank == exact.metrics.bytes_sent_per_rank
+
+
+def test_ranks_with_other_shards_and_whom_they_send_to_are_not_taken_alike():
+    """A vocabulary that two ranks cannot share evenly: first and last stage have two kinds of ranks, and each sends to
+    one of the two of the stages between them, which are the same otherwise."""
+    prepared = built(setting("1f1b", vocabulary=50257, pp=4, inner=2, nodes=1, micro_batches=6))
+    exact, alike = run(prepared), run(prepared, alike=True)
+    assert len(alike.timeline.ranks) == 8
+    assert alike.timeline.step_time_ns == exact.timeline.step_time_ns
+    even = run(built(setting("1f1b", pp=4, inner=2, nodes=1, micro_batches=6)), alike=True)
+    assert len(even.timeline.ranks) == 4
 
 
 def test_ranks_whose_messages_differ_are_not_taken_alike():

@@ -380,13 +380,14 @@ def _across(own: Mapping[tuple[int, int], int], links: list[int]) -> tuple[tuple
 def _taken_alike(
     ranks: list[int], links: list[int], nodes: list[_Node], edges: list[list[tuple[int, int, int]]]
 ) -> tuple[list[list[int]], int] | None:
-    """The (rank, node, link) classes where ranks stay as they are coloured: instances of one kind with such members are
-    a class, links that carry the same of every class are another. None where instances of one class differ by more than
-    a little latency."""
-    instances = _interned(
-        (n.key[:2], tuple(ranks[r] for r in n.ranks) if n.ordered else tuple(sorted([ranks[r] for r in n.ranks])))
-        for n in nodes
-    )
+    """The (rank, node, link) classes where links do not tell ranks apart, but only whom they communicate with does:
+    links that carry the same of every class of instances are a class. None where instances of one class differ by more
+    than a little latency."""
+    kinds = _interned(node.key[: 1 if node.key[0] == "compute" else 2] for node in nodes)
+    refined = _refine([ranks, kinds, []], nodes, [[] for _ in nodes])
+    if refined is None:
+        return None
+    ranks, instances, _ = refined[0]
     first: dict[int, _Node] = {}
     if not all(_nearly_equal(first.setdefault(k, node), node) for k, node in zip(instances, nodes, strict=True)):
         return None
