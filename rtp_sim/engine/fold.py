@@ -117,9 +117,9 @@ class Quotient:
 def fold(schedule: Schedule, cost: CostModel, *, folded: bool = True, alike: bool = False) -> Quotient:
     """The quotient of the schedule on the hardware that `cost` prices.
 
-    With `alike`, ranks with the same program and shards of the same sizes are taken to do the same at the same time,
-    wherever they sit, if their messages cost nearly the same: one of them stands for all, and its transfers go as fast
-    as the slowest of theirs. That is no longer exact.
+    With `alike`, ranks with the same program and shards of the same sizes, which communicate with such ranks, are taken
+    to do the same at the same time, wherever they sit, if their messages cost nearly the same: one of them stands for
+    all, and its transfers go as fast as the slowest of theirs. That is no longer exact.
 
     Raises ScheduleError where an op names a group that its rank is not in, or a neighbour past the end of a
     group.
