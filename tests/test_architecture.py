@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "traces": BASE,
     "validation": BASE
     | {"link", "stated", "model", "hardware", "schedule", "timeline", "timeline_file", "cost", "engine", "metrics"}
-    | {"engine.costs", "experiment", "compose"},
+    | {"engine.costs", "experiment", "compose", "executor.pace"},
     "validation.traced": BASE | {"timeline", "traces", "validation", "executor.rendezvous"},
     "sweep": BASE | {"model", "hardware", "metrics", "experiment", "compose"},
     "report": BASE
@@ -75,10 +75,13 @@ MAY_IMPORT = {
         "commands_measured", "commands_sweep", "commands_decisions", "commands_plan",
     },
     "executor": BASE
-    | {"link", "stated", "model", "schedule", "timeline", "timeline_file", "executor.rendezvous", "traces"},
+    | {"link", "stated", "model", "schedule", "timeline", "timeline_file", "executor.rendezvous", "executor.pace"}
+    | {"traces"},
     # When transfers began follows from the times of all ranks, whoever measured them.
     "executor.rendezvous": BASE | {"timeline"},
-    "executor.calibrate": BASE | {"model", "executor"},
+    # Read beside every step, and compared with that of the profile.
+    "executor.pace": BASE,
+    "executor.calibrate": BASE | {"model", "executor", "executor.pace"},
     # What turns times into parameters and checks them runs where the simulator is, not on the ranks.
     "executor.calibrate.fit": BASE | {"model", "hardware", "cost", "executor.calibrate"},
     "executor.calibrate.residuals": BASE | {"model", "hardware", "cost", "engine", "executor.calibrate"},
