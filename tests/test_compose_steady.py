@@ -72,7 +72,7 @@ def test_the_events_settle_as_well(strategy: str, changes: dict[str, object]) ->
     made = composition(setting(strategy, **changes, micro_batches=64))
     found = by_passes(made, walked(made))
     assert round(found.metrics.step_time_s * 1e9) == simulate(*in_passes(made)).step_time_ns
-    assert found.how.endswith("; 20 of 64 micro-batches")
+    assert found.how.endswith(" (20 of 64 micro-batches)")
 
 
 def stand(clocks: list[tuple[int, ...]], spent: list[int], end_ns: int) -> Stand:

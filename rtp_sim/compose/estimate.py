@@ -226,7 +226,7 @@ def by_passes(made: Composition, walk: Walked, folds: Folds | None = None, alike
     else:
         found, lengths = in_rounds(simulated, len(made.orders), made.micros)
     late_ns = found.end_ns - last_stage(walk.stages).end_ns
-    how = PASSES if lengths[-1] == made.micros else f"{PASSES}; {_and(lengths)} of {made.micros} micro-batches"
+    how = PASSES if lengths[-1] == made.micros else f"{PASSES} ({_and(lengths)} of {made.micros} micro-batches)"
     return composed(made, [replace(stage, end_ns=stage.end_ns + late_ns) for stage in walk.stages], how)
 
 

@@ -3,6 +3,7 @@ others, and on which numbers of the machine the choice hangs."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from os import PathLike
 
@@ -156,7 +157,8 @@ def _plans_section(plan: Plan) -> str:
         said.append("Ties are plans whose interval of the step time meets that of the first.")
     ways: dict[str, list[str]] = {}
     for row in plan.shown:
-        ways.setdefault(row.how or row.stage, []).append(str(row.rank))
+        # How many micro-batches were gone through differs from plan to plan, and stands in the JSON output.
+        ways.setdefault(re.sub(r" \([^)]*\)", "", row.how or row.stage), []).append(str(row.rank))
     if ways:
         said.append("Evaluated: " + "; ".join(f"{', '.join(n)} {way}" for way, n in ways.items()) + ".")
     return grid_section(plans_grid(plan), note(" ".join(said)))
