@@ -38,6 +38,13 @@ def test_a_long_step_from_short_ones(strategy: str, variant: dict[str, object], 
         assert max(stage.end_ns for stage in walked(made).stages) == whole_end_ns(made)
 
 
+def test_what_kernels_lose_beside_messages_settles_later_than_the_clocks() -> None:
+    """On a V the time of the last stage's kernels still changes when all clocks keep their pace."""
+    made = composition(slower_host(setting("zb-v", pp=3, gpus=3, micro_batch=1, micro_batches=62), 3))
+    whole = [(s.end_ns, *s.spent_ns[-1].tolist()) for s in gone_through(made, 62).stages]
+    assert [(s.end_ns, s.compute_ns, s.exposed_ns, s.host_ns) for s in walked(made).stages] == whole
+
+
 @pytest.mark.parametrize(("strategy", "changes"), [("1f1b", {"nodes": 2, "inner": 2}), ("interleaved", {"gpus": 4})])
 def test_a_long_step_is_the_longest_path(strategy: str, changes: dict[str, object]) -> None:
     given = setting(strategy, **changes, micro_batches=64)
@@ -90,6 +97,9 @@ def test_alike_is_a_round_like_the_one_before() -> None:
     assert not alike(Gone((replace(one, spent_ns=np.array([[0], [3], [4], [8], [9]])),)), 2)
     assert not alike(Gone((stand([(5, 1), (11, 6), (15, 10), (22, 15)], [0, 3, 4, 7, 9], 30),)), 2)
     assert not alike(Gone((stand([(5, 1), (11, 6), (15, 12), (21, 17)], [0, 3, 4, 7, 9], 30),)), 2)  # the host lags
+    earlier = [(-5, -8), (1, -3), *clocks]
+    assert alike(Gone((stand(earlier, [-4, -1, 0, 3, 4, 7, 9], 30),)), 2)
+    assert not alike(Gone((stand(earlier, [-4, -2, 0, 3, 4, 7, 9], 30),)), 2)
 
 
 def test_rounds_are_added() -> None:

@@ -66,12 +66,16 @@ def alike(step: Gone, stages: int) -> bool:
     """Whether in the last two rounds of a step all is later by the same.
 
     All kernels must keep the same pace, and no clock may be slower: it works off a lead, and will hold the step up when
-    that is gone.
+    that is gone. What was spent must have grown by as much in the round before, too: what kernels lose beside messages
+    may still change when all clocks keep the pace.
     """
     paces = set()
     for stage in step.stages:
         clocks, spent = _growth(stage.clocks_ns, stages), _growth(stage.spent_ns[:-1], stages)
-        if (clocks != clocks[0]).any() or (spent != spent[0]).any() or clocks[0].max() > clocks[0, 0]:
+        before = _growth(stage.spent_ns[: -1 - stages], stages)
+        if (clocks != clocks[0]).any() or clocks[0].max() > clocks[0, 0]:
+            return False
+        if (spent != spent[0]).any() or (before != spent[0]).any():
             return False
         paces.add(int(clocks[0, 0]))
     return len(paces) == 1
