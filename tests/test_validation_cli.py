@@ -22,7 +22,6 @@ from rtp_sim.experiment import run as simulate
 from rtp_sim.hardware.profiles import load_cluster
 from rtp_sim.link import Link
 from rtp_sim.metrics import communication_totals
-from rtp_sim.report.format import format_seconds
 from rtp_sim.schedule.ir import Compute, Shift
 from rtp_sim.schedule.serialize import to_json
 from rtp_sim.stated import to_json as stated_to_json
@@ -250,45 +249,6 @@ def test_the_prediction_is_written_and_diffs_alike(run, directory: Path, tmp_pat
 def test_longest_path_predicts_too(run, directory: Path):
     document = json.loads(run(validate(directory, "--engine longest-path --format json")).out)
     assert document["diff"]["predicted"]["meta"]["engine"] == "longest_path"
-
-
-def profile_of_pace(folder: Path, pace: str) -> Path:
-    """cpu-local, measured while the fixed piece of work took that long."""
-    profiles = Path(__file__).resolve().parent.parent / "hardware_profiles"
-    cluster, device = ((profiles / name).read_text() for name in ("clusters/cpu-local.toml", "devices/cpu-core.toml"))
-    pace_line = f'host_pace = {{ value = "{pace}", kind = "measured", source = "test" }}'
-    (folder / "mine-device.toml").write_text(f"{pace_line}\n{device}")
-    (folder / "mine.toml").write_text(cluster.replace('"cpu-core"', '"mine-device.toml"'))
-    return folder / "mine.toml"
-
-
-@pytest.mark.parametrize(
-    ("paces", "pace", "words"),
-    [
-        # Two steps of warm-up, then 2, 3, 1, 2 + d and 2 - d times as long as predicted; 114 is within 15 % of 100.
-        ([5, 5, 200, 300, 114, 200, 200], {"slower": 2.0, "usual_steps": 1, "usual_median_s": 1},
-         "The slowest core took 2.00 times as long for the same work as when the profile was measured (median); about "
-         "as long in 1 step, whose median is {median}: +0.0 %."),
-        ([5, 5, 200, 300, 116, 200, 200], {"slower": 2.0, "usual_steps": 0, "usual_median_s": None},
-         "(median), and in no step about as long: the profile does not hold for this run."),
-        ([5, 5, 100, 90, 114, 100, 100], {"slower": 1.0, "usual_steps": 5, "usual_median_s": 2}, ""),
-        ([0, 0, 0, 0, 0, 0, 0], None, ""),
-        ([], None, ""),
-    ],
-)  # fmt: skip
-def test_the_pace_of_the_cores_is_told(
-    run, directory: Path, predicted: Timeline, tmp_path: Path, paces: list[int], pace: dict[str, Any] | None, words: str
-):
-    edit(directory / "result.json", lambda d: d.update(warmup=2, pace_ns=[1000 * p for p in paces]))
-    profile = profile_of_pace(tmp_path, "100 us")
-    line = f"validate {directory} --profile {profile} --quiet"
-    found = json.loads(run(line, "--format", "json").out)["pace"]
-    if pace is not None and pace["usual_median_s"] is not None:
-        pace = {**pace, "usual_median_s": pytest.approx(pace["usual_median_s"] * predicted.step_time_ns / 1e9)}
-    assert found == pace
-    out = " ".join(run(line).out.split())
-    assert words.format(median=format_seconds(predicted.step_time_ns / 1e9)) in out
-    assert ("for the same work" in out) == bool(words)
 
 
 def test_tables_for_people(run, directory: Path):
